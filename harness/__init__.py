@@ -24,6 +24,7 @@ _HOME = {
         "DatasetRow",
         "Engine",
         "Executor",
+        "Factors",
         "Merged",
         "Merger",
         "PairLogps",

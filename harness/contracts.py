@@ -353,16 +353,39 @@ class Merged:
 
     tensor: torch.Tensor
     stats: Mapping[str, float] = field(default_factory=dict)
+    """Finite numbers, per tensor: kept density, slerp angle (radians), ... They go into the record as they are."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One low-rank delta, ``scale * B @ A``: what a LoRA layer adds to a weight."""
+
+    A: torch.Tensor
+    """(rank, in)"""
+    B: torch.Tensor
+    """(out, rank)"""
+    scale: float
 
 
 class Merger(Plugin):
     """Merges models tensor by tensor; pure, with randomness from ``generator`` alone."""
 
     kind = "merger"
+    operates_on: ClassVar[Literal["weights", "deltas"]] = "weights"
+    """What ``tensors`` are and what is returned: whole weights, or differences from the base.
 
-    def prepare(self, models: Sequence[Any]) -> Any:
-        """Optional look at whole models before the first tensor."""
-        return None
+    Deltas are formed exactly, also those of an adapter; the harness adds the merged delta to the base itself."""
+    models: ClassVar[tuple[int, int | None]] = (1, None)
+    """Least and greatest number of models; None: any number."""
+    per_model: ClassVar[tuple[str, ...]] = ()
+    """Fields of Config of the type ``float | tuple[float, ...]``: one value, or one for each model in their order."""
+
+    def prepare(self, models: Sequence[Mapping[str, Callable[[], torch.Tensor]]], config: Any) -> Merger:
+        """Optional look at whole models (name -> a function that reads the tensor) before the first tensor.
+
+        Returns the merger to use: this one, or a copy that knows more.
+        """
+        return self
 
     @abstractmethod
     def merge(
@@ -372,12 +395,27 @@ class Merger(Plugin):
         base: torch.Tensor | None,
         weights: Sequence[float],
         config: Any,
-        generator: torch.Generator,
+        generator: Callable[[int], torch.Generator],
     ) -> Merged:
-        """Merge one tensor of each model. ``generator`` is a CPU one, seeded by (seed, tensor name, model index)."""
+        """Merge one tensor of each model.
 
-    def merge_factors(self, factors: Sequence[Any], *, weights: Sequence[float], config: Any) -> Any | None:
-        """Low-rank output where the method is linear; None where it is not."""
+        Args:
+            tensors: one per model, float32, all of one shape; weights or deltas, as ``operates_on`` says. Never changed.
+            base: the base's tensor, where there is a base.
+            weights: one per model.
+            config: options in force for this very tensor.
+            generator: ``generator(i)`` is a CPU generator for model ``i``, seeded by (seed, tensor name, i).
+        """
+
+    def keeps_equal(self, weights: Sequence[float], config: Any) -> bool:
+        """Whether equal weights (zero deltas) come back as they are.
+
+        Then tensors that no input changes are copied from the base byte for byte, without being merged.
+        """
+        return False
+
+    def merge_factors(self, factors: Sequence[Factors], *, weights: Sequence[float], config: Any) -> Factors | None:
+        """The same merge on low-rank deltas, exact, where the method is linear; None where it is not."""
         return None
 
 

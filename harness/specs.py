@@ -143,3 +143,30 @@ class AlignSpec(Config):
     data_seed: int = Field(0, ge=0, description="seed of the order that --samples takes a prefix of")
     processes: int = Field(1, ge=1, description="processes, each with a device of its own, that share every batch")
     options: dict[str, Any] = Field(default_factory=dict, description="recipe keys; `adapter` and `dataset` groups")
+
+
+class MergeInput(Config):
+    """One model of a merge: an adapter, or a full checkpoint."""
+
+    ref: str = Field(description="folder or hub id of an adapter or a checkpoint")
+    base: str | None = Field(None, description="the checkpoint under an adapter, where it is not the merge's base")
+    revision: str | None = Field(None, description="hub revision")
+    weight: float | None = Field(None, description="its weight; 1/n when none is given")
+
+
+class MergeSpec(Config):
+    """One merge: what `harness merge` and `harness.merge` take, and what mergekit's YAML is read into."""
+
+    method: str = Field(description="registered merger")
+    base: ModelSpec | None = Field(None, description="the model that deltas are taken from")
+    inputs: tuple[MergeInput, ...] = Field(min_length=1, description="the models, in order")
+    options: dict[str, Any] = Field(default_factory=dict, description="the merger's own Config, for every tensor")
+    config: dict[str, Any] | None = Field(
+        None, description="mergekit's YAML as data: per-tensor parameters and slices come from it, not from `options`"
+    )
+    seed: int = Field(0, ge=0, description="seed of random masks")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="type of the written weights; auto: the base's"
+    )
+    form: Literal["model", "adapter"] = Field("model", description="what is written (--as)")
+    rank: int | None = Field(None, ge=1, description="rank of a truncated adapter; the sum of the inputs' when absent")
