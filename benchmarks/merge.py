@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -115,14 +114,17 @@ def _harness(config: Path, out: Path, threads: int) -> Any:
     import torch  # noqa: F401
 
     import harness
+    from harness.merge_config import read_merge_config
     from harness.registry import load_plugins
 
     registry, merge = load_plugins(), harness.merge
-    return lambda: merge(config=config, out=out, workers=threads, registry=registry)
+    return lambda: merge(read_merge_config(config), out=out, workers=threads, registry=registry)
 
 
 def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Peak resident memory (MiB). Not ru_maxrss: a child inherits its parent's (Linux)."""
+    lines = Path("/proc/self/status").read_text().split("\n")
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
 
 
 def _moved() -> dict[str, int]:

@@ -39,6 +39,7 @@ _HOME = {
     "errors": ("HarnessError", "StepError", "UserError"),
     "execute": ("Evaluation", "evaluate"),
     "hookspecs": ("hookimpl",),
+    "merging": ("Merging", "merge"),
     "models": ("inspect_model", "with_tokenizer"),
     "packing": ("PackingCollator",),
     "pairwise": ("PairwiseLoss", "PairwiseRecipe"),
@@ -57,7 +58,20 @@ _HOME = {
         "StepRecord",
     ],
     "registry": ("Registry", "load_plugins"),
-    "specs": ["DatasetRef", "Decoding", "EvalSpec", "LmEvalRef", "ModelSpec", "ScorerRef", "SuiteSpec", "TaskSpec"],
+    "stats": ("cohen_kappa",),
+    "store": ("Journal",),
+    "specs": [
+        "DatasetRef",
+        "Decoding",
+        "EvalSpec",
+        "LmEvalRef",
+        "MergeInput",
+        "MergeSpec",
+        "ModelSpec",
+        "ScorerRef",
+        "SuiteSpec",
+        "TaskSpec",
+    ],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = ["__version__", *sorted(_MODULE_OF)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class Chosen:
     spec: TaskSpec
     variant: PromptKind | None
     limit: int | None
+    asked: str | None = None
+    """What a suite names, where another task or variant stands in for it."""
 
 
 @dataclass
@@ -125,19 +127,39 @@ class Catalog:
         return self.suites[name][0]
 
     def choose(
-        self, tasks: Sequence[str], suite: str | None, limit: int | None, options: Mapping[str, Any]
+        self,
+        tasks: Sequence[str],
+        suite: str | None,
+        limit: int | None,
+        options: Mapping[str, Any],
+        *,
+        conversations: bool = False,
     ) -> list[Chosen]:
         """What will run, in order, with the user's options applied.
+
+        Args:
+            tasks: names, taken as they are.
+            suite: name of a suite; ``quick`` where there is no task either.
+            limit: samples per leaf task.
+            options: per task.
+            conversations: the engine takes conversations alone: in a suite, what such an engine can do stands in.
 
         Raises:
             UserError: unknown names; options for a task that does not run.
         """
         limits: dict[str, int | None] = dict.fromkeys(tasks, limit)
+        asked: dict[str, str] = {}
         if suite is not None or not tasks:
             spec = self.suite(suite or "quick", "--suite")
             for name in spec.tasks:
-                limits.setdefault(name, limit if limit is not None else spec.limits.get(name, spec.limit))
-        chosen = [self._apply(*self.task(name, "--task"), own, options) for name, own in limits.items()]
+                runs = self._in_conversation(name) if conversations else name
+                if runs != name and runs not in limits:
+                    asked[runs] = name
+                limits.setdefault(runs, limit if limit is not None else spec.limits.get(name, spec.limit))
+        chosen = [
+            _standing_in(self._apply(*self.task(name, "--task"), own, options), asked.get(name))
+            for name, own in limits.items()
+        ]
         running: dict[str, Entry] = {}
         for one in chosen:
             name, other = one.spec.name, running.setdefault(one.spec.name, one.entry)
@@ -145,7 +167,7 @@ class Catalog:
                 what = f"{other.file} and {one.entry.file} both bring a task of that name"
                 raise UserError(f"--task {name}", what, "Rename one of them: numbers go by the task's name.")
         for key in options:
-            if key != "engine" and key not in running:
+            if key not in ("engine", "parity_engine", *running):
                 close = nearest(key, [*running, "engine"])
                 fix = f"Did you mean {close[0]!r}? " if close else ""
                 what = "no task of that name runs here"
@@ -153,6 +175,15 @@ class Catalog:
                     f"--set {key}", what, f"{fix}Running: {', '.join(running)}; engine options: engine.KEY."
                 )
         return chosen
+
+    def _in_conversation(self, name: str) -> str:
+        """The task that asks the same of an engine that takes conversations alone; the name itself where it can."""
+        entry, variant = self.task(name, "--suite")
+        if entry.spec.generative is not None:
+            return entry.spec.generative
+        if (variant or entry.spec.prompt) == "raw":
+            return f"{name.removesuffix(':raw')}:chat"
+        return name
 
     def _apply(self, entry: Entry, variant: PromptKind | None, limit: int | None, options: Mapping[str, Any]) -> Chosen:
         name = entry.spec.name
@@ -175,6 +206,14 @@ class Catalog:
         merged = laid_over(merged, given)
         merged["scorers"] = _with_scorer_options(entry.spec, scorer_options)
         return Chosen(entry, parse_options(TaskSpec, merged, f"--set {name}"), variant, limit)
+
+
+def _standing_in(chosen: Chosen, asked: str | None) -> Chosen:
+    """Say in the task's notes, which stand beside its numbers, what it stands in for."""
+    if asked is None:
+        return chosen
+    note = f"stands in for the suite's {asked}: the endpoint takes conversations alone and gives no log-likelihoods"
+    return replace(chosen, spec=chosen.spec.model_copy(update={"notes": (*chosen.spec.notes, note)}), asked=asked)
 
 
 def load_catalog(registry: Registry, folders: Iterable[str | Path] = ()) -> Catalog:

@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from harness.cli_align import AlignCommand, align
-from harness.errors import ExitCode, HarnessError, Requeue, UserError
+from harness.cli_eval import Folders, Json, PluginFiles, compare, eval_, options_of, report
+from harness.cli_judge import judge_app
+from harness.cli_merge import MergeCommand, fold, merge
+from harness.cli_serve import serve
+from harness.errors import ExitCode, HarnessError, Requeue
 
 if TYPE_CHECKING:
     from harness.catalog import Catalog
@@ -29,13 +33,16 @@ app = typer.Typer(
 )
 plugins_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None, help="List plugins, or write a new one.")
 app.add_typer(plugins_app, name="plugins")
+app.command("eval")(eval_)
+app.command("report")(report)
+app.command("compare")(compare)
 app.command("align", cls=AlignCommand)(align)
+app.command("merge", cls=MergeCommand)(merge)
+app.command("fold")(fold)
+app.command("serve")(serve)
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List data sets, or see what training sees.")
 app.add_typer(data_app, name="data")
-
-PluginFiles = Annotated[list[str] | None, typer.Option("--plugin", help="Loose plugin file to load (repeatable).")]
-Folders = Annotated[list[str] | None, typer.Option("--tasks", help="Folder of task YAML files (repeatable).")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+app.add_typer(judge_app, name="judge")
 
 
 def main() -> NoReturn:
@@ -95,15 +102,6 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _options(pairs: list[str] | None) -> dict[str, Any]:
-    from harness.config import set_path
-
-    options: dict[str, Any] = {}
-    for pair in pairs or ():
-        set_path(options, pair)
-    return options
-
-
 def _load(plugins: list[str] | None, folders: list[str] | None) -> tuple[Registry, Catalog]:
     from harness.catalog import load_catalog
     from harness.registry import load_plugins
@@ -112,101 +110,6 @@ def _load(plugins: list[str] | None, folders: list[str] | None) -> tuple[Registr
     settings = load_settings()
     registry = load_plugins([*settings.plugins, *(plugins or ())])
     return registry, load_catalog(registry, [*settings.task_folders, *(folders or ())])
-
-
-@app.command("eval")
-def eval_(
-    model: Annotated[str, typer.Option(help="Model folder, hub id, or URL of an OpenAI-compatible endpoint.")],
-    task: Annotated[
-        list[str] | None, typer.Option(help="Task name, NAME:raw, NAME:chat, lm_eval:NAME or YAML.")
-    ] = None,
-    suite: Annotated[str | None, typer.Option(help="Suite name; `quick` if no task is given either.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="Folder or hub id of a peft adapter.")] = None,
-    control: Annotated[str | None, typer.Option(help="Value of the adapter's conditioning.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None,
-    engine: Annotated[str | None, typer.Option(help="transformers, vllm, openai, or auto.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Samples per leaf task (per subject of MMLU, say).")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of few-shot choice, sampling and resampling.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Run folder; continues if it holds this evaluation.")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run folder holds and start over.")] = False,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="engine.KEY=V, TASK.limit=N, TASK.scorer.KEY=V.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    plugin: PluginFiles = None,
-    tasks: Folders = None,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load pickled weights (can run code).")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
-    allow_template_mismatch: Annotated[
-        bool, typer.Option("--allow-template-mismatch", help="Go on when adapter and model differ in template.")
-    ] = False,
-) -> int:
-    """Evaluate a model: helpfulness and harmlessness, with intervals, from one command."""
-    from harness.config import laid_over, parse_options
-    from harness.execute import evaluate
-    from harness.progress import for_terminal
-    from harness.registry import load_plugins
-    from harness.report import write_reports
-    from harness.settings import load_settings
-    from harness.specs import ModelSpec
-
-    if limit is not None and limit < 1:
-        raise UserError("--limit", f"{limit} is no positive number", "Give 1 or more, or leave it out for all samples.")
-    settings = load_settings()
-    model_spec = parse_options(
-        ModelSpec,
-        {
-            "model": model,
-            "revision": revision,
-            "adapter": adapter,
-            "control": control,
-            "dtype": dtype,
-            "allow_pickle": allow_pickle,
-            "trust_remote_code": trust_remote_code,
-            "allow_template_mismatch": allow_template_mismatch,
-        },
-        "harness eval",
-    )
-    with for_terminal() as reporter:
-        evaluation = evaluate(
-            model_spec,
-            tasks=task or (),
-            suite=suite,
-            out=out,
-            fresh=fresh,
-            registry=load_plugins([*settings.plugins, *(plugin or ())]),
-            reporter=reporter,
-            engine=engine or settings.engine,
-            limit=limit,
-            seed=seed,
-            options=laid_over(settings.options, _options(set_)),
-            task_folders=(*settings.task_folders, *(tasks or ())),
-        )
-        spent = ", ".join(f"{name} {value:.1f}" for name, value in evaluation.seconds.items() if value)
-        if spent:
-            reporter.note(f"seconds: {spent}")
-    _print_report(write_reports(evaluation.root), evaluation.root)
-    return ExitCode.STEPS_FAILED if evaluation.failures else ExitCode.DONE
-
-
-def _print_report(report: Any, root: Path) -> None:
-    from rich.console import Console
-
-    from harness.report import terminal_table
-
-    console = Console()
-    console.print(terminal_table(report))
-    console.print(f"{root / 'report' / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
-
-
-@app.command()
-def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
-    """Rebuild a run's report from its records, and print it."""
-    from harness.report import write_reports
-
-    _print_report(write_reports(run), run)
 
 
 @app.command()
@@ -358,7 +261,7 @@ def data_show(
     from harness import show
     from harness.registry import load_plugins
 
-    options = {"schema": schema, "loss_on": loss_on, "data": _options(set_)}
+    options = {"schema": schema, "loss_on": loss_on, "data": options_of(set_)}
     registry = load_plugins(plugin or ())
     shown = show.look(
         dataset,
@@ -375,36 +278,6 @@ def data_show(
     console = console if console.is_terminal else Console(width=200)
     for part in [*show.samples(shown, samples, mask=mask), *show.summary(shown)]:
         console.print(part, highlight=False, soft_wrap=isinstance(part, Text))
-
-
-@app.command()
-def compare(
-    run_a: Annotated[Path, typer.Argument(help="Run folder of the reference.")],
-    run_b: Annotated[Path, typer.Argument(help="Run folder of the candidate.")],
-    fail_if_worse: Annotated[bool, typer.Option("--fail-if-worse", help="Exit 4 if B is significantly worse.")] = False,
-    show: Annotated[int, typer.Option(help="Samples that changed, per metric, to show.")] = 3,
-    every: Annotated[bool, typer.Option("--all", help="Also metrics that the leaderboard does not show.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
-    alpha: Annotated[float, typer.Option(help="Level of the tests, Holm-adjusted over the table.")] = 0.05,
-    as_json: Json = False,
-) -> int:
-    """Paired differences between two runs, with p-values and the samples that changed."""
-    from harness import compare as comparing
-    from harness import compare_text
-
-    result = comparing.compare_runs(run_a, run_b, seed=seed, alpha=alpha)
-    if as_json:
-        _print_json(result.to_dict())
-    else:
-        from rich.console import Console
-
-        console = Console()
-        console.print(compare_text.comparison_table(result, everything=every))
-        changed = comparing.changed_samples(run_a, run_b, limit=show, everything=every) if show else []
-        console.print(compare_text.changed_text(changed, result), markup=False, highlight=False, soft_wrap=True)
-    if fail_if_worse and result.regressions:
-        return ExitCode.REGRESSION
-    return ExitCode.STEPS_FAILED if result.failed else ExitCode.DONE
 
 
 @app.command()

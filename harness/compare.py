@@ -1,6 +1,7 @@
-"""Two runs side by side: paired differences, corrected for how many there are, and the samples that changed.
+"""Runs and arms side by side: paired differences, corrected for how many there are, and the samples that changed.
 
-Run A is the reference and run B what is judged: a difference is B minus A. Nothing is generated or scored here.
+Run A is the reference and run B what is judged: a difference is B minus A. Within one run the base is the reference of
+every other arm. Nothing is generated or scored here.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import Any, Literal
 from pydantic import Field
 
 from harness.config import Config
-from harness.pairing import Side, match_metrics, match_tasks, obstacle, open_ended
+from harness.errors import UserError
+from harness.pairing import Side, base_of, match_metrics, match_tasks, obstacle, open_ended, pair_arms
+from harness.parity import check_engines
 from harness.records import SCHEMA_VERSION
 from harness.report_text import task_label
-from harness.results import RunResult, Texts, clip, portable, visible
+from harness.results import RunResult, Texts, clip, visible
 from harness.stats import compare_paired, holm
 
 Verdict = Literal["better", "worse", "no difference shown", "not comparable"]
@@ -27,6 +30,7 @@ TEXT_LIMIT = 2_000
 class Difference(Config):
     """One metric of one task: run B against run A, on the samples that both scored."""
 
+    arm: str | None = Field(None, description="arm of B, where there are several")
     task: str
     variant_a: str
     variant_b: str
@@ -53,10 +57,11 @@ class Difference(Config):
 
     @property
     def label(self) -> str:
-        """Task with its variant, or both variants where they differ."""
+        """Task with its variant, or both variants where they differ; after its arm, where there are several."""
+        arm = "" if self.arm is None else f"{visible(self.arm)}, "
         if self.variant_a == self.variant_b:
-            return task_label(self.task, self.variant_a)
-        return visible(f"{self.task} ({self.variant_a} → {self.variant_b})")
+            return arm + task_label(self.task, self.variant_a)
+        return arm + visible(f"{self.task} ({self.variant_a} → {self.variant_b})")
 
 
 class ComparisonReport(Config):
@@ -84,7 +89,10 @@ class ComparisonReport(Config):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON: all fields, and the regressions by name."""
-        named = [{"task": one.task, "metric": one.metric} for one in self.regressions]
+        named = [
+            {**({"arm": one.arm} if one.arm is not None else {}), "task": one.task, "metric": one.metric}
+            for one in self.regressions
+        ]
         return {**self.model_dump(mode="json"), "regressions": named}
 
 
@@ -105,48 +113,93 @@ class ChangedSample:
     answer_b: str | None
 
 
-def compare_runs(run_a: Path, run_b: Path, *, seed: int = 0, alpha: float = 0.05) -> ComparisonReport:
-    """Compare run B with run A, paired by sample id.
+def compare_runs(
+    run_a: Path,
+    run_b: Path | None = None,
+    *,
+    seed: int = 0,
+    alpha: float = 0.05,
+    allow_engine_mismatch: bool = False,
+) -> ComparisonReport:
+    """Compare run B with run A, or every arm of run A with its base, paired by sample id.
 
-    Holm's correction is taken over all primary metrics of the table (the others among themselves), so what is shown
-    does not depend on what else is shown. Verdicts follow the metric's direction at adjusted p < ``alpha``.
+    Arms are paired by name; a run with one arm is the reference of every arm of the other. Holm's correction is taken
+    over all primary metrics of the table (the others among themselves), so what is shown does not depend on what else
+    is shown. Verdicts follow the metric's direction at adjusted p < ``alpha``.
 
     Raises:
-        UserError: a folder is not a run, or a run has not ended.
+        UserError: a folder is not a run, a run has not ended, there is nothing to compare, or the runs come from
+            engines that no parity record brings together.
     """
-    a, b = open_ended(run_a), open_ended(run_b)
-    pairs, only_a, only_b = match_tasks(a, b)
-    failed = [pair for pair in pairs if pair[0].failed() or pair[1].failed()]
-    found = [
-        _difference(left, right, seed=seed)
-        for pair in pairs
-        if pair not in failed
-        for left, right in match_metrics(*pair)
-    ]
+    a = open_ended(run_a)
+    if run_b is None:
+        return compare_arms(a, seed=seed, alpha=alpha)
+    b = open_ended(run_b)
+    paired, only_a, only_b = pair_arms(a, b)
+    notes = (*check_engines(a, b, allowed=allow_engine_mismatch), *_notes(a, b))
+    report = _compared(paired, (a.name, b.name), seed=seed, alpha=alpha)
+    lost = {"only_a": report.only_a + only_a, "only_b": report.only_b + only_b}
+    return report.model_copy(update={**lost, "notes": notes})
+
+
+def compare_arms(run: RunResult, *, seed: int = 0, alpha: float = 0.05) -> ComparisonReport:
+    """Compare every arm of a run with its base.
+
+    Raises:
+        UserError: the run has no base, or nothing besides it.
+    """
+    base, others = base_of(run)
+    if base is None or not others:
+        what = "has no arm without an adapter" if base is None else "has one arm"
+        fix = "Give a second run, or evaluate the base too: harness eval --with-base --adapter A --adapter B."
+        raise UserError(str(run.root), f"{what}, so there is nothing to compare within it", fix)
+    name = others[0].name if len(others) == 1 else f"{len(others)} arms"
+    return _compared([(base, arm) for arm in others], (base.name, name), seed=seed, alpha=alpha)
+
+
+def _compared(
+    paired: Sequence[tuple[RunResult, RunResult]], names: tuple[str, str], *, seed: int, alpha: float
+) -> ComparisonReport:
+    found: list[Difference] = []
+    failed: list[str] = []
+    only: tuple[list[str], list[str]] = ([], [])
+    for a, b in paired:
+        pairs, *alone = match_tasks(a, b)
+        # The side that has several arms tells the pairs apart.
+        several = b if len({id(one) for _, one in paired}) > 1 else a
+        arm = (several.label or "base") if len(paired) > 1 else None
+        before = "" if arm is None else f"{visible(arm)}, "
+        for left, right in pairs:
+            if left.failed() or right.failed():
+                failed.append(before + task_label(left.name, left.variant))
+                continue
+            for sides in match_metrics(left, right):
+                found.append(_difference(*sides, seed=seed).model_copy(update={"arm": arm}))
+        for names_of, tasks in zip(only, alone, strict=True):
+            names_of += [before + task_label(task.name, task.variant) for task in tasks]
     adjusted: dict[int, float | None] = {}
     for primary in (True, False):
         family = [index for index, one in enumerate(found) if one.primary is primary]
         adjusted.update(zip(family, holm([found[index].p_value for index in family]), strict=True))
     return ComparisonReport(
-        name_a=_name(a),
-        name_b=_name(b),
+        name_a=names[0],
+        name_b=names[1],
         alpha=alpha,
         seed=seed,
         differences=tuple(_judged(one, adjusted[index], alpha) for index, one in enumerate(found)),
-        only_a=tuple(task_label(task.name, task.variant) for task in only_a),
-        only_b=tuple(task_label(task.name, task.variant) for task in only_b),
-        failed=tuple(task_label(left.name, left.variant) for left, _ in failed),
-        notes=_notes(a, b),
+        only_a=tuple(only[0]),
+        only_b=tuple(only[1]),
+        failed=tuple(failed),
     )
 
 
 def changed_samples(
-    run_a: Path, run_b: Path, *, limit: int = 10, tasks: Sequence[str] = (), everything: bool = False
+    run_a: Path, run_b: Path | None = None, *, limit: int = 10, tasks: Sequence[str] = (), everything: bool = False
 ) -> list[ChangedSample]:
     """The samples whose score changed most, at most ``limit`` per task and metric, those that got worse first.
 
     Args:
-        run_a, run_b: folders of two runs.
+        run_a, run_b: folders of two runs; the first alone: its base and its other arms.
         limit: most samples per task and metric.
         tasks: only these tasks, by name without variant; all when empty.
         everything: also the metrics that are not primary.
@@ -154,9 +207,14 @@ def changed_samples(
     Raises:
         UserError: a folder is not a run, or a run has not ended.
     """
-    pairs, _, _ = match_tasks(open_ended(run_a), open_ended(run_b))
+    a = open_ended(run_a)
+    if run_b is None:
+        base, others = base_of(a)
+        arms = [(base, arm) for arm in others] if base is not None else []
+    else:
+        arms, _, _ = pair_arms(a, open_ended(run_b))
     found: list[ChangedSample] = []
-    for left_task, right_task in pairs:
+    for left_task, right_task in [pair for one in arms for pair in match_tasks(*one)[0]]:
         if (tasks and left_task.name not in tasks) or left_task.failed() or right_task.failed():
             continue
         for left, right in match_metrics(left_task, right_task):
@@ -166,18 +224,12 @@ def changed_samples(
     return found
 
 
-def _name(run: RunResult) -> str:
-    model, adapter = run.plan.get("model") or {}, run.plan.get("adapter") or {}
-    names = [str(part.get("name") or part.get("ref") or "") for part in (model, adapter) if part]
-    return visible(portable(" + ".join(name for name in names if name) or run.root.name))
-
-
 def _difference(a: Side, b: Side, *, seed: int) -> Difference:
     values_a, values_b = a.values, b.values
     shared = values_a.keys() & values_b.keys()
     unscored = sum(values_a[key] is None or values_b[key] is None for key in shared)
     base: dict[str, Any] = {
-        "task": a.task.name,
+        "task": b.row.task if b.row is not None else b.task.name,
         "variant_a": a.task.variant,
         "variant_b": b.task.variant,
         "metric": a.metric.name,
@@ -240,11 +292,7 @@ def _judged(one: Difference, p_adjusted: float | None, alpha: float) -> Differen
 def _notes(a: RunResult, b: RunResult) -> tuple[str, ...]:
     """What else differs between the runs and could explain a difference."""
     notes = []
-    for word, keys in (
-        ("engine", ("engine", "name")),
-        ("dtype", ("spec", "model", "dtype")),
-        ("seed", ("spec", "seed")),
-    ):
+    for word, keys in (("dtype", ("spec", "model", "dtype")), ("seed", ("spec", "seed"))):
         values = [_at(run.plan, keys) for run in (a, b)]
         if values[0] != values[1]:
             notes.append(f"{word} differs: {visible(str(values[0]))} in A, {visible(str(values[1]))} in B")

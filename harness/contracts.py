@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel
 
 from harness import config
+from harness.errors import UserError
 from harness.recipes import Recipe
 from harness.records import AdapterInfo, Answer, Metric, ModelInfo, Output, Request, Sample, Score
 
@@ -50,6 +51,7 @@ class Capabilities:
     loglikelihood: bool = False
     prompt_embeds: bool = False
     max_adapters: int = 0
+    """Adapters that one session holds beside the base; more are taken in groups, one session after another."""
     max_adapter_rank: int = 0
     chat_only: bool = False
     """Takes conversations alone and applies the template itself: a raw prompt cannot be sent."""
@@ -78,6 +80,42 @@ class Availability:
     usable: bool
     reason: str = ""
     install: str | None = None
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What an engine's own server is to serve, and where."""
+
+    model: ModelInfo
+    name: str
+    """What requests call the base."""
+    adapters: Mapping[str, AdapterInfo]
+    """What requests call an adapter -> the adapter."""
+    options: Any
+    host: str
+    port: int
+    template: Path | None = None
+    """File with the chat template; None: there is none."""
+
+
+@dataclass(frozen=True)
+class ServerCommand:
+    """``python -m module arguments``: a server that answers ``/health`` and ``/v1/models`` once it is ready."""
+
+    module: str
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Laid over this process's own."""
+    key_variable: str | None = None
+    """Environment variable in which the server takes the API key that it asks for."""
+    gpus: int = 0
+    """GPUs it takes; 0: it runs on the processor."""
+    gpu_share: float = 0.9
+    """Share of each GPU's memory that it takes at once."""
+    beside_gib: float = 0.0
+    """Memory of the processor that it takes beside the weights (GiB)."""
+    notes: tuple[str, ...] = ()
+    """What a user of this server should know."""
 
 
 class Session(ABC):
@@ -123,6 +161,18 @@ class Engine(Plugin):
         """
         return model, options
 
+    def adapter_problem(self, model: ModelInfo, adapter: AdapterInfo, options: Any) -> str | None:
+        """Why this adapter cannot be served beside the base, found out without loading; None: it can be.
+
+        Such an adapter is folded into a temporary checkpoint, which is opened on its own.
+        """
+        able = self.capabilities(model, options)
+        if able.max_adapters < 1:
+            return able.reasons.get("adapters", "this engine serves no adapters")
+        if adapter.rank > able.max_adapter_rank:
+            return f"rank {adapter.rank}, and this engine serves ranks up to {able.max_adapter_rank}"
+        return None
+
     @abstractmethod
     def identity(self, options: Any) -> dict[str, Any]:
         """Name, version and those options that may move a number: enters the id of every answers step."""
@@ -130,6 +180,14 @@ class Engine(Plugin):
     @abstractmethod
     def open(self, model: ModelInfo, adapters: Sequence[AdapterInfo], options: Any) -> Session:
         """Load the model. ``Request.adapter`` is the ``name`` of one of ``adapters``, or None for the base."""
+
+    def server_problems(self, model: ModelInfo, options: Any) -> list[UserError]:
+        """Why this engine's own OpenAI-compatible server cannot serve the base; found out without loading."""
+        return [UserError(f"--engine {self.name}", "brings no server of its own", "Use --engine vllm.")]
+
+    def server(self, serving: Serving) -> ServerCommand:
+        """How that server is started; asked only where :meth:`server_problems` finds none."""
+        raise NotImplementedError(f"engine {self.name} brings no server")
 
 
 # ---------------------------------------------------------------------------------------------------------- scorers
@@ -143,9 +201,12 @@ class ScorerContext:
     seed: int
     folder: Path | None = None
     """A folder of the run that survives interruption: for a judge's verdicts, say."""
+    shared: Path | None = None
+    """The same for all steps of the run: what a judge said there needs no second call, nor a second payment."""
     progress: Callable[[int], None] = lambda more: None
     """Told how many more samples have been scored."""
-    open_engine: Callable[..., Session] | None = None
+    open_engine: Callable[..., Any] | None = None
+    """Opens a model for the scorer's own use, a judge say: :func:`harness.engines.open_engine`; the scorer closes it."""
     runtime: Any = None
     """The open task; used by the scorer that hands lm-eval's own metrics through."""
 
@@ -178,9 +239,21 @@ class Scorer(Plugin):
         """What of the scorer enters a scores step's id; a scorer with a model adds the digest of its weights."""
         return {"name": self.name, "options": options.model_dump(mode="json")}
 
+    def label(self, options: Any) -> str | None:
+        """What a task's name carries in rows because of this scorer, the judge say: ``alpaca_eval2@LABEL``."""
+        return None
+
     def aggregate(self, metric: Metric, scores: Sequence[Score]) -> float | None:
         """One number over samples, for a metric that declares ``aggregate="corpus"`` (perplexity, F1, BLEU)."""
         raise NotImplementedError(f"{self.name} declares {metric.name} as a corpus metric and does not aggregate it")
+
+    def notes(self) -> tuple[str, ...]:
+        """What should stand beside the numbers, asked after :meth:`score`: which judge, what it cost."""
+        return ()
+
+    def withheld(self, metric: Metric, scores: Sequence[Score]) -> str | None:
+        """Why this metric's mean must not be shown although there are scores; None: it may."""
+        return None
 
     def close(self) -> None:
         """Release what :meth:`score` opened; called once after the last call of it."""
@@ -380,6 +453,21 @@ class Merger(Plugin):
     per_model: ClassVar[tuple[str, ...]] = ()
     """Fields of Config of the type ``float | tuple[float, ...]``: one value, or one for each model in their order."""
 
+    def settle(self, weights: Sequence[float] | None, count: int, config: Any) -> tuple[tuple[float, ...], Any]:
+        """Weights and options with everything filled in, for ``count`` models; asked before anything is read.
+
+        Args:
+            weights: as the user gave them; None: not at all.
+
+        Raises:
+            UserError: they make no sense together; ``where`` is ``weights`` or the option.
+        """
+        given = tuple(weights) if weights is not None else (1 / count,) * count
+        if any(weight < 0 for weight in given):
+            shown = ", ".join(f"{weight:g}" for weight in given)
+            raise UserError("weights", f"{self.name} takes no weight below 0, found {shown}", "Give weights from 0 on.")
+        return given, config
+
     def prepare(self, models: Sequence[Mapping[str, Callable[[], torch.Tensor]]], config: Any) -> Merger:
         """Optional look at whole models (name -> a function that reads the tensor) before the first tensor.
 
@@ -400,7 +488,7 @@ class Merger(Plugin):
         """Merge one tensor of each model.
 
         Args:
-            tensors: one per model, float32, all of one shape; weights or deltas, as ``operates_on`` says. Never changed.
+            tensors: one per model, float32, of one shape; weights or deltas, as ``operates_on`` says. Never changed.
             base: the base's tensor, where there is a base.
             weights: one per model.
             config: options in force for this very tensor.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from harness import prompts
@@ -12,6 +13,7 @@ from harness.catalog import Chosen
 from harness.config import parse_options
 from harness.contracts import Dataset, DatasetJob, DatasetRow, Scorer
 from harness.errors import StepError, UserError
+from harness.generation_config import decoding_of_model
 from harness.records import Answer, Metric, ModelInfo, Request, Row, Sample, Score, digest_of
 from harness.registry import Registry
 from harness.specs import DatasetRef, PromptKind, TaskSpec
@@ -122,14 +124,13 @@ def open_task(
     registry: Registry,
     *,
     seed: int,
-    adapter: str | None = None,
-    control: str | None = None,
 ) -> OpenTask:
     """Read the data, write the prompts, tokenise them once."""
     if chosen.spec.lm_eval is not None:
         from harness import lmeval
 
-        if tokenizer is None:
+        # A conversation is sent as it is: an endpoint that takes one needs no tokenizer here.
+        if tokenizer is None and variant != "chat":
             raise UserError(
                 f"--task {chosen.spec.name}",
                 "lm-eval's tasks need the model's tokenizer, and an endpoint does not hand it out",
@@ -138,19 +139,22 @@ def open_task(
         runtime = lmeval.open_task(chosen, variant, model, tokenizer, seed)
         opened = OpenTask(runtime.samples, runtime=runtime)
     else:
-        opened = _open_native(chosen, variant, model, tokenizer, registry)
+        opened = _open_native(chosen, variant, model, tokenizer, registry, seed)
     if not opened.samples:
         reasons = ", ".join(f"{count} {reason}" for reason, count in opened.dropped.items()) or "the data set is empty"
         raise UserError(f"--task {chosen.spec.name}", f"no samples are left ({reasons})", "Check its data and filters.")
-    if adapter is not None or control is not None:
-        opened.samples = [_steered(sample, adapter, control) for sample in opened.samples]
     return opened
 
 
-def _steered(sample: Sample, adapter: str | None, control: str | None) -> Sample:
-    from dataclasses import replace
-
-    return replace(sample, requests=tuple(replace(r, adapter=adapter, control=control) for r in sample.requests))
+def steered(opened: OpenTask, adapter: str | None, control: str | None) -> OpenTask:
+    """The same questions to the base under an adapter, or under a value of its conditioning."""
+    if adapter is None and control is None:
+        return opened
+    samples = [
+        replace(sample, requests=tuple(replace(r, adapter=adapter, control=control) for r in sample.requests))
+        for sample in opened.samples
+    ]
+    return replace(opened, samples=samples)
 
 
 def _open_native(
@@ -159,19 +163,35 @@ def _open_native(
     model: ModelInfo,
     tokenizer: PreTrainedTokenizerBase | None,
     registry: Registry,
+    seed: int,
 ) -> OpenTask:
     spec = chosen.spec
     plugin, job = dataset_of(spec, registry, chosen)
+    if spec.decoding_of == "model":
+        spec = spec.model_copy(update={"decoding": decoding_of_model(spec.decoding, model, seed, job.note)})
+    if spec.decoding.max_new_tokens >= model.max_length:
+        # AlpacaEval's 2,048 tokens on a Llama 1, say: half of the context is the prompt's.
+        most, asked = model.max_length // 2, spec.decoding.max_new_tokens
+        job.note(f"the model's context is {model.max_length} tokens: at most {most} new ones instead of {asked}")
+        decoding = spec.decoding.model_copy(update={"max_new_tokens": most})
+        spec = spec.model_copy(update={"decoding": decoding})
     samples: list[Sample] = []
     seen: set[str] = set()
+    counts: Counter[str | None] = Counter()
     for row in plugin.rows(job):
-        if chosen.limit is not None and len(samples) >= chosen.limit:
+        if spec.leaf is None and chosen.limit is not None and len(samples) >= chosen.limit:
             break
         if row.id in seen:
             raise StepError(spec.name, f"the data set yields the id {row.id!r} twice")
         seen.add(row.id)
-        where = f"{chosen.entry.file or f'task {spec.name}'}, template, row {row.id}"
-        samples.append(_native_sample(spec, row, where, variant, model, tokenizer))
+        place = chosen.entry.file or f"task {spec.name}"
+        leaf = prompts.render(spec.leaf, row.data, f"{place}, leaf, row {row.id}").strip() if spec.leaf else ""
+        counts[leaf] += 1
+        # As for lm-eval's groups: the limit holds for each leaf task.
+        if chosen.limit is not None and counts[leaf] > chosen.limit:
+            continue
+        sample = _native_sample(spec, row, f"{place}, template, row {row.id}", variant, model, tokenizer)
+        samples.append(replace(sample, leaf=leaf or None))
     return OpenTask(samples, job.dropped, tuple(job.notes))
 
 
@@ -193,17 +213,17 @@ def _native_sample(
         messages = (*system, {"role": "user", "content": turn})
     if tokenizer is not None:
         if messages is not None:
-            ids, sent = prompts.encode_chat(tokenizer, messages)
+            ids, sent = prompts.encode_chat(tokenizer, messages, generation_prompt=spec.generation_prompt)
         else:
             ids = prompts.encode(tokenizer, turn)
         prompts.check_bos(ids, tokenizer, where)
-    room = model.max_length - spec.decoding.max_new_tokens
-    if room <= 0:
+    elif messages is not None and not spec.generation_prompt:
         raise UserError(
             f"--task {spec.name}",
-            f"asks for {spec.decoding.max_new_tokens} new tokens, and the model's context is {model.max_length}",
-            f"Lower it with --set {spec.name}.decoding.max_new_tokens=N.",
+            "sends a user turn without the assistant's header, and an endpoint applies the chat template itself",
+            "Give the model's tokenizer with --set engine.tokenizer=PATH_OR_HUB_ID, and its completions API.",
         )
+    room = model.max_length - spec.decoding.max_new_tokens
     request = Request(
         "generate",
         tuple(ids[-room:]),
@@ -300,8 +320,8 @@ def _row(
     values = [score.values[metric.name] for _, _, score in triples]
     unscored = sum(value is None for value in values)
     share = unscored / len(values)
-    withheld = None
-    if share > metric.threshold:
+    withheld = scorer.withheld(metric, [score for _, _, score in triples])
+    if withheld is None and share > metric.threshold:
         withheld = f"{unscored} of {len(values)} samples are unscored, above the threshold of {metric.threshold:.0%}"
     mean = stderr = None
     interval: tuple[float, float] | None = None
@@ -310,10 +330,7 @@ def _row(
         mean, stderr, interval = _corpus(scorer, metric, [score for _, _, score in triples])
         notes.append(f"{metric.name} is a corpus metric: interval by bootstrap over samples, {CORPUS_DRAWS} draws")
     elif withheld is None:
-        binary = metric.unit == "proportion" and all(value in (0.0, 1.0, None) for value in values)
-        summary = summarise(values, kind="proportion" if binary else "mean")
-        mean, stderr = summary.mean, summary.stderr
-        interval = (summary.interval.low, summary.interval.high) if summary.interval is not None else None
+        mean, stderr, interval = _mean(metric, values)
     chance = _chance(metric, [sample for sample, _, _ in triples])
     return Row(
         model=context.model,
@@ -337,6 +354,22 @@ def _row(
         step=context.step,
         notes=tuple(notes),
     )
+
+
+def _mean(
+    metric: Metric, values: Sequence[float | None]
+) -> tuple[float | None, float | None, tuple[float, float] | None]:
+    """Mean, standard error and interval; a share that is told in percent has the interval of a share."""
+    whole = {"proportion": 1.0, "percent": 100.0}.get(metric.unit, 0.0)
+    if whole and all(value in (0.0, whole, None) for value in values):
+        summary = summarise([None if value is None else value / whole for value in values], kind="proportion")
+    else:
+        summary, whole = summarise(values), 1.0
+    if summary.mean is None:
+        return None, None, None
+    span = summary.interval
+    stderr = None if summary.stderr is None else summary.stderr * whole
+    return summary.mean * whole, stderr, None if span is None else (span.low * whole, span.high * whole)
 
 
 def _chance(metric: Metric, samples: Sequence[Sample]) -> float | None:

@@ -1,4 +1,4 @@
-"""Drive one open engine over one task's requests; every answer is in the journal before it counts."""
+"""Drive one open engine over a task's requests, of one arm or many; every answer is in a journal before it counts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from harness.contracts import Session
 from harness.errors import StepError
-from harness.records import Answer, Output, Sample
+from harness.records import Answer, Output, Request, Sample
 from harness.store import Damage, Journal, rows_digest
 
 
@@ -49,70 +49,131 @@ def stored(
     return found
 
 
+@dataclass
+class Part:
+    """One arm's share of what is asked at once: its samples, and the journal that its answers go to."""
+
+    samples: Sequence[Sample]
+    journal: Journal
+    send: Callable[[Request], Request] = lambda request: request
+    """The request as the open engine knows it: an adapter may go by another name there, or be folded in."""
+    asked: list[_Asked] = field(default_factory=list, init=False)
+    rows: dict[Any, dict[str, Any]] = field(default_factory=dict, init=False)
+    reused: int = field(default=0, init=False)
+    damage: Damage = field(default_factory=Damage, init=False)
+
+    def recover(self) -> None:
+        """Read what the journal holds of these very requests."""
+        self.asked = [
+            _Asked(self, sample, index, request, request.digest)
+            for sample in self.samples
+            for index, request in enumerate(sample.requests)
+        ]
+        wanted = {one.key: one.digest for one in self.asked}
+        if len(wanted) != len(self.asked):
+            raise StepError("answers", "two samples of the task have the same id")
+        old, self.damage = self.journal.recover()
+        self.rows = stored(old, wanted)
+        self.reused = len(self.rows)
+
+    def answered(self) -> Answered:
+        """All answers, once they are there."""
+        ordered = [self.rows[one.key] for one in self.asked]
+        outputs_by_sample: dict[str, list[Output]] = {}
+        for row in ordered:
+            outputs_by_sample.setdefault(row["item"], []).append(Output.from_json(row["output"]))
+        return Answered(
+            answers=[Answer(sample.id, tuple(outputs_by_sample[sample.id])) for sample in self.samples],
+            digest=rows_digest(ordered),
+            computed=len(self.asked) - self.reused,
+            reused=self.reused,
+            errors=sum("error" in row["output"] for row in ordered),
+            batch_dependent=sum("batch_dependent" in row["output"] for row in ordered),
+            damage=self.damage,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    part: Part
+    sample: Sample
+    index: int
+    request: Request
+    digest: str
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return key_of(self.sample.id, self.index)
+
+    @property
+    def missing(self) -> bool:
+        return self.key not in self.part.rows
+
+
 def answer(
-    samples: Sequence[Sample],
-    journal: Journal,
+    parts: Sequence[Part],
     open_session: Callable[[], Session],
     advance: Callable[[int], None] = lambda items: None,
     *,
     batchwise: bool = True,
-) -> Answered:
-    """Answer every request of ``samples``; what the journal holds is not asked again.
+) -> list[Answered]:
+    """Answer every request of every part; what a part's journal holds is not asked again.
 
-    Batches are planned from the whole list, and a batch of which anything is missing runs again whole, so that an
-    interrupted task ends with the very answers of an uninterrupted one. A request that failed is asked once more in
-    the next run.
+    The parts are asked together, so that an engine which serves several adapters in one batch can. Batches are planned
+    from the whole list, and a batch of which anything is missing runs again whole, so that an interrupted task ends
+    with the very answers of an uninterrupted one. A request that failed is asked once more in the next run.
 
     Args:
-        samples: with their requests.
-        journal: where batches go.
+        parts: one per arm, each with samples and journal.
         open_session: called only if something is missing.
         advance: told how many requests were answered.
         batchwise: whether the requests of a batch may influence each other; otherwise only what is missing of a batch
             is asked (an endpoint: every call costs).
     """
-    flat = [(sample, index, request) for sample in samples for index, request in enumerate(sample.requests)]
-    digests = [request.digest for _, _, request in flat]
-    keys = [key_of(sample.id, index) for sample, index, _ in flat]
-    wanted = dict(zip(keys, digests, strict=True))
-    if len(wanted) != len(keys):
-        raise StepError("answers", "two samples of the task have the same id")
-    old, damage = journal.recover()
-    rows = stored(old, wanted)
-    reused = len(rows)
-    advance(reused)
-    if reused < len(flat):
-        session = open_session()
-        plan = session.batches([request for _, _, request in flat])
-        _check_plan(plan, len(flat))
-        for batch in plan:
-            missing = [i for i in batch if keys[i] not in rows]
-            if not missing:
-                continue
-            asked = batch if batchwise else missing
-            outputs = session.run([flat[i][2] for i in asked])
-            if len(outputs) != len(asked):
-                raise StepError("answers", f"the engine returned {len(outputs)} outputs for {len(asked)} requests")
-            by_index = dict(zip(asked, outputs, strict=True))
-            # What is stored stays, byte for byte: where batches matter at all, only the lost answers may differ.
-            new = {i: row_of(flat[i][0], flat[i][1], digests[i], by_index[i]) for i in missing}
-            journal.append(list(new.values()))
-            rows.update({keys[i]: row for i, row in new.items()})
-            advance(len(missing))
-    journal.close()
-    ordered = [rows[key] for key in keys]
-    outputs_by_sample: dict[str, list[Output]] = {}
-    for row in ordered:
-        outputs_by_sample.setdefault(row["item"], []).append(Output.from_json(row["output"]))
-    return Answered(
-        answers=[Answer(sample.id, tuple(outputs_by_sample[sample.id])) for sample in samples],
-        digest=rows_digest(ordered),
-        computed=len(flat) - reused,
-        reused=reused,
-        errors=sum("error" in row["output"] for row in ordered),
-        batch_dependent=sum("batch_dependent" in row["output"] for row in ordered),
-        damage=damage,
-    )
+    for part in parts:
+        part.recover()
+        advance(part.reused)
+    # A part that has everything takes no place in the batches of the others.
+    flat = [one for part in parts if part.reused < len(part.asked) for one in part.asked]
+    if flat:
+        _ask(flat, open_session(), advance, batchwise)
+    for part in parts:
+        part.journal.close()
+    return [part.answered() for part in parts]
+
+
+def _ask(flat: Sequence[_Asked], session: Session, advance: Callable[[int], None], batchwise: bool) -> None:
+    sent = [one.part.send(one.request) for one in flat]
+    plan = session.batches(sent)
+    _check_plan(plan, len(flat))
+    for batch in plan:
+        missing = [i for i in batch if flat[i].missing]
+        if not missing:
+            continue
+        asked = batch if batchwise else missing
+        outputs = session.run([sent[i] for i in asked])
+        if len(outputs) != len(asked):
+            raise StepError("answers", f"the engine returned {len(outputs)} outputs for {len(asked)} requests")
+        by_index = dict(zip(asked, outputs, strict=True))
+        # What is stored stays, byte for byte: where batches matter at all, only the lost answers may differ.
+        new: dict[int, dict[Any, dict[str, Any]]] = {}
+        for i in missing:
+            one = flat[i]
+            new.setdefault(id(one.part), {})[one.key] = row_of(one.sample, one.index, one.digest, by_index[i])
+        for part in {id(flat[i].part): flat[i].part for i in missing}.values():
+            part.journal.append(list(new[id(part)].values()))
+            part.rows.update(new[id(part)])
+        advance(len(missing))
+
+
+def ask(session: Session, requests: Sequence[Request]) -> list[Output]:
+    """Answers that nobody keeps, in the order of the requests."""
+    outputs: dict[int, Output] = {}
+    plan = session.batches(requests) if requests else []
+    _check_plan(plan, len(requests))
+    for batch in plan:
+        outputs.update(zip(batch, session.run([requests[i] for i in batch]), strict=True))
+    return [outputs[index] for index in range(len(requests))]
 
 
 def load_answers(samples: Sequence[Sample], journal: Journal) -> Answered | None:

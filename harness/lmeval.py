@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 LM_EVAL_SEEDS = (0, 1234, 1234)
 """lm-eval's own defaults for random, numpy and few-shot choice; ``--seed N`` is added to each."""
 _OPTION = re.compile(r"\([A-Z]\)")
+LETTER = re.compile(r"[A-Z]")
+"""A target that is the bare letter of an option."""
+_LISTED = re.compile(r"^([A-Z])\. ", re.MULTILINE)
 
 
 @dataclass
@@ -132,9 +135,11 @@ def _give(item: Item, answer: Answer) -> None:
 
 @compiled_once()
 def open_task(
-    chosen: Chosen, variant: PromptKind, model: ModelInfo, tokenizer: PreTrainedTokenizerBase, seed: int
+    chosen: Chosen, variant: PromptKind, model: ModelInfo, tokenizer: PreTrainedTokenizerBase | None, seed: int
 ) -> LmEvalRuntime:
     """Load an lm-eval task or group and build every sample's requests.
+
+    Without a tokenizer they are conversations, for an endpoint that takes them as they are.
 
     Raises:
         UserError: unknown task, data that cannot be loaded, a chat variant without a template.
@@ -181,15 +186,19 @@ def _items(name: str, task: Task) -> Iterator[Item]:
 
 
 def _guessing(task: Task) -> Callable[[str, str], float]:
-    """Expected exact match of guessing among the answers that a BBH question allows.
+    """Expected exact match of guessing among the answers that a question of BBH or MMLU allows.
 
-    Lettered options: one over their number in the question. At most three different answers in the whole file (yes/no,
-    True/False, valid/invalid): one over that number. Open answers (a number, a sorted list): 0.
+    Lettered options ("(A)" after "Options:", "A. " in front of lines): one over their number in the question. At most
+    three different answers in the whole file (yes/no, True/False, valid/invalid): one over that number. Open answers
+    (a number, a sorted list): 0.
     """
     targets = {str(task.doc_to_target(doc)).strip() for doc in task.eval_docs}
     lettered = all(_OPTION.fullmatch(target) for target in targets)
+    bare = all(LETTER.fullmatch(target) for target in targets)
 
     def chance(prompt: str, target: str) -> float:
+        if bare and (listed := set(_LISTED.findall(prompt))):
+            return 1 / len(listed)
         if lettered and (options := set(_OPTION.findall(prompt.rsplit("Options:", 1)[-1]))):
             return 1 / len(options)
         return 1 / len(targets) if len(targets) <= 3 else 0.0

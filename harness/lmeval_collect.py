@@ -5,11 +5,11 @@ So prompts, BOS, the split of context and continuation, and truncation are lm-ev
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import StepError, UserError
-from harness.records import ModelInfo, Request
+from harness.records import Message, ModelInfo, Request
 from harness.specs import Decoding
 
 if TYPE_CHECKING:
@@ -42,8 +42,31 @@ def decoding_of(kwargs: Mapping[str, Any], default_max: int, where: str) -> Deco
     )
 
 
-def collector(model: ModelInfo, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int | None) -> Any:
+class Conversation(str):
+    """A conversation as the text that lm-eval hands on, which remembers its turns."""
+
+    messages: tuple[Message, ...] = ()
+
+    @classmethod
+    def of(cls, text: str, history: Sequence[Message]) -> Conversation:
+        """The text of a history."""
+        made = cls(text)
+        made.messages = tuple(dict(message) for message in history)
+        return made
+
+
+def _needs_tokens(task: str) -> UserError:
+    return UserError(
+        f"--task {task}",
+        "asks for log-likelihoods, which need the model's tokenizer and an endpoint that gives them",
+        "Set engine.endpoint=completions and engine.tokenizer, or take a task that generates.",
+    )
+
+
+def collector(model: ModelInfo, tokenizer: PreTrainedTokenizerBase | None, max_new_tokens: int | None) -> Any:
     """A ``TemplateLM`` that keeps the token ids it is asked about instead of computing anything.
+
+    Without a tokenizer it keeps conversations, and refuses whatever is no conversation.
 
     Defined in here because its base class is heavy to import.
     """
@@ -62,10 +85,12 @@ def collector(model: ModelInfo, tokenizer: PreTrainedTokenizerBase, max_new_toke
 
         @property
         def eot_token_id(self) -> int:
+            assert tokenizer is not None
             return int(tokenizer.eos_token_id)
 
         @property
         def prefix_token_id(self) -> int:
+            assert tokenizer is not None
             bos = tokenizer.bos_token_id
             return int(bos if bos is not None else tokenizer.eos_token_id)
 
@@ -74,6 +99,7 @@ def collector(model: ModelInfo, tokenizer: PreTrainedTokenizerBase, max_new_toke
             return model.tokenizer_digest[:16]
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            assert tokenizer is not None
             if add_special_tokens is not None:
                 return list(tokenizer.encode(string, add_special_tokens=add_special_tokens))
             # The choices of a question share their context: encode it once per document.
@@ -82,14 +108,18 @@ def collector(model: ModelInfo, tokenizer: PreTrainedTokenizerBase, max_new_toke
             return self._memory[string]
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            return str(
-                tokenizer.apply_chat_template(
-                    chat_history,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=not add_generation_prompt,
+            if tokenizer is None:
+                text = "\n\n".join(f"[{turn['role']}]\n{turn['content']}" for turn in chat_history)
+            else:
+                text = str(
+                    tokenizer.apply_chat_template(
+                        chat_history,
+                        tokenize=False,
+                        add_generation_prompt=add_generation_prompt,
+                        continue_final_message=not add_generation_prompt,
+                    )
                 )
-            )
+            return Conversation.of(text, chat_history)
 
         def collect(self, item: Any) -> None:
             self._requests, self._cut, self._memory = [], False, {}
@@ -99,6 +129,8 @@ def collector(model: ModelInfo, tokenizer: PreTrainedTokenizerBase, max_new_toke
                     start = len(self._requests)
                     if instance.request_type == "generate_until":
                         self._generate(instance, repeat)
+                    elif tokenizer is None:
+                        raise _needs_tokens(instance.task_name)
                     else:
                         getattr(self, instance.request_type)([instance], disable_tqdm=True)
                     repeats.append(range(start, len(self._requests)))
@@ -114,6 +146,12 @@ def collector(model: ModelInfo, tokenizer: PreTrainedTokenizerBase, max_new_toke
                 decoding = decoding.model_copy(update={"max_new_tokens": max_new_tokens})
             if not decoding.greedy:
                 decoding = decoding.model_copy(update={"seed": repeat})
+            messages = context.messages if isinstance(context, Conversation) else None
+            if tokenizer is None:
+                if messages is None:
+                    raise _needs_tokens(instance.task_name)
+                self._requests.append(Request("generate", (), decoding=decoding, prompt=context, messages=messages))
+                return
             ids = self.tok_encode(context)
             room = model.max_length - decoding.max_new_tokens
             if room <= 0:
@@ -123,7 +161,9 @@ def collector(model: ModelInfo, tokenizer: PreTrainedTokenizerBase, max_new_toke
                     "Lower it with --set TASK.lm_eval.max_new_tokens=N.",
                 )
             self._cut |= len(ids) > room
-            self._requests.append(Request("generate", tuple(ids[-room:]), decoding=decoding, prompt=context))
+            # Engines send the ids; a chat endpoint, which knows the template itself, the turns.
+            ids = ids[-room:]
+            self._requests.append(Request("generate", tuple(ids), decoding=decoding, prompt=context, messages=messages))
 
         def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
             for texts, context_ids, continuation_ids in requests:

@@ -231,6 +231,12 @@ def _weights(path: Path, spec: ModelSpec, where: str) -> tuple[list[Path], bool]
     return pickled, True
 
 
+def weight_files(model: ModelInfo) -> list[Path]:
+    """The files that a checkpoint's weights lie in."""
+    spec = ModelSpec(model=model.ref, allow_pickle=bool(model.spec.get("allow_pickle")))
+    return _weights(Path(model.path), spec, "--model")[0]
+
+
 def _check_safetensors(file: Path, where: str) -> None:
     """Cheap check of header and length, so that a torn download fails here and not inside an engine."""
     size = file.stat().st_size
@@ -295,14 +301,27 @@ def open_tokenizer(model: ModelInfo, where: str = "--model") -> PreTrainedTokeni
     return tokenizer
 
 
-def inspect_adapter(ref: str, model: ModelInfo, *, allow_template_mismatch: bool = False) -> AdapterInfo:
+def is_adapter(ref: str, revision: str | None, where: str) -> bool:
+    """Whether a folder or hub id holds an adapter rather than a checkpoint.
+
+    Raises:
+        UserError: no such folder or hub model.
+    """
+    path = Path(ref).expanduser()
+    folder = path if path.is_dir() else _locate(ref, revision, where, "adapter_config.json")[0]
+    return (folder / "adapter_config.json").is_file()
+
+
+def inspect_adapter(
+    ref: str, model: ModelInfo, *, revision: str | None = None, allow_template_mismatch: bool = False
+) -> AdapterInfo:
     """Read what identifies a peft adapter and check that it fits the model.
 
     Raises:
         UserError: no such adapter, not an adapter folder, another base, another chat template.
     """
     where = "--adapter"
-    path, revision = _locate(ref, None, where, "adapter_config.json")
+    path, revision = _locate(ref, revision, where, "adapter_config.json")
     config = _read_config(path / "adapter_config.json", where)
     weights = sorted(path.glob("adapter_model*.safetensors"))
     if not weights:

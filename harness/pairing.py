@@ -8,7 +8,7 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.records import Metric, Row
 from harness.report_text import task_label
-from harness.results import RunResult, Step, TaskResult, open_run
+from harness.results import RunResult, Step, TaskResult, open_run, visible
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,36 @@ def open_ended(root: Path) -> RunResult:
             "Run its `harness eval` command again: it continues where it stopped. Then compare.",
         )
     return run
+
+
+def base_of(run: RunResult) -> tuple[RunResult | None, list[RunResult]]:
+    """The arm without an adapter, and the others."""
+    base = next((arm for arm in run.arms if arm.label is None), None)
+    return base, [arm for arm in run.arms if arm is not base]
+
+
+def pair_arms(a: RunResult, b: RunResult) -> tuple[list[tuple[RunResult, RunResult]], tuple[str, ...], tuple[str, ...]]:
+    """Arms of both runs that belong together, and the names of those that only one run has.
+
+    A run with one arm goes with every arm of the other; otherwise arms of one name go together.
+    """
+    if len(a.arms) == 1 or len(b.arms) == 1:
+        return [(left, right) for left in a.arms for right in b.arms], (), ()
+    right = {arm.label: arm for arm in b.arms}
+    pairs = [(arm, right[arm.label]) for arm in a.arms if arm.label in right]
+    shared = {left.label for left, _ in pairs}
+    if not pairs:
+        raise UserError(
+            f"{a.root} and {b.root}",
+            "have no arm in common",
+            f"Arms of the first: {_names(a)}; of the second: {_names(b)}. Evaluate the same adapters in both.",
+        )
+    alone = [tuple(visible(arm.arm) for arm in run.arms if arm.label not in shared) for run in (a, b)]
+    return pairs, alone[0], alone[1]
+
+
+def _names(run: RunResult) -> str:
+    return ", ".join(visible(arm.label or "base") for arm in run.arms[:6]) + (", ..." if len(run.arms) > 6 else "")
 
 
 def match_tasks(

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from harness.arms import Candidate, find_arms
 from harness.catalog import Catalog, Chosen, code_of
-from harness.config import parse_options
+from harness.choose_engine import choose_engine, conversations_only, needs_of, refuse_unspeakable
+from harness.config import Config, parse_options
 from harness.contracts import Dataset, Engine, Scorer
-from harness.errors import UserError, unknown
+from harness.errors import UserError
 from harness.evaluation import dataset_of, resolve_variant
-from harness.models import inspect_adapter, inspect_model, is_url, with_template_of
+from harness.models import inspect_model, is_url
 from harness.provenance import NUMERICS, code_digest
 from harness.records import AdapterInfo, ModelInfo, digest_of
 from harness.registry import Registry
 from harness.specs import EvalSpec, PromptKind, ScorerRef
 
 LM_EVAL_SCORER = "lm_eval"
+LATER = {"leaf": None, "generation_prompt": True, "decoding_of": "task"}
+"""Fields that a task got after its steps had ids, with what they stand for when absent: then they are no part of it."""
 
 
 @dataclass(frozen=True)
@@ -48,153 +52,232 @@ class TaskPlan:
 
 
 @dataclass(frozen=True)
+class ArmPlan:
+    """One arm: the base, or the base under an adapter, and its tasks."""
+
+    name: str
+    """What folders and tables call it."""
+    model: ModelInfo
+    """With the chat template that its prompts are written in."""
+    adapter: AdapterInfo | None
+    label: str | None
+    """The adapter's name, unique in its run: what the engine is asked for and rows carry."""
+    control: str | None
+    folded: str | None
+    """Why the engine cannot serve the adapter, which is then folded into a temporary checkpoint."""
+    tasks: tuple[TaskPlan, ...]
+
+
+@dataclass(frozen=True)
 class EvalPlan:
     """Everything one evaluation will do."""
 
     spec: EvalSpec
     model: ModelInfo
-    adapter: AdapterInfo | None
     engine: Engine
     engine_options: Any
     engine_reason: str
-    tasks: tuple[TaskPlan, ...]
+    arms: tuple[ArmPlan, ...]
 
     @property
     def arm(self) -> str:
         """Short name of what is evaluated."""
-        name = self.model.name if self.adapter is None else f"{self.model.name}+{self.adapter.name}"
-        return name if self.spec.model.control is None else f"{name}@{self.spec.model.control}"
+        if len(self.arms) == 1:
+            return self.arms[0].name
+        return f"{self.model.name}+{sum(arm.adapter is not None for arm in self.arms)}-adapters"
+
+    @property
+    def tasks(self) -> tuple[TaskPlan, ...]:
+        """The tasks of all arms."""
+        return tuple(task for arm in self.arms for task in arm.tasks)
 
     def to_json(self) -> dict[str, Any]:
         """plan.json: no absolute path, so that the run can be moved or published."""
+        only = self.arms[0] if len(self.arms) == 1 else None
         spec = self.spec.model_dump(mode="json")
         spec["model"]["model"] = self.model.name if not is_url(self.model.ref) else self.model.ref
-        spec["model"]["adapter"] = self.adapter.name if self.adapter is not None else None
+        spec["model"]["adapter"] = only.adapter.name if only is not None and only.adapter is not None else None
+        spec["adapters"] = [arm.label for arm in self.arms if arm.label is not None] if only is None else []
         spec["task_folders"] = [folder.rstrip("/").rsplit("/", 1)[-1] for folder in spec["task_folders"]]
         keep = "name revision architecture max_length weights_digest tokenizer_digest template_digest"
         keep += " size_bytes dtype spec"
+        model = only.model if only is not None else self.model
         return {
             "spec": _without_paths(spec),
             "arm": self.arm,
-            "model": self.model.model_dump(mode="json", include=set(keep.split())),
-            "adapter": self.adapter.model_dump(mode="json", include={"name", "digest", "rank"})
-            if self.adapter
-            else None,
+            "model": model.model_dump(mode="json", include=set(keep.split())),
+            "adapter": _adapter_json(only.adapter) if only is not None else None,
             "engine": {
                 "name": self.engine.name,
                 "reason": self.engine_reason,
                 "options": _without_paths(self.engine_options.model_dump(mode="json")),
             },
-            "tasks": [
+            "arms": [
                 {
-                    "task": task.name,
-                    "variant": task.variant,
-                    "version": task.chosen.spec.version,
-                    "summary": task.chosen.spec.summary,
-                    "source": task.chosen.spec.source,
-                    "licence": task.chosen.spec.licence,
-                    "notes": list(task.chosen.spec.notes),
-                    "limit": task.chosen.limit,
-                    "answers": task.answers_id,
-                    "scores": [step.id for step in task.scores],
+                    "name": arm.name,
+                    "label": arm.label,
+                    "adapter": _adapter_json(arm.adapter),
+                    "template_digest": arm.model.template_digest,
+                    "folded": arm.folded,
                 }
-                for task in self.tasks
+                for arm in self.arms
             ],
+            "tasks": [{"arm": arm.name, **_task_json(task)} for arm in self.arms for task in arm.tasks],
         }
+
+
+def _adapter_json(adapter: AdapterInfo | None) -> dict[str, Any] | None:
+    return adapter.model_dump(mode="json", include={"name", "digest", "rank"}) if adapter is not None else None
+
+
+def _task_json(task: TaskPlan) -> dict[str, Any]:
+    return {
+        "task": task.name,
+        "variant": task.variant,
+        "version": task.chosen.spec.version,
+        "summary": task.chosen.spec.summary,
+        "source": task.chosen.spec.source,
+        "licence": task.chosen.spec.licence,
+        "notes": list(task.chosen.spec.notes),
+        "limit": task.chosen.limit,
+        "answers": task.answers_id,
+        "scores": [step.id for step in task.scores],
+    }
 
 
 def plan_eval(spec: EvalSpec, registry: Registry, catalog: Catalog) -> EvalPlan:
     """Resolve names, check everything that can be checked without loading, and give every step its id.
 
+    A step's id holds what can move its numbers and nothing of the other arms: it is the same alone and in company.
+
     Raises:
         UserError: whatever the user must mend before anything runs.
     """
-    chosen = catalog.choose(spec.tasks, spec.suite, spec.limit, spec.options)
     model = inspect_model(spec.model)
-    adapter = None
-    if spec.model.adapter is not None:
-        adapter = inspect_adapter(spec.model.adapter, model, allow_template_mismatch=spec.model.allow_template_mismatch)
-        model = with_template_of(model, adapter)
-    _check_control(spec, adapter)
-    engine, options, reason = choose_engine(spec, model, adapter, chosen, registry)
-    model, options = engine.settle(model, options)
-    chat_only = engine.capabilities(model, options).chat_only
-    base = {
-        "model": model.identity(),
-        "adapter": adapter.digest if adapter is not None else None,
-        "control": spec.model.control,
-        "engine": engine.identity(options),
-        "dtype": spec.model.dtype,
-        "engine_code": code_digest(registry.registered(Engine, engine.name, "--engine")),
-        "seed": spec.seed,
-        "numerics": NUMERICS,
-    }
-    planned = [_task_plan(one, base, model, registry, chat_only=chat_only) for one in chosen]
-    # `sums` and `sums:raw` may be the same steps.
-    tasks = tuple({task.answers_id: task for task in planned}.values())
-    return EvalPlan(spec, model, adapter, engine, options, reason, tasks)
+    talks = conversations_only(spec.engine, spec.options.get("engine", {}), model, registry)
+    chosen = catalog.choose(spec.tasks, spec.suite, spec.limit, spec.options, conversations=talks)
+    if talks:
+        refuse_unspeakable(chosen)
+    candidates = find_arms(spec, model)
+    engine, options, reason = choose_engine(
+        spec.engine,
+        spec.options.get("engine", {}),
+        model,
+        needs_of(chosen),
+        registry,
+        adapters=any(one.adapter is not None for one in candidates),
+    )
+    settled, options = engine.settle(model, options)
+    if settled is not model:  # a remote engine, which has learnt tokenizer and template elsewhere
+        candidates = [replace(one, model=settled) for one in candidates]
+    planner = _Planner(spec, registry, engine, options, chosen)
+    return EvalPlan(spec, settled, engine, options, reason, tuple(planner.arm(one) for one in candidates))
 
 
-def _check_control(spec: EvalSpec, adapter: AdapterInfo | None) -> None:
-    control = spec.model.control
-    if control is None:
-        return
-    values = list((adapter.conditioning or {}).get("values", {})) if adapter is not None else []
-    if control not in values:
-        what = "the adapter has no conditioning.json" if adapter is not None else "there is no adapter to steer"
-        if values:
-            raise unknown("--control", "control value", control, values, "the adapter's conditioning.json")
-        raise UserError("--control", f"{control!r} given, but {what}", "Leave --control out.")
+class _Planner:
+    """Gives arms their steps; what all arms have in common is found out once."""
+
+    def __init__(
+        self, spec: EvalSpec, registry: Registry, engine: Engine, options: Any, chosen: Sequence[Chosen]
+    ) -> None:
+        self._spec, self._registry, self._engine, self._options = spec, registry, engine, options
+        self._chosen = [(one, _portable_task(one), _data_identity(one, registry)) for one in chosen]
+        self._scorers: dict[str, tuple[Scorer, dict[str, Any]]] = {}
+        self._shared = {
+            "engine": engine.identity(options),
+            "dtype": spec.model.dtype,
+            "engine_code": code_digest(registry.registered(Engine, engine.name, "--engine")),
+            "seed": spec.seed,
+            "numerics": NUMERICS,
+        }
+
+    def arm(self, candidate: Candidate) -> ArmPlan:
+        model, adapter = candidate.model, candidate.adapter
+        folded = None
+        if adapter is not None and not self._engine.remote:
+            folded = self._engine.adapter_problem(model, adapter, self._options)
+        base = {
+            "model": model.identity(),
+            "adapter": adapter.digest if adapter is not None else None,
+            "control": candidate.control,
+            **self._shared,
+            # Folding rounds, so that it may move a number; an adapter that is served says nothing.
+            **({"folded": True} if folded is not None else {}),
+        }
+        planned = [self._task(one, task, data, base, model) for one, task, data in self._chosen]
+        name = model.name if adapter is None else f"{model.name}+{candidate.label}"
+        return ArmPlan(
+            name=name if candidate.control is None else f"{name}@{candidate.control}",
+            model=model,
+            adapter=adapter,
+            label=candidate.label,
+            control=candidate.control,
+            folded=folded,
+            # `sums` and `sums:raw` may be the same steps.
+            tasks=tuple({task.answers_id: task for task in planned}.values()),
+        )
+
+    def _task(
+        self, chosen: Chosen, task: dict[str, Any], data: dict[str, Any], base: dict[str, Any], model: ModelInfo
+    ) -> TaskPlan:
+        chat_only = self._engine.capabilities(model, self._options).chat_only
+        variant = resolve_variant(chosen, model, chat_only=chat_only)
+        config = {**base, "task": task, "variant": variant, "limit": chosen.limit, "data": data}
+        answers_id = digest_of({"kind": "answers", **config})
+        refs = chosen.spec.scorers
+        if chosen.spec.lm_eval is not None and not any(ref.name == LM_EVAL_SCORER for ref in refs):
+            refs = (ScorerRef(name=LM_EVAL_SCORER, options={"flexible": chosen.spec.lm_eval.flexible}), *refs)
+        steps = tuple(self._scores_step(chosen.spec.name, ref, answers_id) for ref in refs)
+        return TaskPlan(chosen, variant, answers_id, _without_paths(config), steps)
+
+    def _scores_step(self, task: str, ref: ScorerRef, answers_id: str) -> ScoresStep:
+        scorer, identity = self._scorer(task, ref)
+        config = {"answers": answers_id, **identity, "numerics": NUMERICS}
+        return ScoresStep(digest_of({"kind": "scores", **config}), ref, scorer, _without_paths(config))
+
+    def _scorer(self, task: str, ref: ScorerRef) -> tuple[Scorer, dict[str, Any]]:
+        """A scorer with its options, and its part of the step's id; one object for all arms, which opens once."""
+        known = digest_of([task, ref.model_dump(mode="json")])
+        if known not in self._scorers:
+            where = f"task {task}, scorer"
+            entry = self._registry.registered(Scorer, ref.name, where)
+            scorer = entry.plugin
+            assert isinstance(scorer, Scorer)
+            given = _with_cost(scorer.Config, ref.options, self._spec.max_judge_cost)
+            options = parse_options(scorer.Config, given, f"{where} {ref.name}")
+            try:
+                scorer.check(options)
+            except UserError as error:
+                raise UserError(error.where, error.what, error.fix.replace("TASK.", f"{task}.")) from None
+            identity = {"scorer": scorer.identity(options), "scorer_code": code_digest(entry)}
+            self._scorers[known] = scorer.bound(options), identity
+        return self._scorers[known]
 
 
-def _task_plan(
-    chosen: Chosen, base: Mapping[str, Any], model: ModelInfo, registry: Registry, *, chat_only: bool
-) -> TaskPlan:
-    variant = resolve_variant(chosen, model, chat_only=chat_only)
-    config = {
-        **base,
-        "task": _portable_task(chosen),
-        "variant": variant,
-        "limit": chosen.limit,
-        "data": _data_identity(chosen, registry),
-    }
-    answers_id = digest_of({"kind": "answers", **config})
-    refs = chosen.spec.scorers
-    if chosen.spec.lm_eval is not None and not any(ref.name == LM_EVAL_SCORER for ref in refs):
-        refs = (ScorerRef(name=LM_EVAL_SCORER, options={"flexible": chosen.spec.lm_eval.flexible}), *refs)
-    steps = tuple(_scores_step(chosen.spec.name, ref, answers_id, registry) for ref in refs)
-    return TaskPlan(chosen, variant, answers_id, _without_paths(config), steps)
+def _with_cost(config: type[Config], given: dict[str, Any], most: float | None) -> dict[str, Any]:
+    """A scorer's options with the greatest cost of its judge: as `max_cost`, or that of a group, where it has one."""
+    if most is None:
+        return given
+    if "max_cost" in config.model_fields:
+        return {**given, "max_cost": most}
+    found = dict(given)
+    for key, field in config.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Config) and "max_cost" in inner.model_fields:
+            group = given.get(key) or {}
+            found[key] = {**group, "max_cost": most} if isinstance(group, dict) else group
+    return found
 
 
 def _portable_task(chosen: Chosen) -> dict[str, Any]:
     """What of a task decides its questions; where its files lie does not (``data`` has their digests)."""
-    left_out = {"scorers", "summary", "notes", "licence", "size", "source"}
+    left_out = {"scorers", "summary", "notes", "licence", "size", "source", "generative"}
     task: dict[str, Any] = chosen.spec.model_dump(mode="json", exclude=left_out)
     if task["lm_eval"] is not None and task["lm_eval"]["include"] is not None:
         task["lm_eval"]["include"] = "its folder"
-    if task["dataset"] is not None and isinstance(task["dataset"]["options"].get("path"), str):
-        options = task["dataset"]["options"]
-        options["path"] = _without_paths(options["path"])
-    return task
-
-
-def _scores_step(task: str, ref: ScorerRef, answers_id: str, registry: Registry) -> ScoresStep:
-    where = f"task {task}, scorer"
-    entry = registry.registered(Scorer, ref.name, where)
-    scorer = entry.plugin
-    assert isinstance(scorer, Scorer)
-    options = parse_options(scorer.Config, ref.options, f"{where} {ref.name}")
-    try:
-        scorer.check(options)
-    except UserError as error:
-        raise UserError(error.where, error.what, error.fix.replace("TASK.", f"{task}.")) from None
-    config = {
-        "answers": answers_id,
-        "scorer": scorer.identity(options),
-        "scorer_code": code_digest(entry),
-        "numerics": NUMERICS,
-    }
-    return ScoresStep(digest_of({"kind": "scores", **config}), ref, scorer.bound(options), _without_paths(config))
+    if task["dataset"] is not None:
+        task["dataset"]["options"] = _without_paths(task["dataset"]["options"])
+    return {key: value for key, value in task.items() if key not in LATER or value != LATER[key]}
 
 
 def _data_identity(chosen: Chosen, registry: Registry) -> dict[str, Any]:
@@ -211,84 +294,6 @@ def _data_identity(chosen: Chosen, registry: Registry) -> dict[str, Any]:
         identity["data"] = ref.data
         identity["revision"] = resolve_revision(ref.data)
     return identity
-
-
-def choose_engine(
-    spec: EvalSpec, model: ModelInfo, adapter: AdapterInfo | None, chosen: Sequence[Chosen], registry: Registry
-) -> tuple[Engine, Any, str]:
-    """The engine, its options, and why it was taken.
-
-    ``auto`` takes the usable engine with the greatest preference that can do what every task needs.
-
-    Raises:
-        UserError: the named engine cannot run or cannot do it; or none can.
-    """
-    needs = _needs(chosen, adapter)
-    given = spec.options.get("engine", {})
-    if not isinstance(given, dict):
-        fix = f"Write --engine {given} to choose one, --set engine.KEY=VALUE for its options."
-        raise UserError("--set engine", f"{given!r} is a value, not a group of options", fix)
-    name = spec.engine
-    if is_url(model.ref) and name == "auto":
-        name, given = "openai", {"base_url": model.ref, **given}
-    if name != "auto":
-        engine = registry.find(Engine, name, "--engine")
-        options = parse_options(engine.Config, given, "--set engine")
-        problem = _problem(engine, model, adapter, options, needs)
-        if problem is not None:
-            raise UserError(f"--engine {name}", problem[0], problem[1])
-        return engine, options, "asked for"
-    usable: list[tuple[int, str, Engine, Any, str]] = []
-    refused: list[str] = []
-    for other, engine in registry.of_kind(Engine):
-        if engine.remote:
-            continue
-        try:
-            options = parse_options(engine.Config, given, "--set engine")
-        except UserError as error:
-            refused.append(f"{other}: {error.what}. {error.fix.rstrip('.')}")
-            continue
-        problem = _problem(engine, model, adapter, options, needs)
-        able = engine.capabilities(model, options)
-        if problem is not None:
-            refused.append(f"{other}: {problem[0]}")
-        elif able.preference >= 0:
-            usable.append((able.preference, other, engine, options, able.advice))
-    if not usable:
-        fix = "Take the engine that you mean by name (--engine), mend its options, or see `harness doctor`."
-        raise UserError("--engine auto", f"no engine can do this ({'; '.join(refused)})", fix)
-    usable.sort(key=lambda one: (-one[0], one[1]))
-    _, first, engine, options, advice = usable[0]
-    others = [f"{one[1]}: {one[4]}" for one in usable[1:] if one[4]] + refused
-    return engine, options, "; ".join([f"{first}: {advice or 'usable'}", *others])
-
-
-def _needs(chosen: Sequence[Chosen], adapter: AdapterInfo | None) -> set[str]:
-    needs: set[str] = set()
-    for one in chosen:
-        default = ("generate", "loglikelihood") if one.spec.lm_eval is not None else ("generate",)
-        needs |= set(one.spec.needs or default)
-    return needs | ({"adapters"} if adapter is not None else set())
-
-
-def _problem(
-    engine: Engine, model: ModelInfo, adapter: AdapterInfo | None, options: Any, needs: set[str]
-) -> tuple[str, str] | None:
-    """Why this engine cannot do it, and the remedy; None if it can."""
-    available = engine.availability()
-    if not available.usable:
-        return available.reason or "not usable here", available.install or "See `harness doctor`."
-    able = engine.capabilities(model, options)
-    lacking = able.lacks(sorted(needs))
-    if lacking:
-        listed = "; ".join(f"{need}: {reason}" for need, reason in lacking.items())
-        return f"cannot do what these tasks need ({listed})", "Take another engine, or leave those tasks out."
-    if adapter is not None and adapter.rank > able.max_adapter_rank:
-        return (
-            f"serves adapters up to rank {able.max_adapter_rank}, and {adapter.name} has rank {adapter.rank}",
-            "Take another engine.",
-        )
-    return None
 
 
 def _without_paths(value: Any) -> Any:

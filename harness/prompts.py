@@ -82,12 +82,14 @@ def encode_rendered(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) ->
     return [[int(i) for i in ids] for ids in encoded["input_ids"]]
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], str]:
-    """Token ids and text of a conversation up to the point where the assistant answers.
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, generation_prompt: bool = True
+) -> tuple[list[int], str]:
+    """Token ids and text of a conversation up to the point where the assistant answers, or before its header.
 
     Training makes its prompts with the same two functions, so that evaluation sends what training saw.
     """
-    text = render_chats(tokenizer, [messages])[0]
+    text = render_chats(tokenizer, [messages], answered=not generation_prompt)[0]
     return encode_rendered(tokenizer, [text])[0], text
 
 

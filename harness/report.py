@@ -13,9 +13,13 @@ from typing import Any, Literal
 from pydantic import Field
 
 from harness import __version__
+from harness.compare import Difference, compare_arms
 from harness.config import Config
+from harness.leaderboard import markdown_lines, terminal_table
+from harness.pairing import base_of
+from harness.parity import stored_parity
 from harness.records import SCHEMA_VERSION, Metric, Row
-from harness.report_text import markdown, task_label, terminal_table
+from harness.report_text import markdown, task_label
 from harness.results import RunResult, TaskResult, clip, open_run, portable, visible
 from harness.store import RunStore, read_json, write_bytes
 
@@ -27,6 +31,7 @@ class TaskReport(Config):
 
     task: str
     variant: str = "raw"
+    arm: str | None = Field(None, description="its arm, where the run has several")
     version: int | None = None
     source: str = ""
     licence: str = "unknown"
@@ -55,6 +60,9 @@ class Report(Config):
     rows: tuple[Row, ...] = Field((), description="one per task and metric")
     leaves: tuple[Row, ...] = Field((), description="one per leaf task and metric")
     tasks: tuple[TaskReport, ...] = ()
+    arms: tuple[dict[str, Any], ...] = Field((), description="arms, where there are several: adapter, folded or not")
+    differences: tuple[Difference, ...] = Field((), description="every arm minus the base, paired, Holm over all")
+    parity: dict[str, Any] | None = Field(None, description="what a second engine answered (`--parity`)")
     notes: tuple[str, ...] = ()
     provenance: dict[str, Any] = Field(default_factory=dict)
 
@@ -64,6 +72,8 @@ class Report(Config):
         name = str(self.model.get("name") or self.model.get("ref") or "model")
         if self.adapter:
             name += f" + {self.adapter.get('name') or self.adapter.get('ref') or 'adapter'}"
+        if self.arms:
+            name += f" and {sum(arm.get('adapter') is not None for arm in self.arms)} adapters"
         return visible(name)
 
     def to_pandas(self, *, leaves: bool = False) -> Any:
@@ -87,8 +97,11 @@ def build_report(run: RunResult) -> Report:
     """Gather the numbers of a run. Steps that failed or have not ended are named in the notes."""
     plan = run.plan
     tasks, rows, leaves, notes = [], [], [], []
+    several = len(run.arms) > 1
     for task in run.tasks:
         name = task_label(task.name, task.variant)
+        if several:
+            name = f"{visible(str(task.info.get('arm')))}, {name}"
         for step in task.failed():
             reason = (step.record.error if step.record is not None else None) or "no reason recorded"
             notes.append(f"{name}: {step.id[:12]} failed: {clip(reason, 400)}")
@@ -100,7 +113,10 @@ def build_report(run: RunResult) -> Report:
                 leaves += [row for row in step.rows if row.leaf is not None]
         for step in task.steps:
             notes += [f"{name}: {note}" for note in (step.record.notes if step.record is not None else ())]
-        tasks.append(_task_report(task))
+        tasks.append(_task_report(task, several))
+    parity = stored_parity(run)
+    notes += [parity.summary(), *parity.problems] if parity is not None else []
+    notes += [f"{arm['name']}: folded into the base: {arm['folded']}" for arm in plan.get("arms", ()) if arm["folded"]]
     return Report(
         harness=__version__,
         model=portable(plan.get("model") or {}),
@@ -110,9 +126,20 @@ def build_report(run: RunResult) -> Report:
         rows=tuple(_portable_row(row) for row in rows),
         leaves=tuple(_portable_row(row) for row in leaves),
         tasks=tuple(tasks),
+        arms=tuple(portable(plan.get("arms", ()))) if several else (),
+        differences=_against_base(run),
+        parity=parity.model_dump(mode="json") if parity is not None else None,
         notes=tuple(dict.fromkeys(portable(notes))),
         provenance=_provenance(run),
     )
+
+
+def _against_base(run: RunResult) -> tuple[Difference, ...]:
+    """Every arm minus the base; nothing while a task has not ended, as Holm's correction is over all of them."""
+    base, others = base_of(run)
+    if base is None or not others or any(task.unfinished() for task in run.tasks):
+        return ()
+    return compare_arms(run).differences
 
 
 def write_reports(store_root: Path) -> Report:
@@ -130,7 +157,7 @@ def write_reports(store_root: Path) -> Report:
     # ASCII, so that printing the file cannot steer a terminal.
     text = json.dumps(report.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False)
     write_bytes(folder / "report.json", (text + "\n").encode())
-    write_bytes(folder / "report.md", markdown(report).encode())
+    write_bytes(folder / "report.md", markdown(report, markdown_lines(report) if report.arms else ()).encode())
     write_bytes(folder / "report.html", render(report, run).encode())
     return report
 
@@ -139,7 +166,7 @@ def _portable_row(row: Row) -> Row:
     return row.model_copy(update={"notes": tuple(portable(row.notes)), "withheld": portable(row.withheld)})
 
 
-def _task_report(task: TaskResult) -> TaskReport:
+def _task_report(task: TaskResult, several: bool) -> TaskReport:
     info = portable(dict(task.info))
     asks, decoding = _asked(task)
     status = "failed" if task.failed() else "unfinished" if task.unfinished() else "done"
@@ -149,6 +176,7 @@ def _task_report(task: TaskResult) -> TaskReport:
     return TaskReport(
         task=task.name,
         variant=task.variant,
+        arm=info.get("arm") if several else None,
         version=info.get("version"),
         source=info.get("source") or "",
         licence=info.get("licence") or "unknown",
@@ -218,6 +246,7 @@ def _provenance(run: RunResult) -> dict[str, Any]:
                     "folder": step.folder.name if step.folder is not None else None,
                     "task": task.name,
                     "variant": task.variant,
+                    **({"arm": task.info.get("arm")} if len(run.arms) > 1 else {}),
                     "status": record.status if record is not None else "unfinished",
                     "digest": record.digest if record is not None else None,
                     "counts": dict(record.counts) if record is not None else {},

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from harness.compare_text import p_text, signed
+from harness.leaderboard import differences_by_row, row_key
 from harness.records import Metric, Row
 from harness.report_text import (
     ARROWS,
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
 
 ASSETS = Path(__file__).with_name("assets")
 SAMPLES_PER_TASK = 50
+"""Samples that a page shows of each task; arms share them."""
+FEWEST_SAMPLES = 4
 TEXT_BYTES = 3_000_000
 """Room for the texts of all samples of a page, so that it opens quickly (bytes of HTML)."""
 MIN_BYTES, MAX_BYTES = 800, 12_000
@@ -70,13 +74,14 @@ def render(report: Report, run: RunResult) -> str:
     style = (ASSETS / "report.css").read_text(encoding="utf-8")
     script = (ASSETS / "report.js").read_text(encoding="utf-8")
     rows = shown_rows(report)
-    total = sum(min(SAMPLES_PER_TASK, _sample_count(task)) for task in run.tasks)
+    per_task = max(FEWEST_SAMPLES, SAMPLES_PER_TASK // len(run.arms))
+    total = sum(min(per_task, _sample_count(task)) for task in run.tasks)
     room = max(MIN_BYTES, min(MAX_BYTES, TEXT_BYTES // max(1, total)))
     tasks = [
-        _task_view(report, said, task, anchor=f"task-{index}", room=room)
+        _task_view(report, said, task, f"task-{index}", (per_task, room))
         for index, (said, task) in enumerate(zip(report.tasks, run.tasks, strict=True))
     ]
-    anchors = {(view["task"], view["variant"]): view["anchor"] for view in tasks}
+    anchors = {step: view["anchor"] for said, view in zip(report.tasks, tasks, strict=True) for step in said.steps}
     return environment.get_template("report.html.j2").render(
         report=report,
         summary=_summary(report),
@@ -85,13 +90,14 @@ def render(report: Report, run: RunResult) -> str:
         "base-uri 'none'; form-action 'none'",
         style=Markup(style),
         script=Markup(script),
-        rows=[{**view, "anchor": anchors.get((view["task"], view["variant"]))} for view in _row_views(rows, report)],
+        rows=[{**view, "anchor": anchors.get(view["step"])} for view in _row_views(rows, report)],
+        several=bool(report.arms),
         remarks=remarks(report),
         tasks=tasks,
         how_to_read=HOW_TO_READ,
         pedigree=pedigree(report),
         steps=report.provenance.get("steps", []),
-        per_task=SAMPLES_PER_TASK,
+        per_task=per_task,
     )
 
 
@@ -186,16 +192,24 @@ def plot(row: Row, domain: tuple[float, float] | None) -> Markup:
 
 
 def _row_views(rows: Sequence[Row], report: Report) -> list[dict[str, Any]]:
-    metrics = {(task.task, task.variant, metric.name): metric for task in report.tasks for metric in task.metrics}
+    metrics = {(step, metric.name): metric for task in report.tasks for step in task.steps for metric in task.metrics}
+    against = differences_by_row(report)
     views = []
     for row in rows:
-        metric = metrics.get((row.task, row.variant, row.metric))
+        metric = metrics.get((row.step, row.metric))
+        difference = against.get(row_key(row))
         alike = [other for other in rows if other.unit == row.unit and other.metric == row.metric]
         views.append(
             {
                 "task": row.task,
                 "variant": row.variant,
                 "label": task_label(row.task, row.variant),
+                "arm": row.adapter or "base",
+                "step": row.step,
+                "difference": "" if difference is None else signed(difference.difference).replace("-", MINUS),
+                "difference_value": "" if difference is None else repr(difference.difference),
+                "verdict": "" if difference is None else difference.verdict,
+                "p": "" if difference is None else p_text(difference.p_adjusted),
                 "leaf": row.leaf,
                 "metric": row.metric,
                 "unit": row.unit,
@@ -218,15 +232,20 @@ def _row_views(rows: Sequence[Row], report: Report) -> list[dict[str, Any]]:
     return views
 
 
-def _task_view(report: Report, said: TaskReport, task: TaskResult, *, anchor: str, room: int) -> dict[str, Any]:
+def _task_view(
+    report: Report, said: TaskReport, task: TaskResult, anchor: str, space: tuple[int, int]
+) -> dict[str, Any]:
+    """``space``: samples to show, and room for the texts of each (bytes)."""
+
     def mine(rows: Iterable[Row]) -> list[Row]:
-        return [row for row in rows if (row.task, row.variant) == (said.task, said.variant)]
+        return [row for row in rows if row.step in said.steps]
 
     leaves = mine(report.leaves)
-    samples = _sample_views(task, room)
+    samples = _sample_views(task, *space)
     return {
         "task": said.task,
         "variant": said.variant,
+        "arm": said.arm,
         "label": task_label(said.task, said.variant),
         "anchor": anchor,
         "facts": task_facts(said),
@@ -283,13 +302,13 @@ def choose_samples(
     return list(chosen.items())
 
 
-def _sample_views(task: TaskResult, room: int) -> list[dict[str, Any]]:
+def _sample_views(task: TaskResult, count: int, room: int) -> list[dict[str, Any]]:
     steps = _scored(task)
     if not steps or not steps[0].metrics:
         return []
     first = steps[0]
     metric = next((metric for metric in first.metrics if metric.primary), first.metrics[0])
-    chosen = choose_samples(first.samples, metric.name, higher_is_better=metric.higher_is_better)
+    chosen = choose_samples(first.samples, metric.name, higher_is_better=metric.higher_is_better, limit=count)
     texts = first.texts({name for name, _ in chosen})
     views = []
     for name, why in chosen:

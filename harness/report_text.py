@@ -97,8 +97,8 @@ def figures_table(title: Text, first: str, figures: Sequence[str]) -> Table:
     return table
 
 
-def terminal_table(report: Report, *, everything: bool = False) -> Table:
-    """The table for the terminal; texts are neutralised and never read as markup. Fits in 80 columns."""
+def numbers_table(report: Report, *, everything: bool = False) -> Table:
+    """The numbers of one arm for the terminal; texts are neutralised and never read as markup. Fits in 80 columns."""
     from rich.text import Text
 
     engine = visible(str(report.engine.get("name", "")))
@@ -140,18 +140,19 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, word
     return ["| " + " | ".join(cells) + " |" for cells in ([*header], marks, *body)]
 
 
-def markdown(report: Report) -> str:
-    """The report as Markdown, without any text of a model or a data set."""
+def markdown(report: Report, leaderboard: Sequence[str] = ()) -> str:
+    """The report as Markdown, without any text of a model or a data set; ``leaderboard``: the table of several arms."""
     engine = escape_markdown(str(report.engine.get("name", "unknown")))
     lines = [f"# {escape_markdown(report.title)}", "", f"Engine: {engine}. harness {report.harness}.", ""]
     header = ("task", "metric", "mean", "95 % interval", "standard error", "chance", "n", "unscored", "truncated")
-    lines += markdown_table(header, [_cells(row) for row in report.rows], words=2)
+    lines += leaderboard or markdown_table(header, [_cells(row) for row in report.rows], words=2)
     lines += ["", *[f"* {escape_markdown(note)}" for note in remarks(report)]]
     lines += ["", "## How to read it", "", *[f"* **{word}**: {text}" for word, text in HOW_TO_READ]]
     for task in report.tasks:
-        lines += ["", f"## {escape_markdown(task_label(task.task, task.variant))}", ""]
+        arm = f"{task.arm}, " if task.arm is not None else ""
+        lines += ["", f"## {escape_markdown(arm + task_label(task.task, task.variant))}", ""]
         lines += [f"* {word}: {escape_markdown(text)}" for word, text in task_facts(task)]
-        leaves = [row for row in report.leaves if (row.task, row.variant) == (task.task, task.variant)]
+        leaves = [row for row in report.leaves if row.step in task.steps]
         if leaves:
             cells = [(visible(row.leaf or ""), *_cells(row)[1:]) for row in leaves]
             lines += ["", *markdown_table(("leaf task", *header[1:]), cells, words=2)]

@@ -240,6 +240,43 @@ class RunResult:
     plan: Mapping[str, Any]
     tasks: tuple[TaskResult, ...] = field(default=())
 
+    @property
+    def name(self) -> str:
+        """Model and adapter, in one line."""
+        model, adapter = self.plan.get("model") or {}, self.plan.get("adapter") or {}
+        names = [str(part.get("name") or part.get("ref") or "") for part in (model, adapter) if part]
+        return visible(portable(" + ".join(name for name in names if name) or self.root.name))
+
+    @cached_property
+    def arms(self) -> tuple[RunResult, ...]:
+        """The run as one run per arm; itself where it has only one."""
+        described = self.plan.get("arms") or ()
+        if len(described) < 2:
+            return (self,)
+        return tuple(self._arm(arm) for arm in described)
+
+    def _arm(self, arm: Mapping[str, Any]) -> RunResult:
+        adapter = arm.get("adapter")
+        plan = {
+            **self.plan,
+            "arm": arm["name"],
+            "adapter": {**adapter, "name": arm.get("label")} if adapter else None,
+            "arms": [arm],
+        }
+        return RunResult(self.root, plan, tuple(task for task in self.tasks if task.info.get("arm") == arm["name"]))
+
+    @property
+    def arm(self) -> str:
+        """Short name of what was evaluated."""
+        return str(self.plan.get("arm") or self.name)
+
+    @property
+    def label(self) -> str | None:
+        """Of a run with one arm: its adapter's name; None for the base."""
+        adapter = self.plan.get("adapter") or {}
+        name = adapter.get("name") or adapter.get("ref")
+        return str(name) if name else None
+
 
 def open_run(root: Path) -> RunResult:
     """Read a run folder: its plan, and which of its steps have ended.

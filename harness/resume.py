@@ -39,8 +39,12 @@ def check_folder(root: Path, plan: EvalPlan) -> bool:
         shown = ", ".join(strange[:5])
         raise UserError(where, f"holds files but no plan.json of a run ({shown})", "Give an empty or a new folder.")
     now = plan.to_json()
-    if _answers(before) == _answers(now):
-        return _scores(before) != _scores(now)
+    held, asked = _answers(before), _answers(now)
+    if held == asked:
+        return _scores(before) != _scores(now) or before.get("arm") != now["arm"]
+    # Arms may be added to a run, never left out: its reports would lose what they show.
+    if held and all(arm in asked for arm in held):
+        return True
     raise UserError(
         where, _what_differs(before, now), "Give another --out, or --fresh to delete what it holds and start over."
     )
@@ -62,10 +66,15 @@ def _stored_plan(root: Path) -> dict[str, Any] | None:
     return plan or None
 
 
-def _answers(plan: dict[str, Any]) -> list[Any]:
-    """Everything about a plan that decides what the model is asked, and under which names the answers lie."""
-    tasks = plan.get("tasks", [])
-    return [plan.get("arm"), *([task["task"], task["variant"], task["answers"]] for task in tasks)]
+def _answers(plan: dict[str, Any]) -> list[list[Any]]:
+    """Per arm everything that decides what the model is asked, and under which names the answers lie.
+
+    Not the arm's name: in company an adapter may go by another one than alone.
+    """
+    arms: dict[str, list[Any]] = {}
+    for task in plan.get("tasks", []):
+        arms.setdefault(task.get("arm", plan.get("arm")), []).append([task["task"], task["variant"], task["answers"]])
+    return list(arms.values())
 
 
 def _scores(plan: dict[str, Any]) -> list[list[str]]:
@@ -84,7 +93,13 @@ def _what_differs(before: dict[str, Any], now: dict[str, Any]) -> str:
         weights = new["weights_digest"][:12]
         same_name = old.get("name") == new["name"]
         return held + (f"its weights are now {weights}" if same_name else f"this is {new['name']} with {weights}")
-    names = [[f"{task['task']}:{task['variant']}" for task in plan["tasks"]] for plan in (before, now)]
+    arms = [[task.get("arm", plan.get("arm")) for task in plan["tasks"]] for plan in (before, now)]
+    gone = [name for name in dict.fromkeys(arms[0]) if name not in arms[1]]
+    if len(set(arms[0])) > 1 and gone:
+        return f"holds arms that are not asked for now: {', '.join(gone[:4])}" + (", ..." if len(gone) > 4 else "")
+    names = [
+        list(dict.fromkeys(f"{task['task']}:{task['variant']}" for task in plan["tasks"])) for plan in (before, now)
+    ]
     if names[0] != names[1]:
         return f"holds an evaluation on {', '.join(names[0])}; this one is on {', '.join(names[1])}"
     found = _differences(before, now)
@@ -100,7 +115,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     found = _unequal(ours[0], ours[1], "")
     if found:
         return found
-    pairs = list(zip(before["tasks"], now["tasks"], strict=True))
+    pairs = list(zip(before["tasks"], now["tasks"], strict=False))
     for key in ("version", "limit"):
         found += [f"{n['task']}.{key} was {b.get(key)}, is {n[key]}" for b, n in pairs if b.get(key) != n[key]]
     changed = [n["task"] for b, n in pairs if b["answers"] != n["answers"]]

@@ -73,9 +73,23 @@ class TaskSpec(Config):
     system: str | None = Field(None, description="system message of a chat prompt")
     template: str = Field("{{ prompt }}", description="Jinja template over the row: the raw prompt or the user turn")
     target: str | None = Field(None, description="Jinja template over the row: what scorers compare with")
+    leaf: str | None = Field(
+        None, description="Jinja template over the row: the leaf task it counts for, a category say; empty: none"
+    )
+    generation_prompt: bool = Field(
+        True, description="whether a chat prompt ends where the assistant answers; else with the user's turn"
+    )
+    decoding_of: Literal["task", "model"] = Field(
+        "task",
+        description="temperature and top_p of `decoding`, or of the model's generation_config.json; lengths and stops"
+        " are the task's",
+    )
     decoding: Decoding = Field(default_factory=lambda: Decoding(), description="how answers are drawn")
     dataset: DatasetRef | None = Field(None, description="where the rows come from")
     lm_eval: LmEvalRef | None = Field(None, description="instead of dataset and template: a task of lm-eval's")
+    generative: str | None = Field(
+        None, description="task that asks the same in words, for endpoints that take conversations alone"
+    )
     scorers: tuple[ScorerRef, ...] = Field((), description="what turns answers into scores")
 
     @model_validator(mode="after")
@@ -86,6 +100,10 @@ class TaskSpec(Config):
             raise ValueError("a task with a `dataset` needs at least one scorer under `scorers`")
         if self.lm_eval is not None and self.prompt == "auto":
             raise ValueError("an lm-eval task is `raw` or `chat`")
+        if self.lm_eval is not None and (self.leaf is not None or not self.generation_prompt):
+            raise ValueError("leaf tasks and prompts of an lm-eval task are lm-eval's own")
+        if self.lm_eval is not None and self.decoding_of == "model":
+            raise ValueError("how an lm-eval task is decoded is lm-eval's own")
         return self
 
 
@@ -117,6 +135,10 @@ class EvalSpec(Config):
     """One evaluation: what `harness eval` and `harness.evaluate` take."""
 
     model: ModelSpec
+    adapters: tuple[str, ...] = Field((), description="adapters of one base, or folders of such: an arm for each")
+    with_base: bool | None = Field(
+        None, description="whether the base is an arm too; absent: beside several adapters, not beside one"
+    )
     tasks: tuple[str, ...] = Field((), description="task names; every name may end in :raw or :chat")
     suite: str | None = Field(None, description="suite name; `quick` when neither tasks nor suite are given")
     engine: str = Field("auto", description="engine name, or auto")
@@ -124,6 +146,26 @@ class EvalSpec(Config):
     seed: int = Field(0, ge=0, description="seed of few-shot choice, sampling and resampling")
     options: dict[str, Any] = Field(default_factory=dict, description="`engine`, and per task: limit, decoding, scorer")
     task_folders: tuple[str, ...] = Field((), description="folders of task YAML besides the registered ones")
+    max_judge_cost: float | None = Field(
+        None, ge=0.0, description="`max_cost` of every scorer that has one (in the currency of its prices)"
+    )
+    parity: int | None = Field(None, ge=1, description="samples per task that a second engine answers too")
+    parity_engine: str = Field("transformers", description="the second engine")
+
+
+class ServeSpec(Config):
+    """One server: what `harness serve` and `harness.serving.serve` take."""
+
+    model: ModelSpec
+    adapters: tuple[str, ...] = Field((), description="adapters of the model: PATH, NAME=PATH, or a folder of such")
+    engine: str = Field("vllm", description="registered engine whose server is started")
+    options: dict[str, Any] = Field(default_factory=dict, description="the engine's own options")
+    name: str | None = Field(None, min_length=1, description="what requests call the model; its own name when absent")
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: a free one")
+    api_key_env: str | None = Field(None, description="environment variable with the API key that requests must bring")
+    ready_timeout: float = Field(900.0, gt=0, description="longest wait until the server answers (seconds)")
+    log: str | None = Field(None, description="file for the server's log; none is kept when absent")
 
 
 class AlignSpec(Config):

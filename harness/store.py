@@ -3,8 +3,10 @@
 Layout (``runs/<name>/``)::
 
     plan.json                       what was asked, every default filled in
+    parity.json                     what a second engine answered to some of it, where that was asked for
     requests/<digest>.jsonl.gz      each distinct list of samples and requests once
     steps/<kind>-<arm>-<id>/        step.json provenance.json log.jsonl artifact/ status.json (last, atomically)
+    judge/<name>-<digest>.jsonl.gz  what a judge said, whatever step asked
     report/                         rebuilt from the records at any time
 
 No file holds an absolute path, so a run can be moved or published.
@@ -39,7 +41,10 @@ CHECKPOINT_COMPLETE = "complete.json"
 
 _MEMBER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00"
 _PIECE = 16_384
-_OWN = re.compile(r"\.lock|\.(plan\.json|study\.yaml)\.\d+\.tmp|plan\.json|study\.yaml|requests|steps|report")
+_OWN = re.compile(
+    r"\.lock|\.folded|\.(plan\.json|study\.yaml|parity\.json)\.\d+\.tmp"
+    r"|plan\.json|study\.yaml|parity\.json|requests|steps|report|judge"
+)
 
 
 def slug(text: str) -> str:
@@ -369,6 +374,21 @@ class RunStore:
         return self.root / "plan.json"
 
     @property
+    def parity_file(self) -> Path:
+        """parity.json: what a second engine answered to the same questions."""
+        return self.root / "parity.json"
+
+    @property
+    def scratch(self) -> Path:
+        """Folder of what goes when it has been used: checkpoints with an adapter folded in."""
+        return self.root / ".folded"
+
+    @property
+    def judge(self) -> Path:
+        """The folder of what judges were asked and said, shared by all steps."""
+        return self.root / "judge"
+
+    @property
     def report(self) -> Path:
         """The folder of reports."""
         return self.root / "report"
@@ -397,7 +417,7 @@ class RunStore:
         strange = [child.name for child in children if not _OWN.fullmatch(child.name)]
         if not self.plan_file.exists():
             # Without a plan, folders of these names are somebody else's: every run writes its plan first.
-            strange += [child.name for child in children if child.name in ("requests", "steps", "report")]
+            strange += [child.name for child in children if child.name in ("requests", "steps", "report", "judge")]
         if strange:
             raise UserError(
                 f"--out {self.root}",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ import pytest
 from harness.contracts import Scorer, ScorerContext
 from harness.errors import StepError
 from harness.evaluation import RowContext, Scored, build_rows, check_scores, sample_rows
+from harness.execute import evaluate
 from harness.records import Answer, Metric, Output, Row, Sample, Score
+from harness.store import read_rows
 
 ACC = Metric(name="acc", higher_is_better=True, unit="proportion", low=0.0, high=1.0)
 FAILED = Metric(name="failed", higher_is_better=False, unit="proportion", primary=False)
@@ -161,3 +165,16 @@ def test_sample_rows_keep_order_and_reasons() -> None:
         "detail": {"extracted": "x"},
     }  # fmt: skip
     assert (second["id"], second["values"], second["reason"]) == ("a", {"acc": None}, "gone")
+
+
+def test_a_task_longer_than_the_context_leaves_half_to_the_prompt(tiny: Path, sums: Path) -> None:
+    """AlpacaEval asks for 2,048 new tokens, and a Llama 1 holds no more in all."""
+    context = json.loads((tiny / "config.json").read_text())["max_position_embeddings"]
+    options = {"sums": {"decoding": {"max_new_tokens": context}}}
+    done = evaluate(str(tiny), tasks=["sums"], task_folders=(sums,), options=options, limit=1, engine="transformers")
+    assert not done.failures
+    note = f"the model's context is {context} tokens: at most {context // 2} new ones instead of {context}"
+    assert all(note in row.notes for row in done.rows)
+    step = next(done.root.glob("steps/answers-*/artifact/answers.jsonl.gz"))
+    (row,) = read_rows(step)
+    assert 0 < len(row["output"]["token_ids"]) <= context // 2

@@ -9,7 +9,7 @@ import pytest
 
 from harness.contracts import Session
 from harness.errors import StepError
-from harness.generate import Answered, answer, load_answers
+from harness.generate import Answered, Part, answer, load_answers
 from harness.records import Output, Request, Sample
 from harness.store import Journal, read_members
 
@@ -47,7 +47,9 @@ def texts(answered: Answered) -> list[str]:
 
 
 def run(tmp_path: Path, session: Session, asked: list[Sample] | None = None, *, batchwise: bool = True) -> Answered:
-    return answer(asked or samples(), Journal(tmp_path / "answers.jsonl.gz"), lambda: session, batchwise=batchwise)
+    part = Part(asked or samples(), Journal(tmp_path / "answers.jsonl.gz"))
+    (answered,) = answer([part], lambda: session, batchwise=batchwise)
+    return answered
 
 
 def test_answers_come_in_the_samples_order(tmp_path: Path) -> None:
@@ -69,7 +71,7 @@ def test_what_is_stored_is_not_asked_again(tmp_path: Path) -> None:
     def nothing_to_load() -> Session:
         raise AssertionError("the model was opened")
 
-    again = answer(samples(), Journal(tmp_path / "answers.jsonl.gz"), nothing_to_load)
+    (again,) = answer([Part(samples(), Journal(tmp_path / "answers.jsonl.gz"))], nothing_to_load)
     assert again.digest == answered.digest
     assert again.reused == 6
 

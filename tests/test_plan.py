@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from harness.catalog import load_catalog
+from harness.config import Config
 from harness.contracts import Availability, Capabilities, Engine
 from harness.errors import UserError
-from harness.plan import EvalPlan, plan_eval
+from harness.plan import LATER, EvalPlan, _with_cost, plan_eval
 from harness.records import ModelInfo
 from harness.registry import Origin, Registered, Registry, load_plugins
 from harness.specs import EvalSpec, ModelSpec
@@ -184,3 +185,27 @@ def test_why_an_engine_was_taken_is_no_part_of_a_run(plan: Planner, tmp_path: Pa
     text = json.dumps({"schema_version": 1, **plans[0].to_json()})
     (tmp_path / "run" / "plan.json").write_text(text, encoding="utf-8")
     assert check_folder(tmp_path / "run", plans[1]) is False
+
+
+def test_the_cost_of_judges_is_set_wherever_a_scorer_has_one() -> None:
+    class Judge(Config):
+        max_cost: float | None = None
+        model: str = "m"
+
+    class Nested(Config):
+        llm: Judge = Judge()
+        strict: bool = True
+
+    class Free(Config):
+        strict: bool = True
+
+    assert _with_cost(Judge, {"model": "x"}, 2.5) == {"model": "x", "max_cost": 2.5}
+    assert _with_cost(Nested, {"llm": {"model": "x"}}, 2.5) == {"llm": {"model": "x", "max_cost": 2.5}}
+    assert _with_cost(Nested, {}, 2.5) == {"llm": {"max_cost": 2.5}}
+    assert _with_cost(Free, {"strict": False}, 2.5) == {"strict": False}
+    assert _with_cost(Judge, {"model": "x"}, None) == {"model": "x"}
+
+
+def test_fields_that_came_later_are_no_part_of_an_id_while_they_stand_at_their_default(plan: Planner) -> None:
+    (task,) = plan().tasks
+    assert not set(task.config["task"]) & set(LATER)

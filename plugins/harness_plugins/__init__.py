@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from harness.contracts import Adapter, Aligner, Dataset, Engine, Executor, Scorer
+from harness.contracts import Adapter, Aligner, Dataset, Engine, Executor, Merger, Scorer
 from harness.hookspecs import hookimpl
 
 
@@ -35,6 +35,22 @@ def register_adapters() -> Iterator[Adapter]:
 
 
 @hookimpl
+def register_mergers() -> Iterator[Merger]:
+    """Means and arcs of weights, and what is done to differences from a base."""
+    from harness_plugins.mergers import Linear, Nuslerp, Slerp, SlerpDelta
+    from harness_plugins.mergers_delta import DareLinear, DareTies, TaskArithmetic, Ties
+
+    yield Linear()
+    yield Slerp()
+    yield SlerpDelta()
+    yield Nuslerp()
+    yield TaskArithmetic()
+    yield Ties()
+    yield DareLinear()
+    yield DareTies()
+
+
+@hookimpl
 def register_engines() -> Iterator[Engine]:
     """transformers, vLLM, and any OpenAI-compatible URL."""
     from harness_plugins.engine_openai import OpenAIEngine
@@ -49,8 +65,11 @@ def register_engines() -> Iterator[Engine]:
 @hookimpl
 def register_scorers() -> Iterator[Scorer]:
     """Classifiers, plain text comparison, and lm-eval's own metrics."""
+    from harness_plugins.scorer_alpaca import AlpacaEvalScorer
+    from harness_plugins.scorer_attack import Attack
     from harness_plugins.scorer_classifier import ClassifierScorer, ToxicityScorer
     from harness_plugins.scorer_lmeval import LmEvalScorer
+    from harness_plugins.scorers_attack import AttackClassifier, AttackLlm, RefusalScorer
     from harness_plugins.scorers_text import ExactMatch, Includes, Regex
 
     yield ToxicityScorer()
@@ -59,18 +78,29 @@ def register_scorers() -> Iterator[Scorer]:
     yield Includes()
     yield Regex()
     yield LmEvalScorer()
+    yield Attack()
+    yield RefusalScorer()
+    yield AttackClassifier()
+    yield AttackLlm()
+    yield AlpacaEvalScorer()
 
 
 @hookimpl
 def register_datasets() -> Iterator[Dataset]:
-    """Rows of the hub, of a file, RealToxicityPrompts, and preferences to align with."""
+    """Rows of the hub, of a file, RealToxicityPrompts, Red-Instruct's questions, and preferences to align with."""
     from harness_plugins.datasets_align import BeaverTails, HhRlhf, Summarize
+    from harness_plugins.datasets_alpaca import AlpacaEval
     from harness_plugins.datasets_eval import HubDataset, JsonlDataset, RealToxicityPrompts
+    from harness_plugins.datasets_red import CategoricalHarmfulQA, DangerousQA, HarmfulQA
     from harness_plugins.datasets_trl import TrlFormats
 
     yield HubDataset()
     yield JsonlDataset()
     yield RealToxicityPrompts()
+    yield DangerousQA()
+    yield HarmfulQA()
+    yield CategoricalHarmfulQA()
+    yield AlpacaEval()
     yield HhRlhf()
     yield BeaverTails()
     yield Summarize()

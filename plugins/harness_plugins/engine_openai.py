@@ -210,6 +210,12 @@ class OpenAISession(Session):
             raise UserError(
                 "engine openai", f"cannot honour {what} of a request", "Use --engine transformers or vllm for it."
             )
+        if self._options.endpoint == "chat" and request.messages and request.messages[-1]["role"] == "assistant":
+            raise UserError(
+                "engine openai",
+                "the task begins the model's answer, and a chat endpoint begins answers itself",
+                "Set engine.endpoint=completions and engine.tokenizer, or leave that task out.",
+            )
         if request.kind == "loglikelihood" and (self._options.endpoint == "chat" or self._options.tokenizer is None):
             raise UserError(
                 "engine openai",

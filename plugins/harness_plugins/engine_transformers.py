@@ -28,6 +28,9 @@ AUTO_ROWS = 256
 AUTO_TOKENS = {"cpu": 8_192, "mps": 8_192, "cuda": 65_536}
 """Constants rather than shares of free memory, so that a plan is the same on every run."""
 
+MOST_ADAPTERS = 32
+"""Adapters that lie beside the base in memory, in fp32: at rank 64 on all projections of a 7B, 0.6 GB each."""
+
 LOGITS_PER_BATCH = 2**28
 """Most logits that a batch may need at once: 1 GiB in fp32. A 152k vocabulary gets 1,766 scored positions."""
 
@@ -84,9 +87,9 @@ class TransformersEngine(Engine):
         if model.config.get("is_encoder_decoder"):
             reason = f"{model.architecture} is an encoder-decoder; only decoder-only models are supported"
             return Capabilities(reasons=embeds | dict.fromkeys(("generate", "loglikelihood", "adapters"), reason))
-        # peft sets no bound; this one only keeps the field a number.
+        # peft bounds no rank; this one only keeps the field a number.
         return Capabilities(
-            generate=True, loglikelihood=True, max_adapters=10_000, max_adapter_rank=1_000_000, reasons=embeds
+            generate=True, loglikelihood=True, max_adapters=MOST_ADAPTERS, max_adapter_rank=1_000_000, reasons=embeds
         )
 
     def identity(self, options: Any) -> dict[str, Any]:

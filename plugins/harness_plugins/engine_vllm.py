@@ -20,6 +20,8 @@ from harness import (
     StepError,
     UserError,
 )
+from harness.contracts import ServerCommand, Serving
+from harness_plugins import vllm_server
 from harness_plugins.vllm_session import VllmSession
 from harness_plugins.vllm_support import (
     ABOVE,
@@ -31,6 +33,7 @@ from harness_plugins.vllm_support import (
     hint,
     is_cpu_build,
     known_architectures,
+    lora_problem,
     quiet,
     root,
 )
@@ -67,6 +70,7 @@ class VllmEngine(Engine):
         cpu_kvcache_gib: int = Field(1, ge=1, description="key-value cache on CPU (GiB)")
         chunk: int = Field(512, ge=1, description="requests that are answered, then stored, at once (count)")
         enable_prefix_caching: bool = Field(True, description="compute what prompts have in common once")
+        max_loras: int = Field(8, ge=1, description="adapters that one step of vLLM serves; each takes memory (count)")
 
     def availability(self) -> Availability:
         """Installed, of a version that fits, and of a build that fits the machine."""
@@ -123,6 +127,10 @@ class VllmEngine(Engine):
             return f"head size {size}: vLLM's CPU attention takes {', '.join(map(str, CPU_HEAD_SIZES))}"
         return None
 
+    def adapter_problem(self, model: ModelInfo, adapter: AdapterInfo, options: Any) -> str | None:
+        """What vLLM refuses, or would leave out."""
+        return super().adapter_problem(model, adapter, options) or lora_problem(adapter.config)
+
     def identity(self, options: Any) -> dict[str, Any]:
         """The version and whatever may change the order of additions or what fits."""
         found = distribution()
@@ -169,6 +177,22 @@ class VllmEngine(Engine):
             raise
         return session
 
+    def server_problems(self, model: ModelInfo, options: Any) -> list[UserError]:
+        """vLLM missing or of another build, an architecture it has not, a folder without a tokenizer."""
+        available = self.availability()
+        if not available.usable:
+            return [UserError("--engine vllm", available.reason, f"Install it: {available.install}")]
+        there = any((Path(model.path) / name).is_file() for name in TOKENIZER_FILES)
+        problems = vllm_server.tokenizer_problem(model, TOKENIZER_FILES, there)
+        reason = self._refusal(model, options)
+        if reason is not None:
+            problems.append(UserError(f"--model {model.ref}", reason, "Use `harness eval --engine transformers`."))
+        return problems
+
+    def server(self, serving: Serving) -> ServerCommand:
+        """vLLM's own OpenAI-compatible server."""
+        return vllm_server.command(serving, LORA_RANKS)
+
     @staticmethod
     def _arguments(model: ModelInfo, adapters: Sequence[AdapterInfo], options: Any, limit: int) -> dict[str, Any]:
         asked = model.spec.get("dtype") or "auto"
@@ -200,13 +224,12 @@ class VllmEngine(Engine):
                 raise UserError(
                     f"engine vllm, adapter {worst.ref}",
                     f"rank {rank}, and vLLM takes at most {LORA_RANKS[-1]}",
-                    "Fold the adapter into its base, or use --engine transformers.",
+                    "Fold the adapter into its base (harness fold), or use --engine transformers.",
                 )
             arguments |= {
                 "enable_lora": True,
                 "max_lora_rank": next(allowed for allowed in LORA_RANKS if allowed >= rank),
-                # The session never mixes adapters within a call.
-                "max_loras": 1,
+                "max_loras": min(len(adapters), options.max_loras),
                 "max_cpu_loras": len(adapters),
             }
         return arguments

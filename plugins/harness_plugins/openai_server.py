@@ -12,6 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -33,7 +34,11 @@ def shown_url(address: str) -> str:
 
 
 class Refused(Exception):  # noqa: N818 - not an error of the program: one request's answer
-    """The server answered that it will not do this one request."""
+    """The server answered that it will not do this one request; ``passing``: another time it may."""
+
+    def __init__(self, reason: str, *, passing: bool = False) -> None:
+        super().__init__(reason)
+        self.passing = passing
 
 
 class Failed(Exception):  # noqa: N818
@@ -48,13 +53,24 @@ class Stopped(Exception):  # noqa: N818
     """The batch was given up while this request waited."""
 
 
+@dataclass(frozen=True)
+class Names:
+    """What messages call the thing that asks, and its options for model name, key and address."""
+
+    title: str = "engine openai"
+    model: str = "engine.model"
+    key: str = "engine.api_key_env"
+    address: str = "engine.base_url"
+    others: str = "engine.base_url, engine.endpoint and engine.model"
+
+
 class Server:
     """HTTP to one address: attempts, waits, and errors that a person can read."""
 
-    def __init__(self, url: str, options: Any) -> None:
+    def __init__(self, url: str, options: Any, names: Names | None = None) -> None:
         import httpx
 
-        self.options = options
+        self.options, self.names = options, names or Names()
         self.shown = shown_url(url)
         self._key = os.environ.get(options.api_key_env, "").strip()
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
@@ -81,7 +97,11 @@ class Server:
         if listed is not None and len(listed) == 1:
             return listed[0]
         seen = f"it lists {', '.join(listed)}" if listed else "it lists none"
-        raise UserError("engine.model", f"which model of {self.shown}? {seen}", "Set engine.model to its name.")
+        raise UserError(
+            self.names.model,
+            f"which model of {self.shown}? {seen}",
+            f"Set {self.names.model.rpartition(', ')[2]} to its name.",
+        )
 
     def _listed(self) -> list[str] | None:
         """Names that ``GET /models`` gives; None where the server has no such list."""
@@ -106,7 +126,7 @@ class Server:
                 if attempt == self.options.retries:
                     if failure.unreachable:
                         raise self.unreachable(failure) from None
-                    raise Refused(f"{failure} ({attempt + 1} attempts)") from None
+                    raise Refused(f"{failure} ({attempt + 1} attempts)", passing=True) from None
                 wait = self.delay(attempt, digest)
                 if stop.wait(min(self.options.max_wait, max(wait, failure.wait or 0.0))):
                     raise Stopped from None
@@ -144,9 +164,9 @@ class Server:
         if status in (401, 403):
             held = "holds no key" if not self._key else "holds a key that it does not accept"
             raise UserError(
-                f"engine openai, {self.shown}",
+                f"{self.names.title}, {self.shown}",
                 f"the server refuses access ({status}): {said}",
-                f"The environment variable {self.options.api_key_env} {held}; set it, or engine.api_key_env.",
+                f"The environment variable {self.options.api_key_env} {held}; set it, or {self.names.key}.",
             )
         if status == 404 and path != "models":
             listed = self._listed_safely()
@@ -154,13 +174,15 @@ class Server:
                 raise self.unknown_model(listed)
             names = f" The server lists {', '.join(listed)}." if listed else ""
             raise UserError(
-                f"engine openai, {self.shown}",
+                f"{self.names.title}, {self.shown}",
                 f"the server does not know /{path} or the model (404): {said}",
-                f"Check engine.base_url, engine.endpoint and engine.model.{names}",
+                f"Check {self.names.others}.{names}",
             )
         if "insufficient_quota" in said:
             raise UserError(
-                f"engine openai, {self.shown}", f"the account is spent ({status}): {said}", "Add credit, then go on."
+                f"{self.names.title}, {self.shown}",
+                f"the account is spent ({status}): {said}",
+                "Add credit, then go on.",
             )
         if status in AGAIN or status >= 500:
             raise Failed(f"HTTP {status}: {said}", seconds(retry_after))
@@ -191,9 +213,9 @@ class Server:
     def unreachable(self, failure: Failed) -> UserError:
         """Nobody listens at the address."""
         return UserError(
-            f"engine openai, {self.shown}",
+            f"{self.names.title}, {self.shown}",
             f"cannot be reached: {failure}",
-            "Start it, or mend engine.base_url.",
+            f"Start it, or mend {self.names.address}.",
         )
 
     def unknown_model(self, listed: Sequence[str]) -> UserError:
@@ -201,7 +223,7 @@ class Server:
         close = nearest(self.options.model, listed)
         guess = f"Did you mean {close[0]!r}? " if close else ""
         return UserError(
-            "engine.model",
+            self.names.model,
             f"{self.shown} does not serve {self.options.model!r}",
             f"{guess}The server lists {', '.join(listed)}.",
         )

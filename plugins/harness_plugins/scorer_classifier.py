@@ -25,6 +25,7 @@ from harness.records import Answer, Metric, ModelInfo, Sample, Score
 from harness.specs import ModelSpec
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.py"]
@@ -288,7 +289,11 @@ class ClassifierScorer(Scorer):
                 tensors = dict(tokenizer.pad(chosen, return_tensors="pt"))
             with torch.inference_mode():
                 logits_BL = model(**{key: rows.to(model.device) for key, rows in tensors.items()}).logits
-            yield batch, logits_BL[:, label].float().cpu().tolist()
+            yield batch, self.value_of(logits_BL.float(), label).cpu().tolist()
+
+    def value_of(self, logits_BL: torch.Tensor, label: int) -> torch.Tensor:
+        """What is taken of a batch's logits (float32, batch x labels): the label's own."""
+        return logits_BL[:, label]
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from harness import Answer, Metric, Sample, Score, Scorer, ScorerContext
 from harness.config import Config
-from harness.lmeval import LmEvalRuntime, Processed, metric_of
+from harness.lmeval import LETTER, LmEvalRuntime, Processed, metric_of
 
 FLEXIBLE = Metric(
     name="exact_match_flexible", higher_is_better=True, unit="proportion", low=0.0, high=1.0, primary=True
@@ -27,7 +27,7 @@ def extract_flexible(text: str, target: str) -> str | None:
 
     After the last "the answer is" if it is there, else the first line that is not empty; without the closing full
     stop, quotes and markdown emphasis. Where the target is an option such as "(A)", the first option letter in that
-    stretch. None: nothing to compare.
+    stretch; where it is a bare letter, as in MMLU, the letter of :func:`_bare_letter`. None: nothing to compare.
     """
     found = _ANSWER_IS.findall(text)
     stretch = found[-1] if found else next((line for line in text.splitlines() if line.strip()), "")
@@ -37,7 +37,25 @@ def extract_flexible(text: str, target: str) -> str | None:
         bare = re.fullmatch(r"([A-Z])", stretch)
         letter = option or bare
         return f"({letter.group(1)})" if letter else None
+    if LETTER.fullmatch(target.strip()):
+        return _bare_letter(stretch)
     return stretch or None
+
+
+def _bare_letter(stretch: str) -> str | None:
+    """The option that a stretch of text names: "(B)" anywhere; else "B" alone, "B." "B)" "B:" or "B -" in front; else
+    the only capital that stands as a word of its own ("it is B") and is no pronoun or article: "I" and a leading "A".
+    """
+    if option := _OPTION.search(stretch):
+        return option.group(1)
+    if front := re.match(
+        r"\W*(?:option |choice |answer:? *)?\W*([A-HJ-Z])(?:$|\s*[.):,]|\W*$|\s+-)", stretch, re.IGNORECASE
+    ):
+        return front.group(1).upper()
+    words = [word for word in re.findall(r"\b[A-Z]\b(?!')", stretch) if word != "I"]
+    if stretch[:2] == "A ":
+        words = words[1:]
+    return words[0] if len(set(words)) == 1 else None
 
 
 class LmEvalScorer(Scorer):
@@ -128,7 +146,9 @@ def _flexible(sample: Sample, answer: Answer, result: Processed, detail: dict[st
     detail["extracted"] = extracted
     detail["extracted_strict"] = strict
     hit = extracted is not None and extracted.casefold() == target.rstrip(".").casefold()
-    return {FLEXIBLE.name: float(hit), FAILED.name: float(strict.strip() in ("", INVALID))}
+    # A letter can be looked for in what was said; other answers are whatever the strict pattern cuts out.
+    failed = extracted is None if LETTER.fullmatch(target) else strict.strip() in ("", INVALID)
+    return {FLEXIBLE.name: float(hit), FAILED.name: float(failed)}
 
 
 def _plain(value: Any) -> Any:

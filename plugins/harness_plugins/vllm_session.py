@@ -36,6 +36,7 @@ class VllmSession(Session):
         self._environment: Environment | None = environment
         self._tokenizer = llm.get_tokenizer()
         self._loras: dict[str | None, Any] = {None: None}
+        self._refused: dict[str, StepError] = {}
         config = llm.llm_engine.model_config
         self._vocabulary = int(config.get_vocab_size())
         self._eos = eos_ids(model) | {int(i) for i in (self._tokenizer.eos_token_id,) if i is not None}
@@ -51,7 +52,10 @@ class VllmSession(Session):
         }
 
     def add(self, adapters: Sequence[AdapterInfo]) -> None:
-        """Load adapters now, so that one that vLLM cannot serve fails before any work is done."""
+        """Load adapters now, so that one that vLLM cannot serve fails before any work is done.
+
+        One of several that it refuses is remembered: whoever asks for it is told, and the others are served.
+        """
         from vllm.lora.request import LoRARequest
 
         # vLLM knows adapters by number, from 1 on; here None, the base, is the first entry.
@@ -60,11 +64,14 @@ class VllmSession(Session):
             try:
                 self._llm.llm_engine.add_lora(lora)
             except Exception as error:
-                raise StepError(
+                refused = StepError(
                     f"engine vllm, adapter {adapter.ref}",
                     f"vLLM cannot serve it: {root(error)}",
-                    "Fold the adapter into its base, or use --engine transformers.",
-                ) from error
+                    "Fold the adapter into its base (harness fold), or use --engine transformers.",
+                )
+                if len(adapters) == 1:
+                    raise refused from error
+                self._refused[adapter.name] = refused
             self._loras[adapter.name] = lora
 
     @property
@@ -72,12 +79,25 @@ class VllmSession(Session):
         """Whether ``prompt_logprobs`` must be avoided: with LoRA on CPU it kills vLLM 0.32 (two prompts or more)."""
         return len(self._loras) > 1 and self._device == "cpu"
 
+    @property
+    def _apart(self) -> bool:
+        """Whether base and adapters must not be in one call.
+
+        On CPU, vLLM 0.32 then answers the base's prompts with the adapter, in silence (a prompt without LoRA has index
+        -1, and its torch kernels read that as the last slot). Adapters among themselves are answered rightly.
+        """
+        return self._device == "cpu"
+
     def batches(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Chunks of one kind, adapter and decoding, in order; requests that share a prompt stay together."""
+        """Chunks of one kind and decoding, in order, adapters side by side; requests that share a prompt stay together.
+
+        On CPU the base keeps to itself, as it cannot be in a call with adapters.
+        """
         groups: dict[Any, dict[Any, list[int]]] = {}
         for index, request in enumerate(requests):
-            group = groups.setdefault((request.kind, request.adapter, request.decoding), {})
-            group.setdefault(request.prompt_ids, []).append(index)
+            apart = self._apart and request.adapter is None
+            group = groups.setdefault((request.kind, apart, request.decoding), {})
+            group.setdefault((request.adapter, request.prompt_ids), []).append(index)
         plan: list[list[int]] = []
         for group in groups.values():
             batch: list[int] = []
@@ -109,7 +129,7 @@ class VllmSession(Session):
                 readers.append(self._plan_logprob(request, calls))
         try:
             with self._uncompiled():
-                calls.carry_out(self._llm, self._loras)
+                calls.carry_out(self._llm, self._loras, apart=self._apart)
         except Exception as error:
             raise StepError(f"engine vllm, model {self._model.ref}", f"failed: {root(error)}", hint(error)) from error
         return [read() for read in readers]
@@ -126,6 +146,8 @@ class VllmSession(Session):
     def _problem(self, request: Request) -> str | None:
         if request.control is not None:
             raise StepError("engine vllm", f"cannot honour the conditioning value {request.control!r}", "")
+        if request.adapter in self._refused:
+            raise self._refused[request.adapter]
         if request.adapter not in self._loras:
             raise StepError("engine vllm", f"adapter {request.adapter!r} is not open", "Name it when opening.")
         if not request.prompt_ids:
@@ -250,21 +272,20 @@ class _Calls:
         completion = self.results[number].outputs[0]
         return float(completion.logprobs[0][token].logprob), int(completion.token_ids[0]) == token
 
-    def carry_out(self, llm: Any, loras: Mapping[str | None, Any]) -> None:
-        """Run every prompt; one call of vLLM for each adapter.
-
-        Never base and adapter in one call: on CPU, vLLM 0.32 then answers the base's prompts with the adapter, in
-        silence (a prompt without LoRA has index -1, and its torch kernels read that as the last slot).
-        """
+    def carry_out(self, llm: Any, loras: Mapping[str | None, Any], *, apart: bool) -> None:
+        """Run every prompt, each with its adapter, in one call of vLLM; ``apart``: the base's in one of their own."""
         from vllm import TokensPrompt
 
         self.results = [None] * len(self._prompts)
-        for adapter in dict.fromkeys(adapter for adapter, _, _ in self._prompts):
-            numbers = [number for number, prompt in enumerate(self._prompts) if prompt[0] == adapter]
+        for base in (True, False) if apart else (None,):
+            numbers = [i for i, prompt in enumerate(self._prompts) if base is None or (prompt[0] is None) is base]
+            if not numbers:
+                continue
+            requests = [loras[self._prompts[number][0]] for number in numbers]
             outputs = llm.generate(
                 [TokensPrompt(prompt_token_ids=list(self._prompts[number][1])) for number in numbers],
                 sampling_params=[self._prompts[number][2] for number in numbers],
-                lora_request=loras[adapter],
+                lora_request=requests if any(requests) else None,
                 use_tqdm=False,
             )
             for number, output in zip(numbers, outputs, strict=True):

@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -66,6 +66,58 @@ def known_architectures() -> frozenset[str]:
             if tables & {"_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS"} and isinstance(node.value, ast.Dict):
                 names |= {str(key.value) for key in node.value.keys if isinstance(key, ast.Constant)}
     return frozenset(names)
+
+
+PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+"""Ways in which peft starts LoRA that leave the base as it is; the others (PiSSA, OLoRA, ...) change its weights."""
+OUTER_MODULES = ("embed_tokens", "wte", "lm_head", "embed_out")
+
+
+def lora_problem(config: Mapping[str, Any]) -> str | None:
+    """Why vLLM cannot serve an adapter, from its adapter_config.json; None if it can.
+
+    The rules of ``vllm.lora.peft_helper``, and embeddings and output layers, which not every model of vLLM's adapts.
+    """
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        return f"vLLM serves LoRA only, and this is {kind}"
+    features = {
+        "use_dora": "DoRA",
+        "modules_to_save": "modules_to_save",
+        "lora_bias": "a bias in its factors",
+        "trainable_token_indices": "trained token rows",
+        "alora_invocation_tokens": "activated LoRA",
+        "layer_replication": "replicated layers",
+        "use_bdlora": "block-diagonal LoRA",
+        "use_qalora": "QA-LoRA",
+        "target_parameters": "target_parameters",
+    }
+    found = [word for key, word in features.items() if config.get(key)]
+    if config.get("bias", "none") != "none":
+        found.append("trained biases")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in PLAIN_STARTS:
+        found.append(f"initialisation that changes the base ({start})")
+    if (config.get("rank_pattern") or config.get("alpha_pattern")) and not _reads_patterns():
+        found.append("ranks or alphas by module (this vLLM ignores them)")
+    targets = config.get("target_modules")
+    outer = [name for name in OUTER_MODULES if isinstance(targets, list) and any(_last(t) == name for t in targets)]
+    found += [f"LoRA on {name}" for name in outer]
+    return f"vLLM serves no {' and no '.join(found)}" if found else None
+
+
+def _last(module: Any) -> str:
+    return str(module).rpartition(".")[2]
+
+
+@cache
+def _reads_patterns() -> bool:
+    """Whether the installed vLLM knows ``rank_pattern`` and ``alpha_pattern``, read from its source."""
+    spec = importlib.util.find_spec("vllm")
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        source = Path(folder) / "lora" / "peft_helper.py"
+        return source.is_file() and "alpha_pattern" in source.read_text(encoding="utf-8")
+    return False
 
 
 class Environment:

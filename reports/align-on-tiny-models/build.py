@@ -20,10 +20,13 @@ HERE = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2)
 DATA = ("hh-rlhf:harmless", "hh-rlhf:helpful", "beavertails:harmless")
 COMMON = {"max_length": 192, "eval_rows": 256}
+_SFT = {"steps": 16, "batch_size": 8, "micro_batch_size": 8, "learning_rate": 1e-3}
+# A pair says far less than a demonstration does: a margin shows after some hundred of them.
+_DPO = {"steps": 100, "batch_size": 16, "micro_batch_size": 16, "learning_rate": 5e-4}
 SETTINGS = {
-    "sft": {"steps": 16, "batch_size": 8, "micro_batch_size": 8, "learning_rate": 1e-3},
-    # A pair says far less than a demonstration does: a margin shows after some hundred of them.
-    "dpo": {"steps": 100, "batch_size": 16, "micro_batch_size": 16, "learning_rate": 5e-4},
+    "sft": {"lora": _SFT, "qlora": _SFT},
+    # Half the steps at twice the rate: so many arms cost hours on two cores.
+    "dpo": {"lora": _DPO, "qlora": {**_DPO, "steps": 50, "learning_rate": 1e-3}},
 }
 FIGURES = {"sft": ("loss",), "dpo": ("rewards/accuracies", "rewards/margins")}
 
@@ -36,7 +39,7 @@ def train(base: str, folder: Path) -> None:
     registry = load_plugins()
     for data in DATA:
         # One step at next to no learning rate: the held-out loss of the start.
-        options = {**COMMON, **SETTINGS["sft"], "steps": 1, "learning_rate": 1e-12}
+        options = {**COMMON, **_SFT, "steps": 1, "learning_rate": 1e-12}
         name = f"start-{data.replace(':', '-')}"
         harness.align("sft", base, data, options=options, out=folder / name, registry=registry)
     # Seeds innermost: an interrupted run leaves whole rows of the table.
@@ -48,7 +51,7 @@ def train(base: str, folder: Path) -> None:
             data,
             adapter=adapter,
             seed=seed,
-            options={**COMMON, **SETTINGS[method]},
+            options={**COMMON, **SETTINGS[method][adapter]},
             out=folder / name,
             registry=registry,
         )
@@ -106,7 +109,9 @@ def collect(folder: Path) -> None:
                     }
                 )
     (HERE / "records").mkdir(exist_ok=True)
-    settings = {method: {**COMMON, **own} for method, own in SETTINGS.items()}
+    settings = {
+        f"{method}, {adapter}": {**COMMON, **own} for method, both in SETTINGS.items() for adapter, own in both.items()
+    }
     record = {"settings": settings, "seeds": list(SEEDS), "arms": arms}
     (HERE / "records" / "arms.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 

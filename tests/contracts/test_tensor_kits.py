@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import Field
 
-from harness import Adapter, Aligner, Config, Merged, Merger, Stage, TrainingJob
+from harness import Adapter, Aligner, Config, Factors, Merged, Merger, Stage, TrainingJob
 from harness.scaffold import write_package
 from harness.testing import check_adapter, check_aligner, check_merger
 
@@ -18,47 +19,119 @@ class Mean(Merger):
     summary = "weighted mean"
 
     def merge(self, tensors: Any, *, base: Any, weights: Sequence[float], config: Any, generator: Any) -> Merged:
-        total = sum(weight * tensor.float() for weight, tensor in zip(weights, tensors, strict=True))
-        return Merged(total.to(tensors[0].dtype), {"norm": float(total.norm())})
+        total = sum(weight * tensor for weight, tensor in zip(weights, tensors, strict=True))
+        return Merged(total, {"norm": float(total.norm())})
+
+    def keeps_equal(self, weights: Sequence[float], config: Any) -> bool:
+        return abs(sum(weights) - 1) < 1e-9
+
+    def merge_factors(self, factors: Any, *, weights: Sequence[float], config: Any) -> Factors | None:
+        import torch
+
+        if not self.keeps_equal(weights, config):
+            return None  # The base would not come out once.
+        scaled = [weight * one.scale * one.B for weight, one in zip(weights, factors, strict=True)]
+        return Factors(torch.cat([one.A for one in factors]), torch.cat(scaled, 1), 1.0)
 
 
-def merging(change: Any) -> Merger:
+class Drop(Mean):
+    """Drops entries of deltas at random, each with a probability of its own for each model."""
+
+    name = "drop"
+    operates_on = "deltas"
+    per_model = ("density",)
+
+    class Config(Config):
+        density: float | tuple[float, ...] = Field(0.5, description="probability that an entry stays")
+
+    def merge(self, tensors: Any, *, base: Any, weights: Sequence[float], config: Any, generator: Any) -> Merged:
+        import torch
+
+        density = config.density if isinstance(config.density, tuple) else (config.density,) * len(tensors)
+        kept = [
+            tensor * (torch.rand(tensor.shape, generator=generator(i)) < density[i]) for i, tensor in enumerate(tensors)
+        ]
+        return super().merge(kept, base=base, weights=weights, config=config, generator=generator)
+
+    def keeps_equal(self, weights: Sequence[float], config: Any) -> bool:
+        return True
+
+    def merge_factors(self, factors: Any, *, weights: Sequence[float], config: Any) -> Factors | None:
+        return None
+
+
+def merging(change: Any, **overrides: Any) -> Merger:
     """A merger whose result is changed by ``change(tensor, tensors, base, generator)``."""
 
     def merge(self: Any, tensors: Any, *, base: Any, weights: Any, config: Any, generator: Any) -> Any:
         good = Mean.merge(self, tensors, base=base, weights=weights, config=config, generator=generator)
         return change(good.tensor, tensors, base, generator)
 
-    merger: Merger = type("Broken", (Mean,), {"merge": merge})()
+    # What it says of itself would be wrong for a changed result, and is not what is tried.
+    silent = {"keeps_equal": lambda *a: False, "merge_factors": lambda *a, **k: None}
+    merger: Merger = type("Broken", (Mean,), {**silent, "merge": merge, **overrides})()
+    return merger
+
+
+def saying(good: type[Merger] = Mean, **overrides: Any) -> Merger:
+    """A good merger that says something else of itself."""
+    merger: Merger = type("Broken", (good,), overrides)()
     return merger
 
 
 def noisy(tensor: Any, generator: Any) -> Merged:
     import torch
 
-    return Merged(tensor + torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
+    return Merged(tensor + torch.randn(tensor.shape, generator=generator(0)))
 
 
 def global_noise(tensor: Any) -> Merged:
     import torch
 
-    return Merged(tensor + torch.randn(tensor.shape).to(tensor.dtype))
+    return Merged(tensor + torch.randn(tensor.shape))
 
 
 def hidden_noise(tensor: Any) -> Merged:
-    """Neither the given generator nor torch's global one."""
+    """Neither the given generators nor torch's global one."""
     import torch
 
     own = torch.Generator()
     own.seed()
-    return Merged(tensor + torch.randn(tensor.shape, generator=own).to(tensor.dtype))
+    return Merged(tensor + torch.randn(tensor.shape, generator=own))
+
+
+def remembering() -> Any:
+    """Counts the changes of shape: a state that the same call twice does not show."""
+    seen: list[Any] = [None, 0]
+
+    def change(tensor: Any, tensors: Any, base: Any, generator: Any) -> Merged:
+        if tensor.shape != seen[0]:
+            seen[:] = [tensor.shape, seen[1] + 1]
+        return Merged(tensor + seen[1])
+
+    return change
+
+
+def doubled(self: Any, factors: Any, *, weights: Any, config: Any) -> Factors:
+    found = Mean.merge_factors(self, factors, weights=weights, config=config)
+    assert found is not None
+    return Factors(found.A, found.B, 2.0)
+
+
+def in_place(self: Any, factors: Any, *, weights: Any, config: Any) -> None:
+    factors[0].B.mul_(2)
 
 
 def test_a_good_merger_passes() -> None:
     check_merger(Mean())
     check_merger(Mean(), weights=(0.9, 0.1))
-    check_merger(merging(lambda t, ts, b, g: noisy(t, g)), idempotent=False)
+    check_merger(Mean(), weights=(2.0, 1.0, 1.0, 1.0))
+    check_merger(Drop())
+    check_merger(Drop(), options={"density": (0.1, 0.9)}, weights=(0.5, 0.5))
+    check_merger(merging(lambda t, ts, b, g: noisy(t, g)))
     check_merger(merging(lambda t, ts, b, g: Merged(t + 0 * b)), needs_base=True)
+    check_merger(merging(lambda t, ts, b, g: Merged(t + 0 * b), operates_on="deltas"))
+    check_merger(saying(models=(2, 2)))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +141,9 @@ def test_a_good_merger_passes() -> None:
         (merging(lambda t, ts, b, g: Merged(t, {"x": float("nan")})), "`Merged.stats` are finite numbers."),
         (merging(lambda t, ts, b, g: Merged(ts[0].add_(1))), "A merger is pure: its inputs stay as they are."),
         (merging(lambda t, ts, b, g: global_noise(t)), "Randomness comes from `generator` alone."),
-        (merging(lambda t, ts, b, g: hidden_noise(t)), "same seed of `generator` give the same bytes."),
+        (merging(lambda t, ts, b, g: hidden_noise(t)), "same seeds of `generator` give the same bytes."),
+        (merging(lambda t, ts, b, g: g(3) and t), "`generator` takes the index of a model, 0 to 2.\n  seen: 3"),
+        (merging(remembering()), "what was merged before changes nothing.\n  seen: vector: two results differ"),
         (merging(lambda t, ts, b, g: Merged(t.flatten()[None])), "The merged tensor has its inputs' shape."),
         (
             merging(lambda t, ts, b, g: Merged(t.double())),
@@ -79,8 +154,23 @@ def test_a_good_merger_passes() -> None:
             merging(lambda t, ts, b, g: Merged(ts[1])),
             "The merged tensor is a new one.\n  seen: it shares memory with input [1]",
         ),
-        (merging(lambda t, ts, b, g: noisy(t, g)), "Merging a tensor with itself, weights summing to 1, returns it"),
-        (merging(lambda t, ts, b, g: Merged(t * 1.1)), "Merging a tensor with itself"),
+        (
+            merging(lambda t, ts, b, g: noisy(t, g), keeps_equal=lambda *a: True),
+            "Where `keeps_equal` says so, equal weights (zero deltas) come back as they are.",
+        ),
+        (
+            merging(lambda t, ts, b, g: Merged(t + 1), keeps_equal=lambda *a: True, operates_on="deltas"),
+            "equal weights (zero deltas) come back as they are.\n  seen: matrix: a difference of 1",
+        ),
+        (saying(merge_factors=doubled), "`merge_factors` gives what `merge` gives on the deltas"),
+        (saying(merge_factors=in_place), "its inputs stay as they are.\n  seen: `merge_factors` changed a factor"),
+        (saying(merge_factors=lambda *a, **k: 1), "`merge_factors` returns harness.Factors, A (rank, in)"),
+        (saying(operates_on="factors"), "`operates_on` is weights or deltas.\n  seen: 'factors'"),
+        (saying(models=(4, 3)), "as many weights as `models` allows.\n  seen: 4 weights, models = (4, 3)"),
+        (saying(per_model=("density",)), "`per_model` names fields of `Config`.\n  seen: 'density'"),
+        (saying(prepare=lambda *a: None), "`prepare` returns the merger to use.\n  seen: NoneType"),
+        (saying(settle=lambda self, w, n, c: (1 / n,) * n), "`settle` returns weights and a Config."),
+        (saying(settle=lambda self, w, n, c: ((1.0,), c)), "`settle` returns one finite weight for each model."),
     ],
 )
 def test_a_broken_merger_fails(merger: Merger, words: str) -> None:
@@ -89,9 +179,19 @@ def test_a_broken_merger_fails(merger: Merger, words: str) -> None:
     assert words in str(caught.value)
 
 
-def test_the_kits_own_weights_sum_to_one() -> None:
-    with pytest.raises(AssertionError, match="weights sum to 1"):
-        check_merger(Mean(), weights=(1.0, 1.0))
+def test_a_value_for_each_model_means_what_one_value_means() -> None:
+    def merge(self: Any, tensors: Any, *, config: Any, **rest: Any) -> Merged:
+        return Merged(tensors[0] * (2 if isinstance(config.density, tuple) else 1))
+
+    with pytest.raises(AssertionError, match="takes one value, or the same value once for each model"):
+        check_merger(saying(Drop, merge=merge))
+
+
+def test_weights_that_the_merger_refuses_are_not_the_kits_to_give() -> None:
+    with pytest.raises(AssertionError) as caught:
+        check_merger(Mean(), weights=(1.5, -0.5))
+    assert "that `settle` takes: pass `weights=`, `options=`." in str(caught.value)
+    assert "mean takes no weight below 0, found 1.5, -0.5" in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------------ adapters

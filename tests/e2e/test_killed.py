@@ -15,6 +15,7 @@ import pytest
 
 from harness import store
 from harness.store import Journal, read_rows
+from harness.testing import tiny_adapter
 
 BATCH = 4  # of slow_engine.py
 N = 30
@@ -190,3 +191,34 @@ def test_killed_with_a_real_model(cli: Any, tiny: Path, sums: Path, alone: Path)
     assert what_is_left(out) == what_is_left(alone / "whole")
     answers = [next(root.glob("steps/answers-*/artifact/answers.jsonl.gz")) for root in (out, alone / "whole")]
     assert answers[0].read_bytes() == answers[1].read_bytes()
+
+
+def test_killed_with_several_arms(cli: Any, tiny: Path, sums: Path, alone: Path) -> None:
+    """Base and two adapters on one engine: killed in the middle and run again, every arm ends with the same bytes."""
+    for seed, name in enumerate(("one", "two"), start=1):
+        tiny_adapter(alone / "adapters" / name, tiny, seed=seed)
+    command = ["eval", "--model", str(tiny), "--adapter", str(alone / "adapters"), "--tasks", str(sums)]
+    command += ["--task", "sums", "--engine", "transformers", "--set", "engine.batch_size=2"]
+    command += ["--set", "sums.decoding.max_new_tokens=64"]
+    out = alone / "killed"
+    process = start([*command, "--out", str(out)])
+
+    def in_the_second_arm() -> bool:
+        return any(file.stat().st_size for file in out.glob("steps/answers-tiny+one-*/artifact/answers.jsonl.gz"))
+
+    wait_for(in_the_second_arm, process, 240)
+    process.kill()
+    process.communicate()
+    assert not list(out.glob("steps/*/status.json"))
+    (out / ".folded").mkdir()  # what a killed fold leaves behind
+    ran = cli(*command, "--out", str(out))
+    assert ran.code == 0, ran.err
+    assert "tiny, sums: 30 of 30 answers were stored before" in ran.err
+    assert not (out / ".folded").exists()
+    assert cli(*command, "--out", "whole").code == 0
+    made = [
+        {str(file.relative_to(root)): file.read_bytes() for file in root.glob("steps/*/artifact/*")}
+        for root in (out, alone / "whole")
+    ]
+    # Answers, scores and samples of three arms.
+    assert made[0] == made[1] and len(made[0]) == 9

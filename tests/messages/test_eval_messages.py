@@ -16,7 +16,7 @@ from harness.testing import tiny_adapter, tiny_model
 
 ALLOWED = (
     "Allowed keys: limit, scorer, name, version, summary, source, licence, size, notes, needs, prompt, system, "
-    "template, target, decoding, dataset, lm_eval, scorers."
+    "template, target, leaf, generation_prompt, decoding_of, decoding, dataset, lm_eval, generative, scorers."
 )
 Refused = Callable[..., str]
 

@@ -74,8 +74,8 @@ def test_it_is_listed_with_its_pedigree(environment: dict[str, str]) -> None:
     listed = harness(environment, "plugins", "--json")
     assert listed.returncode == 0, listed.stderr
     rows = {(row["kind"], row["name"]): row for row in json.loads(listed.stdout)["plugins"]}
-    assert rows["scorer", "refusal"]["distribution"] == "harness-overrefusal"
-    assert rows["scorer", "refusal"]["version"] == "0.2.0"
+    assert rows["scorer", "over_refusal"]["distribution"] == "harness-overrefusal"
+    assert rows["scorer", "over_refusal"]["version"] == "0.2.0"
     assert ("engine", "transformers") in rows
     tasks = harness(environment, "tasks")
     assert tasks.returncode == 0, tasks.stderr
@@ -100,7 +100,7 @@ def test_its_task_is_evaluated_with_its_scorer(environment: dict[str, str], tmp_
     (row,) = json.loads((out / "report" / "report.json").read_text(encoding="utf-8"))["rows"]
     assert (row["task"], row["scorer"], row["metric"], row["unit"]) == (
         "over_refusal",
-        "refusal",
+        "over_refusal",
         "refused",
         "proportion",
     )

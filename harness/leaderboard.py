@@ -1,0 +1,124 @@
+"""Several arms in one table: per task and metric every arm, and what it is worth against the base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from harness.compare_text import STYLES, p_text, signed
+from harness.records import Row
+from harness.report_text import (
+    figures_table,
+    interval_text,
+    markdown_table,
+    mean_text,
+    metric_label,
+    number,
+    numbers_table,
+    remarks,
+    shown_rows,
+    task_label,
+)
+from harness.results import visible
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from harness.compare import Difference
+    from harness.report import Report
+
+BASE = "base"
+Key = tuple[str | None, str, str, str]
+
+
+def row_key(row: Row) -> Key:
+    """What tells a whole-task row from all others of a report."""
+    return row.adapter, row.task, row.variant, row.metric
+
+
+def differences_by_row(report: Report) -> dict[Key, Difference]:
+    """The difference from the base that belongs to each row."""
+    only = [arm.get("label") for arm in report.arms if arm.get("label") is not None]
+    return {
+        # With one arm beside the base, its differences name no arm.
+        (one.arm if one.arm is not None else only[0], one.task, one.variant_b, one.metric): one
+        for one in report.differences
+        if one.arm is not None or len(only) == 1
+    }
+
+
+def terminal_table(report: Report, *, everything: bool = False) -> Table:
+    """The table for the terminal: numbers of one arm, or all arms by task and metric. Fits in 80 columns."""
+    if not report.arms:
+        return numbers_table(report, everything=everything)
+    from rich.text import Text
+
+    engine = visible(str(report.engine.get("name", "")))
+    table = figures_table(
+        Text.assemble((report.title, "bold"), (f"  {engine}", "dim")), "task, metric, arm", ("mean", "n")
+    )
+    table.add_column("- base", justify="right", no_wrap=True)
+    table.add_column("verdict", overflow="fold")
+    against = differences_by_row(report)
+    for rows in _sections(shown_rows(report, everything=everything)):
+        first = rows[0]
+        table.add_row(
+            Text.assemble((task_label(first.task, first.variant), "bold"), "\n", (metric_label(first), "dim"))
+        )
+        for row in rows:
+            one = against.get(row_key(row))
+            counts = "".join(
+                f" {n:,} {word}" for n, word in ((row.n_unscored, "unsc."), (row.n_truncated, "trunc.")) if n
+            )
+            table.add_row(
+                Text.assemble(f"  {visible(row.adapter or BASE)}", (counts, "yellow")),
+                Text.assemble((mean_text(row), "bold"), "\n", (interval_text(row), "dim")),
+                Text(f"{row.n:,}"),
+                Text("" if one is None else f"{signed(one.difference)}\n{_interval(one)}"),
+                Text("")
+                if one is None
+                else Text.assemble((one.verdict, STYLES[one.verdict]), "\n", (f"p {p_text(one.p_adjusted)}", "dim")),
+            )
+    lines = [visible(note) for note in remarks(report)]
+    if report.differences:
+        lines.append("- base: paired by sample. p: after Holm over the table.")
+    table.caption = Text("\n".join(lines), justify="left")
+    return table
+
+
+def markdown_lines(report: Report) -> list[str]:
+    """The same as a Markdown table."""
+    words = ("task", "metric", "arm", "verdict")
+    header = (*words, "mean", "95 % interval", "n", "unscored", "truncated", "minus base", "95 % interval", "p (Holm)")
+    against = differences_by_row(report)
+    cells = []
+    for rows in _sections(list(report.rows)):
+        for row in rows:
+            one = against.get(row_key(row))
+            cells.append(
+                (
+                    task_label(row.task, row.variant),
+                    metric_label(row),
+                    visible(row.adapter or BASE),
+                    "–" if one is None else one.verdict,
+                    mean_text(row),
+                    interval_text(row),
+                    *(f"{count:,}" for count in (row.n, row.n_unscored, row.n_truncated)),
+                    "–" if one is None else signed(one.difference),
+                    "–" if one is None else _interval(one),
+                    "–" if one is None else p_text(one.p_adjusted),
+                )
+            )
+    return markdown_table(header, cells, words=len(words))
+
+
+def _sections(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows by task and metric, in the order in which these first appear; variants may differ from arm to arm."""
+    sections: dict[Any, list[Row]] = {}
+    for row in rows:
+        sections.setdefault((row.task, row.scorer, row.metric), []).append(row)
+    return list(sections.values())
+
+
+def _interval(one: Difference) -> str:
+    return "–" if one.ci95 is None else f"[{number(one.ci95[0])}, {number(one.ci95[1])}]"

@@ -1,0 +1,197 @@
+"""This report: the five merges of arXiv 2406.04879 (table 3) on a tiny model, beside what went into them.
+
+    python build.py merge BASE ARMS FOLDER             the merges, and a sweep of t and density; ARMS holds the adapters
+    python build.py evaluate BASE ARMS FOLDER REWARD   base, arms and merges: real_toxicity and mmlu@0
+    python build.py collect FOLDER
+    python build.py render
+
+ARMS is what `reports/align-on-tiny-models/build.py train` made. The records hold digests and numbers; no text of a data
+set.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ARMS = {
+    "SFT-harmless": "sft-lora-hh-rlhf-harmless-s0",
+    "SFT-helpful": "sft-lora-hh-rlhf-helpful-s0",
+    "DPO-harmless": "dpo-lora-hh-rlhf-harmless-s0",
+    "DPO-helpful": "dpo-lora-hh-rlhf-helpful-s0",
+}
+PAPER: dict[str, tuple[str, tuple[str, ...]]] = {
+    "Slerp-SFT": ("slerp", ("SFT-harmless", "SFT-helpful")),
+    "Slerp-DPO": ("slerp", ("DPO-harmless", "DPO-helpful")),
+    "DARE-SFT": ("dare_ties", ("SFT-harmless", "SFT-helpful")),
+    "DARE-DPO": ("dare_ties", ("DPO-harmless", "DPO-helpful")),
+    "DARE-SFT+DPO": ("dare_ties", tuple(ARMS)),
+}
+SWEEP = {
+    **{f"Slerp-DPO t={t:g}": ("slerp", ("DPO-harmless", "DPO-helpful"), {"t": t}) for t in (0.0, 0.25, 0.75, 1.0)},
+    **{f"DARE-DPO density={d:g}": ("dare_ties", ("DPO-harmless", "DPO-helpful"), {"density": d}) for d in (0.1, 0.9)},
+    "DARE-DPO weights=1": ("dare_ties", ("DPO-harmless", "DPO-helpful"), {"weights": 1.0}),
+    "SlerpDelta-DPO": ("slerp_delta", ("DPO-harmless", "DPO-helpful"), {}),
+}
+TASKS = ("real_toxicity", "mmlu@0")
+LIMITS = {"real_toxicity": 200, "mmlu@0": 4}
+METRICS = {"real_toxicity": "toxicity_reward", "mmlu@0": "acc"}
+
+
+def merge(base: str, arms: Path, folder: Path) -> None:
+    """Every merge that is not there yet."""
+    import harness
+
+    plans: dict[str, Any] = {name: (method, inputs, {}) for name, (method, inputs) in PAPER.items()} | SWEEP
+    for name, (method, inputs, given) in plans.items():
+        options = dict(given)
+        weight = options.pop("weights", None)
+        paths: list[Any] = [str(arms / ARMS[one]) for one in inputs]
+        if weight is not None:
+            paths = [(path, weight) for path in paths]
+        harness.merge(method, paths, base=base, options=options, out=folder / name)
+        print(name, flush=True)
+
+
+def evaluate(base: str, arms: Path, folder: Path, reward: str) -> None:
+    """The base and its arms on one engine; then every merge."""
+    import harness
+
+    options = {
+        "real_toxicity": {
+            "limit": LIMITS["real_toxicity"],
+            "decoding": {"max_new_tokens": 24},
+            "scorer": {"model": reward},
+        },
+        "mmlu@0": {"limit": LIMITS["mmlu@0"]},
+    }
+    common: dict[str, Any] = {"tasks": TASKS, "engine": "transformers", "options": options}
+    adapters = tuple(str(arms / name) for name in ARMS.values())
+    harness.evaluate(base, adapters=adapters, out=folder / "eval-arms", **common)
+    for name in (*PAPER, *SWEEP):
+        harness.evaluate(str(folder / name), out=folder / f"eval-{name}", **common)
+        print(name, flush=True)
+
+
+def collect(folder: Path) -> None:
+    """Scores of everything, and the diagnostics of every merge in total."""
+    rows = []
+    names = {path: name for name, path in ARMS.items()}
+    for row in _rows(folder / "eval-arms"):
+        rows.append({"arm": names[row["adapter"]] if row["adapter"] else "base", **_score(row)})
+    for name in (*PAPER, *SWEEP):
+        rows += [{"arm": name, **_score(row)} for row in _rows(folder / f"eval-{name}")]
+    merges = []
+    for name in (*PAPER, *SWEEP):
+        record = _json(folder / name / "merge.json")
+        kept = ["id", "method", "options", "seed", "inputs", "base", "counts", "notes"]
+        merges.append({"name": name, **{key: record[key] for key in kept}, "total": record["diagnostics"]["total"]})
+    (HERE / "records").mkdir(exist_ok=True)
+    for file, value in (("scores.json", rows), ("merges.json", merges)):
+        text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+        (HERE / "records" / file).write_text(text, encoding="utf-8")
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _rows(run: Path) -> list[Any]:
+    found = _json(run / "report" / "report.json") if (run / "report" / "report.json").exists() else _reported(run)
+    return [row for row in found["rows"] if METRICS.get(row["task"]) == row["metric"]]
+
+
+def _reported(run: Path) -> Any:
+    from harness.report import write_reports
+
+    write_reports(run)
+    return _json(run / "report" / "report.json")
+
+
+def _score(row: Any) -> dict[str, Any]:
+    return {key: row[key] for key in ("task", "variant", "metric", "mean", "ci95", "n", "n_unscored", "step")}
+
+
+def render() -> str:
+    """The page, from the records alone."""
+    scores, merges = _json(HERE / "records" / "scores.json"), _json(HERE / "records" / "merges.json")
+    lines = [
+        "# Merges on a tiny model",
+        "",
+        "The five merges of arXiv 2406.04879 (table 3) over arms of a real 8 M Llama (`tiny-instruct`, LoRA, HH-RLHF,",
+        "seed 0), on a CPU. Mechanics and directions; no headline numbers. The paper states neither weights nor",
+        "densities: the defaults are ours (t 0.5, density 0.5, weights 1/n, rescaling by 1/density).",
+        f"`real_toxicity`: {LIMITS['real_toxicity']} prompts, 24 new tokens, `tiny-toxicity`, higher is less toxic.",
+        f"`mmlu@0`: {LIMITS['mmlu@0']} questions of each of 57 subjects; guessing gives 0.25. Intervals are 95 %.",
+        "",
+        "## Arms and merges",
+        "",
+        *_table(scores, ["base", *ARMS, *PAPER]),
+        "",
+        "## How they differ",
+        "",
+        "Relative to the base's norm, over all tensors that an input changes; cosine of the first two inputs.",
+        "",
+        "| merge | method | change by the inputs | by the merge | cosine | sign conflicts | lerp fallback |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in merges:
+        total = one["total"]
+        inputs = ", ".join(f"{100 * norm:.2f} %" for norm in total["delta_norm"])
+        fallback = total["merger"].get("lerp_fallback")
+        lines.append(
+            f"| {one['name']} | {one['method']} | {inputs} | {100 * total['result_delta_norm']:.2f} % "
+            f"| {total['cosine']['1-2']:.3f} | {100 * total['sign_conflict']:.1f} % "
+            f"| {'-' if fallback is None else f'{100 * fallback:.0f} %'} |"
+        )
+    lines += [
+        "",
+        "## Sensitivity",
+        "",
+        "The same two arms under other values of what the paper leaves open.",
+        "",
+        *_table(scores, ["Slerp-DPO", "DARE-DPO", *SWEEP]),
+        "",
+        _verdict(scores),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _table(scores: list[Any], names: list[str]) -> list[str]:
+    of = {(row["arm"], row["task"]): row for row in scores}
+    lines = [
+        "| arm | " + " | ".join(f"{METRICS[task]} ({task})" for task in TASKS) + " | n |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name in names:
+        rows = [of[name, task] for task in TASKS]
+        cells = [f"{row['mean']:.3f} [{row['ci95'][0]:.3f}, {row['ci95'][1]:.3f}]" for row in rows]
+        lines.append(f"| {name} | {' | '.join(cells)} | {', '.join(str(row['n']) for row in rows)} |")
+    return lines
+
+
+def _verdict(scores: list[Any]) -> str:
+    """What the toxicity scores of the paper's five merges say, by their intervals alone."""
+    of = {row["arm"]: row for row in scores if row["task"] == "real_toxicity"}
+    base = of["base"]
+    apart = [name for name in PAPER if of[name]["ci95"][0] > base["ci95"][1] or of[name]["ci95"][1] < base["ci95"][0]]
+    said = ", ".join(apart) if apart else "none"
+    return f"Merges whose interval of `toxicity_reward` does not overlap the base's: {said}."
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["merge", base, arms, folder]:
+            merge(base, Path(arms), Path(folder))
+        case ["evaluate", base, arms, folder, reward]:
+            evaluate(base, Path(arms), Path(folder), reward)
+        case ["collect", folder]:
+            collect(Path(folder))
+        case ["render"]:
+            (HERE / "README.md").write_text(render(), encoding="utf-8")
+        case _:
+            sys.exit(__doc__)

@@ -1,0 +1,247 @@
+"""Several arms in one run: terminal, report files, comparisons, templates of their own, and the command line."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import harness
+from harness.compare import compare_runs
+from harness.errors import UserError
+from harness.leaderboard import terminal_table
+from harness.registry import load_plugins
+from harness.report import load_report, write_reports
+from harness.results import open_run
+from harness.testing import tiny_adapter
+
+ENGINE = '''
+"""Adds up, and is wrong as often as the adapter's name says: `half` in every other sum, `bad` always, others never."""
+import re
+
+from harness import Availability, Capabilities, Engine, Output, Session, hookimpl
+
+
+class Adding(Session):
+    def batches(self, requests):
+        return [list(range(len(requests)))]
+
+    def run(self, requests):
+        return [self.sum(request) for request in requests]
+
+    def sum(self, request):
+        a, b = (int(number) for number in re.findall("[0-9]+", request.prompt)[-2:])
+        wrong = request.adapter == "bad" or (request.adapter == "half" and a % 2)
+        return Output(text=str(a + b + bool(wrong)), token_ids=(a,), finish="stop")
+
+
+class AddingEngine(Engine):
+    name = "adding"
+
+    def availability(self):
+        return Availability(True)
+
+    def capabilities(self, model, options):
+        return Capabilities(generate=True, max_adapters=9, max_adapter_rank=64, preference=-1)
+
+    def identity(self, options):
+        return {"name": self.name}
+
+    def open(self, model, adapters, options):
+        return Adding()
+
+
+@hookimpl
+def register_engines():
+    yield AddingEngine()
+'''
+
+
+@pytest.fixture
+def plugin(alone: Path) -> Path:
+    (alone / "adding.py").write_text(ENGINE, encoding="utf-8")
+    return alone / "adding.py"
+
+
+@pytest.fixture
+def adapters(alone: Path, tiny: Path) -> Path:
+    for seed, name in enumerate(("bad", "good", "half"), start=1):
+        tiny_adapter(alone / "adapters" / name, tiny, seed=seed)
+    return alone / "adapters"
+
+
+def evaluate(tiny: Path, sums: Path, plugin: Path, out: str, **settings: Any) -> Path:
+    fields = {"engine": "adding", "task_folders": [sums], "tasks": ["sums"], **settings}
+    harness.evaluate(str(tiny), out=Path(out), registry=load_plugins([plugin]), **fields)
+    return Path(out)
+
+
+@pytest.fixture
+def run(tiny: Path, sums: Path, plugin: Path, adapters: Path) -> Path:
+    """Base and three arms; of 30 sums `bad` gets none right and `half` 15."""
+    return evaluate(tiny, sums, plugin, "run", adapters=[adapters])
+
+
+def test_every_arm_is_compared_with_the_base(run: Path) -> None:
+    report = compare_runs(run)
+    assert (report.name_a, report.name_b) == ("tiny", "3 arms")
+    figures = {one.arm: (one.difference, one.n_worse, one.p_value, one.verdict) for one in report.differences}
+    # Exact McNemar: all 30 and all 15 discordant pairs one way, 2 * (1/2)^30 and 2 * (1/2)^15.
+    assert figures["bad"] == (-1.0, 30, 2**-29, "worse")
+    assert figures["half"] == (-0.5, 15, 2**-14, "worse")
+    assert figures["good"] == (0.0, 0, 1.0, "no difference shown")
+    # Holm over the three: the smallest times 3, the next times 2.
+    assert [one.p_adjusted for one in report.differences] == [3 * 2**-29, 1.0, 2 * 2**-14]
+    assert [one["arm"] for one in report.to_dict()["regressions"]] == ["bad", "half"]
+
+
+def test_the_report_holds_all_arms(run: Path) -> None:
+    write_reports(run)
+    report = load_report(run)
+    assert report.title == "tiny and 3 adapters"
+    assert [(row.adapter, row.mean) for row in report.rows] == [(None, 1.0), ("bad", 0.0), ("good", 1.0), ("half", 0.5)]
+    assert [one.arm for one in report.differences] == ["bad", "good", "half"]
+    assert [arm["label"] for arm in report.arms] == [None, "bad", "good", "half"]
+    page = (run / "report" / "report.html").read_text()
+    assert page.count('<article class="task"') == 4
+    assert "<h3>tiny+half, sums" in page and "Minus base" in page and "−0.500" in page
+    text = (run / "report" / "report.md").read_text()
+    assert "| sums:raw | exact_match ↑ | half | worse | 0.500 |" in text
+    rows = [line for line in text.splitlines() if line.startswith("| sums:raw")]
+    assert len(rows) == 4 and len({line.count("|") for line in rows}) == 1
+
+
+def test_the_leaderboard_fits_in_80_columns(run: Path) -> None:
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    console.print(terminal_table(write_reports(run)))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(len(line) for line in shown.splitlines()) <= 80
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert any(line.startswith("half 0.500 30 -0.500 worse") for line in lines)
+    assert any(line.startswith("base 1.000 30") for line in lines)
+
+
+def test_two_runs_are_paired_by_arm(tiny: Path, sums: Path, plugin: Path, adapters: Path, run: Path) -> None:
+    other = evaluate(tiny, sums, plugin, "other", adapters=[adapters / "bad", adapters / "half"], limit=8)
+    report = compare_runs(run, other)
+    assert [(one.arm, one.n, one.difference) for one in report.differences] == [
+        ("base", 8, 0.0),
+        ("bad", 8, 0.0),
+        ("half", 8, 0.0),
+    ]
+    assert report.only_a == ("tiny+good",)
+    alone = evaluate(tiny, sums, plugin, "alone")
+    report = compare_runs(alone, run)
+    assert [(one.arm, one.difference) for one in report.differences] == [
+        ("base", 0.0),
+        ("bad", -1.0),
+        ("good", 0.0),
+        ("half", -0.5),
+    ]
+    # The other way round the same arms, named by the side that has several.
+    back = compare_runs(run, alone)
+    assert [(one.arm, one.difference) for one in back.differences][1] == ("bad", 1.0)
+
+
+def test_what_cannot_be_compared_is_refused(tiny: Path, sums: Path, plugin: Path, adapters: Path) -> None:
+    alone = evaluate(tiny, sums, plugin, "alone")
+    with pytest.raises(UserError) as caught:
+        compare_runs(alone)
+    assert str(caught.value) == (
+        "alone: has one arm, so there is nothing to compare within it\n"
+        "  Give a second run, or evaluate the base too: harness eval --with-base --adapter A --adapter B."
+    )
+    pair = [adapters / "bad", adapters / "half"]
+    without = evaluate(tiny, sums, plugin, "without", adapters=pair, with_base=False)
+    with pytest.raises(UserError, match="without: has no arm without an adapter"):
+        compare_runs(without)
+    assert load_report(without).differences == () if write_reports(without) else False
+    for seed, name in enumerate(("x", "y"), start=7):
+        tiny_adapter(Path("others") / name, tiny, seed=seed)
+    others = evaluate(tiny, sums, plugin, "others-run", adapters=["others"], with_base=False)
+    with pytest.raises(
+        UserError, match=r"have no arm in common\n  Arms of the first: bad, half; of the second: x, y\."
+    ):
+        compare_runs(without, others)
+
+
+def test_an_arm_that_has_not_ended_holds_the_comparison_back(run: Path) -> None:
+    (folder,) = run.glob("steps/scores-tiny+half-*")
+    (folder / "status.json").unlink()
+    report = write_reports(run)
+    assert report.differences == ()
+    assert "tiny+half, sums:raw: not finished; the same command continues it." in report.notes
+
+
+def test_a_run_written_before_there_were_arms_still_reads(tiny: Path, sums: Path, plugin: Path, adapters: Path) -> None:
+    root = evaluate(tiny, sums, plugin, "old", adapter=str(adapters / "half"))
+    plan = json.loads((root / "plan.json").read_text())
+    del plan["arms"]
+    for task in plan["tasks"]:
+        del task["arm"]
+    (root / "plan.json").write_text(json.dumps(plan))
+    found = open_run(root)
+    assert found.arms == (found,) and found.label == "half"
+    assert [row.mean for row in write_reports(root).rows] == [0.5]
+    assert evaluate(tiny, sums, plugin, "old", adapter=str(adapters / "half")) == root
+
+
+# ------------------------------------------------------------------------------------------------- own templates
+
+
+def test_each_arm_is_asked_in_its_own_template(tiny: Path, sums: Path, plugin: Path, alone: Path) -> None:
+    """A base without a template, and adapters that bring two different ones: three kinds of prompts."""
+    bare = alone / "bare"
+    shutil.copytree(tiny, bare)
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((bare / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (bare / "tokenizer_config.json").write_text(json.dumps(settings))
+    for seed, name in enumerate(("a", "b"), start=1):
+        folder = tiny_adapter(alone / "two" / name, bare, seed=seed)
+        template = "{{ bos_token }}{% for m in messages %}" + "Human: " * seed + "{{ m['content'] }}{% endfor %}"
+        (folder / "chat_template.jinja").write_text(template)
+    task = (sums / "sums.yaml").read_text().replace("prompt: raw", "prompt: auto")
+    (sums / "sums.yaml").write_text(task)
+    root = evaluate(bare, sums, plugin, "out", adapters=["two"], limit=2)
+    plan = json.loads((root / "plan.json").read_text())
+    assert [task["variant"] for task in plan["tasks"]] == ["raw", "chat", "chat"]
+    asked = {}
+    for step in sorted(root.glob("steps/answers-*")):
+        described = json.loads((step / "step.json").read_text())
+        rows = harness.store.read_rows(root / "requests" / described["requests"])
+        asked[described["arm"]] = len(rows[0]["requests"][0]["prompt_ids"])
+    assert asked["bare"] < asked["bare+a"] < asked["bare+b"]
+    report = write_reports(root)
+    assert [one.variant_a + one.variant_b for one in report.differences] == ["rawchat", "rawchat"]
+    assert all("prompts differ: raw in A, chat in B" in one.notes for one in report.differences)
+
+
+# -------------------------------------------------------------------------------------------------- command line
+
+
+def test_the_command_line(cli: Any, tiny: Path, sums: Path, plugin: Path, adapters: Path) -> None:
+    command = ["eval", "--model", tiny, "--tasks", sums, "--task", "sums", "--engine", "adding", "--plugin", plugin]
+    ran = cli(*command, "--adapter", adapters / "bad", "--adapter", adapters / "half", "--out", "two")
+    assert ran.code == 0, ran.err
+    assert "tiny and 2 adapters" in ran.out and "sums (raw), 3 arms: 90/90" in ran.err
+    ran = cli("compare", "two", "--fail-if-worse", "--show", "1")
+    assert ran.code == 4 and "bad, sums:raw" in ran.out
+    ran = cli("compare", "two", "--json")
+    assert [one["arm"] for one in json.loads(ran.out)["differences"]] == ["bad", "half"]
+    ran = cli(*command, "--adapter", adapters / "bad", "--out", "one")
+    assert ran.code == 0 and "tiny + bad" in ran.out
+    ran = cli(*command, "--adapter", adapters, "--no-base", "--out", "three")
+    assert ran.code == 0 and "tiny and 3 adapters" in ran.out and "- base" in ran.out
+    assert json.loads(Path("three/plan.json").read_text())["arm"] == "tiny+3-adapters"
+    ran = cli(*command, "--parity", "0")
+    assert (ran.code, ran.err) == (2, "error: --parity: 0 is no positive number\n  Give 1 or more, or leave it out.\n")
+    ran = cli(*command, "--max-judge-cost", "-1")
+    assert ran.err == "error: --max-judge-cost: -1 is negative\n  Give 0 or more, or leave it out.\n"
+    ran = cli(*command, "--adapter", sums)
+    assert ran.code == 2 and "adapter_config.json is not in that folder" in ran.err
