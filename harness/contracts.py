@@ -206,7 +206,7 @@ class ScorerContext:
     progress: Callable[[int], None] = lambda more: None
     """Told how many more samples have been scored."""
     open_engine: Callable[..., Any] | None = None
-    """Opens a model for the scorer's own use, a judge say: :func:`harness.engines.open_engine`; the scorer closes it."""
+    """Opens a model for the scorer (a judge, say): :func:`harness.engines.open_engine`; the scorer closes it."""
     runtime: Any = None
     """The open task; used by the scorer that hands lm-eval's own metrics through."""
 

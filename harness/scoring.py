@@ -10,12 +10,13 @@ from typing import Any
 from harness import generate
 from harness.contracts import ScorerContext
 from harness.errors import CorruptionError
-from harness.evaluation import OpenTask, RowContext, Scored, build_rows, check_scores, sample_rows
+from harness.evaluation import OpenTask
 from harness.plan import ScoresStep
 from harness.progress import Bar
 from harness.provenance import record
 from harness.records import Score
 from harness.resume import ANSWERS_FILE, SAMPLES_FILE, SCORES_FILE
+from harness.rows import RowContext, Scored, build_rows, check_scores, sample_rows
 from harness.running import Running, Unit
 from harness.store import Journal, StepFolder, read_json, rows_digest, write_json, write_rows
 

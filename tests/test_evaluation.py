@@ -12,9 +12,9 @@ import pytest
 
 from harness.contracts import Scorer, ScorerContext
 from harness.errors import StepError
-from harness.evaluation import RowContext, Scored, build_rows, check_scores, sample_rows
 from harness.execute import evaluate
 from harness.records import Answer, Metric, Output, Row, Sample, Score
+from harness.rows import RowContext, Scored, build_rows, check_scores, sample_rows
 from harness.store import read_rows
 
 ACC = Metric(name="acc", higher_is_better=True, unit="proportion", low=0.0, high=1.0)

@@ -12,20 +12,26 @@ import harness
 CORE = Path(harness.__file__).parent
 FLOORS = {
     "words": "errors config recipes specs records contracts hookspecs registry settings",
-    "plan": "provenance store stats catalog expression annotations merge_methods merge_names merge_config merge_recipe",
+    "plan": (
+        "provenance store stats catalog expression annotations merge_methods merge_names merge_config merge_recipe"
+    ),
     "work": (
-        "models arms choose_engine engines generation_config data machine prompts lmeval_load lmeval_collect lmeval generate evaluation plan "
-        "resume templates "
-        "selection tokenise token_cache reference lineage training heldout pairwise_trainer pairwise align_checks "
-        "align_folder align_plan policy align_export card packing prefix_sharing tensor_files merge_models "
-        "merge_inputs merge_compute merge_write merge_folder merge_engine merge_stats merge_adapter merge_report fold fold_nf4 fold_probe alpaca judge_figures"
+        "models arms choose_engine engines generation_config data machine prompts lmeval_load lmeval_collect "
+        "lmeval generate evaluation rows plan resume templates selection tokenise token_cache reference lineage "
+        "training heldout pairwise_trainer pairwise align_checks align_folder align_plan policy align_export "
+        "card packing prefix_sharing tensor_files merge_models merge_inputs merge_compute merge_write "
+        "merge_folder merge_engine merge_stats merge_adapter merge_report fold fold_nf4 fold_probe alpaca "
+        "judge_figures"
     ),
     "flow": (
-        "progress alignment running loading answering scoring execute parity parity_run results report report_text report_html pairing "
-        "compare compare_text leaderboard search "
-        "search_text processes serve_check serve_child serving merging merge_html calibrate judges"
+        "progress alignment running loading answering scoring execute parity parity_run results report "
+        "report_text report_html pairing compare compare_text leaderboard search search_text processes "
+        "serve_check serve_child serving merging merge_html calibrate judges"
     ),
-    "doors": "cli cli_align cli_serve cli_merge cli_eval cli_judge process_child doctor demo demo_language demo_train scaffold show testing",
+    "doors": (
+        "cli cli_align cli_serve cli_merge cli_eval cli_judge process_child doctor demo demo_language "
+        "demo_train scaffold show testing"
+    ),
 }
 FLOOR_OF = {name: index for index, names in enumerate(FLOORS.values()) for name in names.split()}
 # What says how far it is must be sayable from anywhere, and knows nothing of the rest.

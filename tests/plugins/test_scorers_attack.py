@@ -15,8 +15,8 @@ import pytest
 
 from harness import Answer, Output, Sample, Score, ScorerContext, UserError
 from harness.config import parse_options
-from harness.evaluation import RowContext, Scored, build_rows, check_scores
 from harness.records import Row
+from harness.rows import RowContext, Scored, build_rows, check_scores
 from harness.testing import check_scorer
 from harness_plugins.attack_judge import defused, mark_of, read_verdict
 from harness_plugins.judging import Reply, Unparsable
