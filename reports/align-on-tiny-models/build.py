@@ -20,15 +20,19 @@ HERE = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2)
 DATA = ("hh-rlhf:harmless", "hh-rlhf:helpful", "beavertails:harmless")
 COMMON = {"max_length": 192, "eval_rows": 256}
+METHODS = ("sft", "dpo")
 _SFT = {"steps": 16, "batch_size": 8, "micro_batch_size": 8, "learning_rate": 1e-3}
 # A pair says far less than a demonstration does: a margin shows after some hundred of them.
-_DPO = {"steps": 100, "batch_size": 16, "micro_batch_size": 16, "learning_rate": 5e-4}
-SETTINGS = {
-    "sft": {"lora": _SFT, "qlora": _SFT},
-    # Half the steps at twice the rate: so many arms cost hours on two cores.
-    "dpo": {"lora": _DPO, "qlora": {**_DPO, "steps": 50, "learning_rate": 1e-3}},
-}
+_LONG = {"steps": 100, "batch_size": 16, "micro_batch_size": 16, "learning_rate": 5e-4}
+_SHORT = {**_LONG, "steps": 50, "learning_rate": 1e-3}
 FIGURES = {"sft": ("loss",), "dpo": ("rewards/accuracies", "rewards/margins")}
+
+
+def recipe(method: str, adapter: str, data: str) -> dict[str, Any]:
+    """What one arm is trained with; half the steps at twice the rate where many arms cost too many hours."""
+    if method == "sft":
+        return {**COMMON, **_SFT}
+    return {**COMMON, **(_LONG if adapter == "lora" and data.startswith("hh-rlhf") else _SHORT)}
 
 
 def train(base: str, folder: Path) -> None:
@@ -43,7 +47,7 @@ def train(base: str, folder: Path) -> None:
         name = f"start-{data.replace(':', '-')}"
         harness.align("sft", base, data, options=options, out=folder / name, registry=registry)
     # Seeds innermost: an interrupted run leaves whole rows of the table.
-    for adapter, method, data, seed in itertools.product(("lora", "qlora"), SETTINGS, DATA, SEEDS):
+    for adapter, method, data, seed in itertools.product(("lora", "qlora"), METHODS, DATA, SEEDS):
         name = f"{method}-{adapter}-{data.replace(':', '-')}-s{seed}"
         harness.align(
             method,
@@ -51,7 +55,7 @@ def train(base: str, folder: Path) -> None:
             data,
             adapter=adapter,
             seed=seed,
-            options={**COMMON, **SETTINGS[method][adapter]},
+            options=recipe(method, adapter, data),
             out=folder / name,
             registry=registry,
         )
@@ -59,30 +63,24 @@ def train(base: str, folder: Path) -> None:
 
 
 def evaluate(base: str, folder: Path, reward: str) -> None:
-    """`harness eval` of the base and of one seed of every arm."""
+    """`harness eval` of the base and of one seed of every arm, on one loaded engine."""
     import harness
-    from harness.registry import load_plugins
 
-    registry = load_plugins()
-    found = []
-    arms = [None, *sorted(path for path in folder.glob("*-s0") if (path / "adapter_config.json").exists())]
-    for arm in arms:
-        options = {"real_toxicity": {"decoding": {"max_new_tokens": 24}, "scorer": {"model": reward}}}
-        done = harness.evaluate(
-            base,
-            adapter=None if arm is None else str(arm),
-            tasks=["real_toxicity"],
-            engine="transformers",
-            limit=48,
-            options=options,
-            out=folder / f"eval-{arm.name if arm else 'base'}",
-            registry=registry,
-        )
-        row = next(row for row in done.rows if row.metric == "toxicity_reward")
-        found.append(
-            {"arm": arm.name if arm else "base", "n": row.n, "mean": row.mean, "ci95": row.ci95, "step": row.step}
-        )
-        print(found[-1], flush=True)
+    arms = sorted(path for path in folder.glob("*-s0") if (path / "adapter_config.json").exists())
+    done = harness.evaluate(
+        base,
+        adapters=tuple(map(str, arms)),
+        tasks=["real_toxicity"],
+        engine="transformers",
+        limit=48,
+        options={"real_toxicity": {"decoding": {"max_new_tokens": 24}, "scorer": {"model": reward}}},
+        out=folder / "eval",
+    )
+    found = [
+        {"arm": row.adapter or "base", "n": row.n, "mean": row.mean, "ci95": row.ci95, "step": row.step}
+        for row in done.rows
+        if row.metric == "toxicity_reward"
+    ]
     (HERE / "records").mkdir(exist_ok=True)
     text = json.dumps(found, indent=1, sort_keys=True) + "\n"
     (HERE / "records" / "toxicity.json").write_text(text, encoding="utf-8")
@@ -96,11 +94,14 @@ def collect(folder: Path) -> None:
         for method, names in FIGURES.items():
             for adapter in ("lora", "qlora"):
                 paths = [folder / f"{method}-{adapter}-{data.replace(':', '-')}-s{seed}" for seed in SEEDS]
+                if not all((path / "adapter_config.json").exists() for path in paths):
+                    continue  # a row needs all its seeds
                 arms.append(
                     {
                         "data": data,
                         "method": method,
                         "adapter": adapter,
+                        "recipe": recipe(method, adapter, data),
                         "steps": [_json(path / "training" / "status.json")["id"][:12] for path in paths],
                         "digests": [_json(path / "training" / "status.json")["digest"][:12] for path in paths],
                         "figures": {
@@ -109,10 +110,7 @@ def collect(folder: Path) -> None:
                     }
                 )
     (HERE / "records").mkdir(exist_ok=True)
-    settings = {
-        f"{method}, {adapter}": {**COMMON, **own} for method, both in SETTINGS.items() for adapter, own in both.items()
-    }
-    record = {"settings": settings, "seeds": list(SEEDS), "arms": arms}
+    record = {"seeds": list(SEEDS), "arms": arms}
     (HERE / "records" / "arms.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -154,27 +152,27 @@ def render() -> str:
         "# Alignment on a tiny model",
         "",
         "Mechanics and directions on a real 8 M Llama (`tiny-instruct`), on a CPU in fp32; no headline numbers.",
-        *(
-            f"{method}: {', '.join(f'{name} {value:g}' for name, value in sorted(own.items()))}."
-            for method, own in sorted(record["settings"].items())
-        ),
-        f"Seeds {', '.join(map(str, record['seeds']))}.",
+        f"Seeds {', '.join(map(str, record['seeds']))}; "
+        + ", ".join(f"{name} {value}" for name, value in sorted(COMMON.items()))
+        + "; a recipe is steps x rows at a learning rate.",
         "",
         "Held-out rows share no prompt with training rows. Intervals are 95 %, seeds and rows resampled independently",
         "(10,000 draws); over three seeds such an interval is too narrow when training noise dominates, so the means",
         "of the seeds stand beside it. `beavertails:helpful` has no row here: its labels are null in this copy of the",
         "data.",
         "",
-        "| data | method | adapter | figure | mean | 95 % interval | per seed | rows |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| data | method | adapter | recipe | figure | mean | 95 % interval | per seed | rows |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for arm in record["arms"]:
         for name, figure in arm["figures"].items():
             shown = f"change of loss (start {figure['start']:.3f})" if figure["start"] is not None else _TITLES[name]
             low, high = figure["ci95"]
             seeds = ", ".join(f"{value:.3f}" for value in figure["per_seed"])
+            own = arm["recipe"]
+            trained = f"{own['steps']} x {own['batch_size']} at {own['learning_rate']:g}"
             lines.append(
-                f"| {arm['data']} | {arm['method']} | {arm['adapter']} | {shown} | {figure['mean']:.3f} "
+                f"| {arm['data']} | {arm['method']} | {arm['adapter']} | {trained} | {shown} | {figure['mean']:.3f} "
                 f"| [{low:.3f}, {high:.3f}] | {seeds} | {figure['n_rows']} |"
             )
     lines += ["", _verdict(record["arms"]), ""]

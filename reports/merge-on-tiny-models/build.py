@@ -37,7 +37,7 @@ SWEEP = {
     "SlerpDelta-DPO": ("slerp_delta", ("DPO-harmless", "DPO-helpful"), {}),
 }
 TASKS = ("real_toxicity", "mmlu@0")
-LIMITS = {"real_toxicity": 200, "mmlu@0": 4}
+LIMITS = {"real_toxicity": 200, "mmlu@0": 2}
 METRICS = {"real_toxicity": "toxicity_reward", "mmlu@0": "acc"}
 
 
