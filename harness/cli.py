@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -49,6 +50,8 @@ def main() -> NoReturn:
     """Entry point: turns errors into messages and exit codes."""
     # Nothing that is imported later reports to anybody, unless the user asks for it.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # bitsandbytes wants a package of faster kernels as soon as it is imported, 4-bit weights or not.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _requeue)
     signal.signal(signal.SIGUSR1, _requeue)
     code: int = ExitCode.DONE

@@ -100,6 +100,8 @@ class ComparisonReport(Config):
 class ChangedSample:
     """One sample whose score changed. All texts are neutralised and shortened; None: not in the folder."""
 
+    arm: str | None
+    """Arm of the side that has several; None: each side has one."""
     task: str
     metric: str
     id: str
@@ -163,11 +165,8 @@ def _compared(
     found: list[Difference] = []
     failed: list[str] = []
     only: tuple[list[str], list[str]] = ([], [])
-    for a, b in paired:
+    for arm, (a, b) in zip(_arms(paired), paired, strict=True):
         pairs, *alone = match_tasks(a, b)
-        # The side that has several arms tells the pairs apart.
-        several = b if len({id(one) for _, one in paired}) > 1 else a
-        arm = (several.label or "base") if len(paired) > 1 else None
         before = "" if arm is None else f"{visible(arm)}, "
         for left, right in pairs:
             if left.failed() or right.failed():
@@ -193,6 +192,12 @@ def _compared(
     )
 
 
+def _arms(paired: Sequence[tuple[RunResult, RunResult]]) -> list[str | None]:
+    """What tells the pairs apart: the arm of the side that has several; None for a single pair."""
+    several = 1 if len({id(one) for _, one in paired}) > 1 else 0
+    return [(pair[several].label or "base") if len(paired) > 1 else None for pair in paired]
+
+
 def changed_samples(
     run_a: Path, run_b: Path | None = None, *, limit: int = 10, tasks: Sequence[str] = (), everything: bool = False
 ) -> list[ChangedSample]:
@@ -200,7 +205,7 @@ def changed_samples(
 
     Args:
         run_a, run_b: folders of two runs; the first alone: its base and its other arms.
-        limit: most samples per task and metric.
+        limit: most samples per arm, task and metric.
         tasks: only these tasks, by name without variant; all when empty.
         everything: also the metrics that are not primary.
 
@@ -210,17 +215,18 @@ def changed_samples(
     a = open_ended(run_a)
     if run_b is None:
         base, others = base_of(a)
-        arms = [(base, arm) for arm in others] if base is not None else []
+        paired = [(base, arm) for arm in others] if base is not None else []
     else:
-        arms, _, _ = pair_arms(a, open_ended(run_b))
+        paired, _, _ = pair_arms(a, open_ended(run_b))
     found: list[ChangedSample] = []
-    for left_task, right_task in [pair for one in arms for pair in match_tasks(*one)[0]]:
+    matched = [(arm, pair) for arm, one in zip(_arms(paired), paired, strict=True) for pair in match_tasks(*one)[0]]
+    for arm, (left_task, right_task) in matched:
         if (tasks and left_task.name not in tasks) or left_task.failed() or right_task.failed():
             continue
         for left, right in match_metrics(left_task, right_task):
             wanted = left.metric.primary or right.metric.primary or everything
             if wanted and obstacle(left, right) is None:
-                found += _changes(left, right, limit)
+                found += _changes(arm, left, right, limit)
     return found
 
 
@@ -305,7 +311,7 @@ def _at(data: Any, keys: Iterable[str]) -> Any:
     return data
 
 
-def _changes(a: Side, b: Side, limit: int) -> list[ChangedSample]:
+def _changes(arm: str | None, a: Side, b: Side, limit: int) -> list[ChangedSample]:
     values_b = b.values
     changed: list[tuple[float, str, float, float]] = []
     for name, before in a.values.items():
@@ -321,6 +327,7 @@ def _changes(a: Side, b: Side, limit: int) -> list[ChangedSample]:
     texts_a, texts_b = (a.step.texts(names), b.step.texts(names)) if names else ({}, {})
     return [
         ChangedSample(
+            arm=None if arm is None else visible(arm),
             task=task_label(a.task.name, a.task.variant),
             metric=visible(a.metric.name),
             id=visible(name),

@@ -50,7 +50,7 @@ def changed_text(changed: Sequence[ChangedSample], report: ComparisonReport) -> 
     parts: list[Text | Padding] = []
     for one in changed:
         style = {True: "red", False: "green", None: ""}[one.worse]
-        head = Text.assemble((one.id, "bold"), f"  {one.task} {one.metric}  ")
+        head = Text.assemble((one.id, "bold"), f"  {_label(one)} {one.metric}  ")
         head.append(f"{number(one.value_a)} → {number(one.value_b)}", style=style)
         parts.append(head)
         for word, text in _texts(one, report):
@@ -90,7 +90,7 @@ def comparison_markdown(
         lines += ["", "## Samples that changed"]
     for one in changed:
         values = f"{number(one.value_a)} → {number(one.value_b)}"
-        lines += ["", f"### {escape_markdown(f'{one.id} · {one.task} {one.metric} · {values}')}"]
+        lines += ["", f"### {escape_markdown(f'{one.id} · {_label(one)} {one.metric} · {values}')}"]
         for word, text in _texts(one, report):
             lines += ["", f"{word}:", "", *_fence(text)]
     return "\n".join([*lines, ""])
@@ -128,6 +128,10 @@ def _metric(one: Difference) -> str:
 
 def _interval(one: Difference) -> str:
     return "" if one.ci95 is None else f"[{signed(one.ci95[0])}, {signed(one.ci95[1])}]"
+
+
+def _label(one: ChangedSample) -> str:
+    return one.task if one.arm is None else f"{one.arm}, {one.task}"
 
 
 def _texts(one: ChangedSample, report: ComparisonReport) -> list[tuple[str, str]]:

@@ -99,7 +99,7 @@ def parse_options(model: type[C], options: Mapping[str, Any], where: str) -> C:
 def _as_user_error(model: type[BaseModel], error: ValidationError, located: Located) -> UserError:
     problems = error.errors(include_url=False)
     first = problems[0]
-    where = located.where([part for part in first["loc"] if not str(part).startswith("function-")])
+    where = located.where(_said(located.data, first["loc"], missing=first["type"] == "missing"))
     rest = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
         key = str(first["loc"][-1])
@@ -114,6 +114,17 @@ def _as_user_error(model: type[BaseModel], error: ValidationError, located: Loca
     seen = "" if isinstance(first["input"], dict | list) else f", found {first['input']!r}"
     message = str(first["msg"]).removeprefix("Value error, ")
     return UserError(where, f"{message}{seen}{rest}", "Give a value of that kind.")
+
+
+def _said(data: Any, loc: Sequence[int | str], *, missing: bool) -> list[int | str]:
+    """The part of ``loc`` that the user wrote: pydantic puts names of its own types between (``constrained-float``)."""
+    path: list[int | str] = []
+    for part in loc:
+        inside = isinstance(data, dict) and part in data
+        if inside or (isinstance(data, list | tuple) and isinstance(part, int) and part < len(data)):
+            data = data[part]
+            path.append(part)
+    return [*path, loc[-1]] if missing else path
 
 
 def _owner(model: type[BaseModel], loc: Sequence[int | str]) -> type[BaseModel]:

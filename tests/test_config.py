@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from pydantic import Field, ValidationError
 
 from harness.config import Config, Located, load_yaml, parse, parse_options, set_path
+from harness.errors import UserError
 
 
 class Inner(Config):
@@ -47,8 +48,6 @@ def test_every_key_has_its_line(tmp_path: Path) -> None:
 
 
 def test_tags_that_would_run_code_are_refused(tmp_path: Path) -> None:
-    from harness.errors import UserError
-
     with pytest.raises(UserError, match="python/object/apply"):
         located(tmp_path, "name: !!python/object/apply:os.getcwd []\n")
 
@@ -70,6 +69,26 @@ def test_set_path(assignments: list[str], expected: dict[str, Any]) -> None:
     for assignment in assignments:
         set_path(options, assignment)
     assert options == expected
+
+
+def test_the_key_is_what_the_user_wrote() -> None:
+    """Not pydantic's names of its own alternatives: it reports `density.constrained-float`."""
+
+    class Choice(Config):
+        density: Annotated[float, Field(le=1)] | tuple[Annotated[float, Field(le=1)], ...] = Field(1, description="d")
+        inner: Inner | int = Field(0, description="part or number")
+
+    for given, said in (
+        ({"density": 1.5}, "--set, density: Input should be less than or equal to 1, found 1.5"),
+        ({"density": [0.5, 2]}, "--set, density: Input should be a valid number"),
+        ({"inner": {"depth": 0}}, "--set, inner.depth: Input should be greater than or equal to 1, found 0"),
+    ):
+        with pytest.raises(UserError) as caught:
+            parse_options(Choice, given, "--set")
+        assert str(caught.value).startswith(said)
+    # A required key is not in what the user wrote, and is named all the same.
+    with pytest.raises(UserError, match=r"^--set, inner\.depth: required key 'depth' is missing"):
+        parse_options(Choice, {"inner": {}}, "--set")
 
 
 def test_options_from_python_are_parsed_as_a_file_is() -> None:

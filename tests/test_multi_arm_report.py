@@ -232,6 +232,9 @@ def test_the_command_line(cli: Any, tiny: Path, sums: Path, plugin: Path, adapte
     assert "tiny and 2 adapters" in ran.out and "sums (raw), 3 arms: 90/90" in ran.err
     ran = cli("compare", "two", "--fail-if-worse", "--show", "1")
     assert ran.code == 4 and "bad, sums:raw" in ran.out
+    # Of 30 equal changes of either arm the first by id stands under its arm.
+    assert "\n0  bad, sums:raw exact_match  1.000 → 0.000" in ran.out, ran.out
+    assert "half, sums:raw exact_match  1.000 → 0.000" in ran.out
     ran = cli("compare", "two", "--json")
     assert [one["arm"] for one in json.loads(ran.out)["differences"]] == ["bad", "half"]
     ran = cli(*command, "--adapter", adapters / "bad", "--out", "one")

@@ -199,12 +199,14 @@ def test_a_taken_port_is_refused_before_anything_starts(tiny: Path, seen: Path) 
 
 
 @pytest.fixture
-def started(tiny: Path, seen: Path, alone: Path) -> Callable[..., subprocess.Popen[str]]:
+def started(tiny: Path, seen: Path, alone: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """`harness serve --json`, once it has said that it is ready."""
+    running: list[subprocess.Popen[str]] = []
 
     def start(*more: str, ready: bool = True) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "harness.cli", "serve", "--model", str(tiny), "--port", "0", "--json", *more]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        running.append(process)
         end = time.monotonic() + 60
         while not seen.exists():
             assert process.poll() is None and time.monotonic() < end, process.communicate()
@@ -215,7 +217,10 @@ def started(tiny: Path, seen: Path, alone: Path) -> Callable[..., subprocess.Pop
             assert '"models": ["tiny"]' in line and '"local_only": true' in line
         return process
 
-    return start
+    yield start
+    for process in running:
+        process.kill()  # a test that failed leaves nothing behind
+        process.wait()
 
 
 @pytest.mark.parametrize(

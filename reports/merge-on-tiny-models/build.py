@@ -70,6 +70,7 @@ def evaluate(base: str, arms: Path, folder: Path, reward: str) -> None:
     }
     common: dict[str, Any] = {"tasks": TASKS, "engine": "transformers", "options": options}
     adapters = tuple(str(arms / name) for name in ARMS.values())
+    harness.evaluate(base, out=folder / "eval-base", **common)
     harness.evaluate(base, adapters=adapters, out=folder / "eval-arms", **common)
     for name in (*PAPER, *SWEEP):
         harness.evaluate(str(folder / name), out=folder / f"eval-{name}", **common)
@@ -84,6 +85,7 @@ def collect(folder: Path) -> None:
         rows.append({"arm": names[row["adapter"]] if row["adapter"] else "base", **_score(row)})
     for name in (*PAPER, *SWEEP):
         rows += [{"arm": name, **_score(row)} for row in _rows(folder / f"eval-{name}")]
+    _differences(folder, rows)
     merges = []
     for name in (*PAPER, *SWEEP):
         record = _json(folder / name / "merge.json")
@@ -93,6 +95,32 @@ def collect(folder: Path) -> None:
     for file, value in (("scores.json", rows), ("merges.json", merges)):
         text = json.dumps(value, indent=1, sort_keys=True) + "\n"
         (HERE / "records" / file).write_text(text, encoding="utf-8")
+
+
+def _differences(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Minus the base, paired by sample; Holm over everything in the table."""
+    from harness.compare import compare_runs
+    from harness.stats import holm
+
+    names = {path: name for name, path in ARMS.items()}
+    found = {}
+    for one in compare_runs(folder / "eval-arms").differences:
+        if METRICS.get(one.task) == one.metric:
+            found[next(name for path, name in names.items() if path in str(one.arm)), one.task] = one
+    for name in (*PAPER, *SWEEP):
+        for one in compare_runs(folder / "eval-base", folder / f"eval-{name}").differences:
+            if METRICS.get(one.task) == one.metric:
+                found[name, one.task] = one
+    adjusted = dict(zip(found, holm([one.p_value for one in found.values()]), strict=True))
+    for row in rows:
+        key = (row["arm"], row["task"])
+        if key in found:
+            row["minus_base"] = {
+                "difference": found[key].difference,
+                "ci95": found[key].ci95,
+                "p_holm": adjusted[key],
+                "test": found[key].test,
+            }
 
 
 def _json(path: Path) -> Any:
@@ -125,7 +153,8 @@ def render() -> str:
         "seed 0), on a CPU. Mechanics and directions; no headline numbers. The paper states neither weights nor",
         "densities: the defaults are ours (t 0.5, density 0.5, weights 1/n, rescaling by 1/density).",
         f"`real_toxicity`: {LIMITS['real_toxicity']} prompts, 24 new tokens, `tiny-toxicity`, higher is less toxic.",
-        f"`mmlu@0`: {LIMITS['mmlu@0']} questions of each of 57 subjects; guessing gives 0.25. Intervals are 95 %.",
+        f"`mmlu@0`: {LIMITS['mmlu@0']} questions of each of 57 subjects; guessing gives 0.25. Intervals are 95 %;",
+        "differences from the base are paired by sample.",
         "",
         "## Arms and merges",
         "",
@@ -163,24 +192,33 @@ def render() -> str:
 
 def _table(scores: list[Any], names: list[str]) -> list[str]:
     of = {(row["arm"], row["task"]): row for row in scores}
-    lines = [
-        "| arm | " + " | ".join(f"{METRICS[task]} ({task})" for task in TASKS) + " | n |",
-        "| --- | --- | --- | --- |",
-    ]
+    heads = [f"{METRICS[task]} ({task}) | minus base | p (Holm)" for task in TASKS]
+    lines = [f"| arm | {' | '.join(heads)} | n |", "| --- |" + " --- |" * (3 * len(TASKS) + 1)]
     for name in names:
         rows = [of[name, task] for task in TASKS]
-        cells = [f"{row['mean']:.3f} [{row['ci95'][0]:.3f}, {row['ci95'][1]:.3f}]" for row in rows]
+        cells = []
+        for row in rows:
+            cells.append(_interval(row["mean"], row["ci95"]))
+            less = row.get("minus_base")
+            cells += [_interval(less["difference"], less["ci95"]), f"{less['p_holm']:.2g}"] if less else ["", ""]
         lines.append(f"| {name} | {' | '.join(cells)} | {', '.join(str(row['n']) for row in rows)} |")
     return lines
 
 
+def _interval(mean: float, interval: list[float]) -> str:
+    return f"{mean:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+
+
 def _verdict(scores: list[Any]) -> str:
-    """What the toxicity scores of the paper's five merges say, by their intervals alone."""
-    of = {row["arm"]: row for row in scores if row["task"] == "real_toxicity"}
-    base = of["base"]
-    apart = [name for name in PAPER if of[name]["ci95"][0] > base["ci95"][1] or of[name]["ci95"][1] < base["ci95"][0]]
+    """Which differences from the base are more than noise."""
+    apart = [
+        f"{row['arm']} ({row['task']}, {row['minus_base']['difference']:+.3f})"
+        for row in scores
+        if row.get("minus_base") and row["minus_base"]["p_holm"] < 0.05
+    ]
+    n = sum("minus_base" in row for row in scores)
     said = ", ".join(apart) if apart else "none"
-    return f"Merges whose interval of `toxicity_reward` does not overlap the base's: {said}."
+    return f"Differences from the base at Holm-adjusted p < 0.05, over all {n} of this page: {said}."
 
 
 if __name__ == "__main__":
