@@ -135,12 +135,9 @@ def _label(one: ChangedSample) -> str:
 
 
 def _texts(one: ChangedSample, report: ComparisonReport) -> list[tuple[str, str]]:
-    named = (
-        ("prompt", one.prompt),
-        ("target", one.target),
-        (f"A ({report.name_a})", one.answer_a),
-        (f"B ({report.name_b})", one.answer_b),
-    )
+    # Of several arms the heading says which one it is.
+    a, b = (f"A ({report.name_a})", f"B ({report.name_b})") if one.arm is None else ("A", "B")
+    named = (("prompt", one.prompt), ("target", one.target), (a, one.answer_a), (b, one.answer_b))
     return [(word, text) for word, text in named if text is not None]
 
 
