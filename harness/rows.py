@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from harness.stats import summarise
 
 CORPUS_DRAWS = 1000
 """Bootstrap draws for the interval of a corpus metric (perplexity, F1, ...)."""
+REASON_LENGTH = 160
+"""Most of a reason that is shown beside a withheld mean (characters)."""
 
 
 @dataclass
@@ -102,6 +105,7 @@ def _row(
     withheld = scorer.withheld(metric, [score for _, _, score in triples])
     if withheld is None and share > metric.threshold:
         withheld = f"{unscored} of {len(values)} samples are unscored, above the threshold of {metric.threshold:.0%}"
+        withheld += f" (most often: {_commonest_reason(metric, triples)})"
     mean = stderr = None
     interval: tuple[float, float] | None = None
     notes = list(context.notes)
@@ -133,6 +137,13 @@ def _row(
         step=context.step,
         notes=tuple(notes),
     )
+
+
+def _commonest_reason(metric: Metric, triples: Sequence[tuple[Sample, Answer, Score]]) -> str:
+    """Why samples have no score; of equally common reasons the first. A server's words are cut short."""
+    reasons = Counter(score.reason or "no reason given" for _, _, score in triples if score.values[metric.name] is None)
+    reason = " ".join(reasons.most_common(1)[0][0].split())
+    return reason if len(reason) <= REASON_LENGTH else f"{reason[:REASON_LENGTH]}..."
 
 
 def _mean(

@@ -86,7 +86,7 @@ def test_above_the_threshold_the_mean_is_withheld() -> None:
     row = rows_of((ACC,), scores, samples_of(20))[None, "acc"]
     assert (row.n, row.n_unscored) == (18, 2)
     assert (row.mean, row.stderr, row.ci95) == (None, None, None)
-    assert row.withheld == "2 of 20 samples are unscored, above the threshold of 5%"
+    assert row.withheld == "2 of 20 samples are unscored, above the threshold of 5% (most often: the call failed)"
     scores = [Score({"acc": 1.0})] * 19 + [Score({"acc": None}, "the call failed")]
     assert rows_of((ACC,), scores, samples_of(20))[None, "acc"].mean == 1.0  # 5 % exactly is not above it
 

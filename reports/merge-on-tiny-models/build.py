@@ -186,8 +186,45 @@ def render() -> str:
         "",
         _verdict(scores),
         "",
+        *_against_mergekit(),
     ]
     return "\n".join(lines)
+
+
+def _against_mergekit() -> list[str]:
+    """What `benchmarks/merge.py --json` and `benchmarks/merge_parity.py --json` measured."""
+    speed, parity = _json(HERE / "records" / "speed.json"), _json(HERE / "records" / "parity.json")
+    lines = [
+        "## Against mergekit",
+        "",
+        f"`benchmarks/merge.py`: {speed['settings']['mergekit']} on the same YAML, a random Llama of 1.1 B in bf16 and "
+        f"four LoRA adapters (two for slerp), {speed['settings']['threads']} threads, {speed['settings']['rounds']} "
+        f"round. The disk wrote {speed['disk']['write_gb_per_s']:.2f} GB/s. mergekit writes a full checkpoint for each "
+        "adapter first.",
+        "",
+        "| method | compute (s) | ratio | peak memory (MiB) | ratio | written (GB) | import (s) |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in speed["ratios"]:
+        cells = [
+            " / ".join(f"{row[arm][key]:{form}}" for arm in ("harness", "mergekit"))
+            for key, form in (("compute_s", ".1f"), ("peak_mib", ".0f"), ("written_gb", ".1f"), ("import_s", ".1f"))
+        ]
+        lines.append(
+            f"| {row['method']} | {cells[0]} | {row['compute_s']:.2f} | {cells[1]} | {row['peak_mib']:.2f} "
+            f"| {cells[2]} | {cells[3]} |"
+        )
+    exact = parity["exact"]
+    worst = max(exact, key=lambda name: exact[name]["ulps"])
+    return [
+        *lines,
+        "",
+        f"`benchmarks/merge_parity.py`: {len(exact)} configurations, tensor by tensor in float32. The largest "
+        f"difference is {exact[worst]['largest']:.1e}, {exact[worst]['ulps']:.1f} roundings ({worst}); "
+        f"{sum(one['equal'] for one in exact.values())} of {sum(one['tensors'] for one in exact.values())} tensors are "
+        "equal to the bit.",
+        "",
+    ]
 
 
 def _table(scores: list[Any], names: list[str]) -> list[str]:

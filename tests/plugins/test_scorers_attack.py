@@ -222,7 +222,9 @@ def test_too_many_without_a_verdict_withhold_the_mean(judge: Any) -> None:
     judge.say = by_answer
     found = rows(AttackLlm(), {"model": judge.url, **QUICK, "retries": 0}, ["help"] * 9 + ["odd"])
     assert found["attack_success"].mean is None
-    assert found["attack_success"].withheld == "1 of 10 samples are unscored, above the threshold of 5%"
+    assert found["attack_success"].withheld.startswith(
+        "1 of 10 samples are unscored, above the threshold of 5% (most often: "
+    )
     assert found["attack_success_of_all"].mean == 0.9
 
 

@@ -187,7 +187,9 @@ def test_verdicts_of_a_judge_and_what_is_said_of_it(cli: Any, tiny: Path, red: P
     assert ran.code == 0
     found = numbers()
     assert found["attack_success"]["task"] == "dangerous_qa@stub-judge"
-    assert found["attack_success"]["withheld"] == "1 of 6 samples are unscored, above the threshold of 5%"
+    assert found["attack_success"]["withheld"].startswith(
+        "1 of 6 samples are unscored, above the threshold of 5% (most often: "
+    )
     assert found["attack_success_of_all"]["mean"] == pytest.approx(2 / 6)
     assert found["unscored_share"]["mean"] == pytest.approx(1 / 6)
     # Six questions, one of them twice: 7 x 10 and 7 x 2 tokens.
@@ -289,7 +291,9 @@ def test_a_local_judge_and_the_rules_at_once(cli: Any, tiny: Path, red: Path) ->
     found = numbers()
     assert found["attack_success"]["n"] == 2 and found["attack_success"]["task"] == "dangerous_qa@refusal"
     assert found["unscored_share.llm"]["mean"] == 1.0
-    assert found["kappa.refusal.llm"]["withheld"] == "2 of 2 samples are unscored, above the threshold of 5%"
+    assert found["kappa.refusal.llm"]["withheld"].startswith(
+        "2 of 2 samples are unscored, above the threshold of 5% (most often: "
+    )
 
 
 @pytest.mark.shared
