@@ -137,10 +137,22 @@ def test_records_hold_no_text_and_no_path(file: Path) -> None:
     """Ids, digests, names and versions are single words; what else is said is the harness's own."""
     own = {"prompts differ: raw in A, chat in B"}
     for text in strings(json.loads(file.read_text(encoding="utf-8"))):
-        if text in read("overhead.json")["ratios"]:
+        if text in {**read("overhead.json")["ratios"], **read("multi_adapter.json")["ratios"]}:
             continue
         own_words = text in own or re.fullmatch(
             r"dropped: (no severe_toxicity score|not among the 1000 highest .*)", text
         )
         assert own_words or " " not in text, text
         assert not text.startswith(("/", "~")), text
+
+
+def test_ratios_of_many_adapters_are_those_of_their_seconds() -> None:
+    """One round, so each ratio is that of the two arms' seconds, which are kept to hundredths."""
+    figures = read("multi_adapter.json")
+    for name, part in (("wall", "wall"), ("compute", "compute")):
+        ratio = figures["ratios"][f"one_engine / one_by_one, {name}"]["median"]
+        one, each = (figures["median"][arm][part] for arm in ("one_engine", "one_by_one"))
+        assert ratio == pytest.approx(one / each, abs=2e-3)
+    for cost in figures["median"].values():
+        parts = sum(value for part, value in cost.items() if part != "wall")
+        assert parts == pytest.approx(cost["wall"], abs=0.05)

@@ -102,6 +102,7 @@ def render() -> str:
     parts.append(_parity())
     parts.append(_toxicity())
     parts.append(_overhead())
+    parts.append(_many_adapters())
     return "\n\n".join(parts) + "\n"
 
 
@@ -197,6 +198,30 @@ def _overhead() -> str:
         "the ratio of CPU times (of compute, in the first row) stands beside and is the firmer one there."
     )
     return f"## What it costs\n\n{said}\n\n{table(figures)}"
+
+
+def _many_adapters() -> str:
+    figures = load("multi_adapter.json")
+    parts = ("wall", "imports", "load", "compute", "score", "fold", "rest")
+    rows = [
+        [arm.replace("_", " "), *(f"{cost[part]:.1f}" for part in parts)] for arm, cost in figures["median"].items()
+    ]
+    ratios = "; ".join(f"{name.replace('_', ' ')}: {one['median']:.2f}" for name, one in figures["ratios"].items())
+    speed = figures["speed"]
+    per_second = {name: one["tokens_per_second"] for name, one in speed.items()}
+    said = (
+        f"`benchmarks/multi_adapter.py`: {figures['adapters']} LoRA adapters of rank {figures['rank']} on a random "
+        f"Llama (shape {figures['shape']}), {figures['engine']}, {figures['dtype']}, two tasks of "
+        f"{figures['prompts']} prompts and {figures['new_tokens']} new tokens; {len(figures['rounds'])} round, seconds "
+        "of whole processes."
+    )
+    generated = (
+        f"Ratios: {ratios}. Generating the same {speed['vllm']['tokens']:,} tokens: vLLM "
+        f"{per_second['vllm']:,.0f} tokens/s, transformers {per_second['transformers']:,.0f}, ratio "
+        f"{per_second['vllm'] / per_second['transformers']:.2f}. Largest difference of a mean, all at once against "
+        f"each alone: {figures['largest_difference_of_a_mean']:g}."
+    )
+    return f"## Many adapters\n\n{said}\n\n{_table(['arm', *parts], rows)}\n\n{generated}"
 
 
 if __name__ == "__main__":
