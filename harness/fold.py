@@ -113,7 +113,8 @@ def fold(
     spec = parse_options(FoldSpec, {"adapter": str(adapter), "base": given, **settings}, "harness fold")
     reporter = reporter or Reporter()
     texts = probe_texts(spec.probe, spec.probe_prompts)
-    opened = open_models(MergeSpec(method="fold", base=given, inputs=(MergeInput(ref=spec.adapter, weight=1.0),)))
+    one = MergeSpec(method="fold", base=given, inputs=(MergeInput(ref=spec.adapter, weight=1.0),))
+    opened = open_models(one, option="ADAPTER")
     if opened.inputs[0].adapter is None:
         raise UserError(f"ADAPTER {adapter}", "is a checkpoint, not an adapter", "Give the folder of a peft adapter.")
     ids = probe_ids(opened, texts) if texts else []

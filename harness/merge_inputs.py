@@ -17,6 +17,7 @@ from harness.tensor_files import TensorFolder
 
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq$")
 """Computed from the configuration; old checkpoints stored them, nothing reads them."""
+INPUTS = "--inputs"
 
 
 @dataclass
@@ -38,7 +39,8 @@ class OpenModels:
 class _Opener:
     """Opens each checkpoint once, however many adapters lie on it."""
 
-    def __init__(self, trust: ModelSpec | None) -> None:
+    def __init__(self, trust: ModelSpec | None, option: str) -> None:
+        self._option = option
         self._trust = trust.model_dump(include={"allow_pickle", "trust_remote_code"}) if trust is not None else {}
         self._mismatch = trust.allow_template_mismatch if trust is not None else False
         self._folders: dict[str, TensorFolder] = {}
@@ -70,12 +72,12 @@ class _Opener:
         return info, model
 
     def input(self, given: MergeInput, number: int, base: tuple[ModelInfo, MergeModel] | None) -> MergeModel:
-        where = f"--inputs [{number}]"
-        if not is_adapter(given.ref, given.revision, "--inputs"):
-            info, folder = self.checkpoint(given.ref, given.revision, "--inputs")
+        where = f"{self._option} [{number}]" if self._option == INPUTS else self._option
+        if not is_adapter(given.ref, given.revision, self._option):
+            info, folder = self.checkpoint(given.ref, given.revision, self._option)
             return _checkpoint_model(info, folder, f"{where} {info.name}")
         if given.base is not None:
-            info, folder = self.checkpoint(given.base, None, "--inputs")
+            info, folder = self.checkpoint(given.base, None, self._option)
             under = _checkpoint_model(info, folder, f"{where} {info.name}")
         elif base is not None:
             info, under = base
@@ -105,13 +107,13 @@ def _adapter_model(found: AdapterInfo, under: MergeModel, label: str) -> MergeMo
     )
 
 
-def open_models(spec: MergeSpec) -> OpenModels:
-    """Find and check every model that a merge names.
+def open_models(spec: MergeSpec, option: str = INPUTS) -> OpenModels:
+    """Find and check every model that a merge names; ``option`` is what messages call the inputs.
 
     Raises:
         UserError: a model that is not there, is not trusted, or does not fit the others.
     """
-    opener = _Opener(spec.base)
+    opener = _Opener(spec.base, option)
     base = opener.base(spec.base) if spec.base is not None else None
     inputs = [opener.input(given, n + 1, base) for n, given in enumerate(spec.inputs)]
     first = base[1] if base is not None else inputs[0]

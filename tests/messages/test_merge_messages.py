@@ -96,6 +96,7 @@ def test_nothing_is_wrong_with_the_rest(cli: Any, models: Path) -> None:
         (["merge", "dare_ties", "--inputs", "a0"], ("--inputs [1] a0: is an adapter, and no base", "--base BASE")),
         (merge(inputs=("a0", "a1:much")), ("--inputs: 'much' in 'a1:much' is no weight", "ARM:0.5")),
         (merge(inputs=("a0", "b1")), ("--inputs b1: no such folder", "Did you mean a1?")),
+        (["fold", "b1", "--base", "base"], ("ADAPTER b1: no such folder", "Did you mean a1?")),
         (merge(base="bass"), ("--base bass: no such folder", "base")),
         (merge("--set", "desity=0.5"), ("unknown key 'desity'", "'density'")),
         (merge("--rank", "3"), ("--rank: is of an adapter, and a model is written", "--as adapter")),
