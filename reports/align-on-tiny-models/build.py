@@ -175,7 +175,7 @@ def render() -> str:
                 f"| {arm['data']} | {arm['method']} | {arm['adapter']} | {trained} | {shown} | {figure['mean']:.3f} "
                 f"| [{low:.3f}, {high:.3f}] | {seeds} | {figure['n_rows']} |"
             )
-    lines += ["", _verdict(record["arms"]), ""]
+    lines += ["", _verdict(record["arms"]) + _untrained(record["arms"]), ""]
     lines += [
         "## Evaluated",
         "",
@@ -212,6 +212,16 @@ def _verdict(arms: list[Any]) -> str:
         f"Of {total} figures {right} moved the right way (a lower loss, a margin above 0, an accuracy above one half); "
         f"of {sure} the interval excludes no movement."
     )
+
+
+def _untrained(arms: list[Any]) -> str:
+    """Which rows the table lacks."""
+    have = {(arm["method"], arm["adapter"], arm["data"]) for arm in arms}
+    wanted = itertools.product(METHODS, ("lora", "qlora"), DATA)
+    absent = [
+        f"{method} with {adapter} on {data}" for method, adapter, data in wanted if (method, adapter, data) not in have
+    ]
+    return f" Not trained, for want of hours: {', '.join(absent)}." if absent else ""
 
 
 if __name__ == "__main__":
