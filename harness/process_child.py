@@ -25,8 +25,11 @@ class _Relay(Reporter):
         self._channel, self._count = channel, 0
 
     def send(self, **said: Any) -> None:
-        self._channel.write(json.dumps(said) + "\n")
-        self._channel.flush()
+        # Not through the file's buffer, which refuses a signal's handler that speaks in the middle of a write. A line is
+        # short enough for the pipe to take it in one piece.
+        line = (json.dumps(said) + "\n").encode()
+        while line:
+            line = line[os.write(self._channel.fileno(), line) :]
 
     def note(self, text: str) -> None:
         self.send(note=text)
