@@ -25,7 +25,7 @@ class _Relay(Reporter):
         self._channel, self._count = channel, 0
 
     def send(self, **said: Any) -> None:
-        # Not through the file's buffer, which refuses a signal's handler that speaks in the middle of a write. A line is
+        # Not through the file's buffer: it refuses a signal's handler that speaks in the middle of a write. A line is
         # short enough for the pipe to take it in one piece.
         line = (json.dumps(said) + "\n").encode()
         while line:
