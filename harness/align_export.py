@@ -76,7 +76,7 @@ def lineage_of(plan: AlignPlan) -> dict[str, Any]:
         "adapters": lineage.ancestry(plan.start),
         "step": plan.id,
         "method": plan.spec.method,
-        "dataset": plan.spec.dataset,
+        "dataset": plan.dataset,
         "template": plan.template.digest,
         "quantization": described_quantization(plan.adapter.quantization(plan.adapter_options)),
     }

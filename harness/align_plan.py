@@ -16,8 +16,9 @@ from harness.align_checks import (
 )
 from harness.config import parse_options
 from harness.contracts import Adapter, Aligner, Dataset
+from harness.data import COMMIT
 from harness.errors import UserError
-from harness.expression import parse_expression
+from harness.expression import at_revisions, parse_expression, portable
 from harness.models import inspect_model
 from harness.provenance import NUMERICS, code_digest
 from harness.recipes import Recipe
@@ -45,11 +46,14 @@ class AlignPlan:
     data_options: dict[str, Any]
     id: str
     identity: dict[str, Any]
+    dataset: str
+    """The expression as records have it: files by name alone."""
 
     @property
     def arm(self) -> str:
-        """Short name of the arm."""
-        return f"{self.spec.method}-{slug(self.spec.dataset)}-{self.model.name}-{self.adapter.name}-s{self.spec.seed}"
+        """Short name of the arm; commits are shortened in it."""
+        data = slug(COMMIT.sub(lambda found: found[0][:12], self.dataset))
+        return f"{self.spec.method}-{data}-{self.model.name}-{self.adapter.name}-s{self.spec.seed}"
 
 
 def plan_align(spec: AlignSpec, registry: Registry) -> AlignPlan:
@@ -73,6 +77,8 @@ def plan_align(spec: AlignSpec, registry: Registry) -> AlignPlan:
     if len(stages := aligner.stages(recipe)) != 1:
         # Training the first alone would look like success.
         raise UserError("METHOD", f"{spec.method} has {len(stages)} stages", "Only methods of one stage can be run.")
+    # From here on the expression names the commits, and so do the arm, its rows and every record.
+    spec = spec.model_copy(update={"dataset": at_revisions(spec.dataset, registry, spec.data_revisions)})
     parts = parse_expression(spec.dataset, registry)
     check_data_options(data_given, [part.name for part in parts])
     check_is_folder(spec)
@@ -114,4 +120,5 @@ def plan_align(spec: AlignSpec, registry: Registry) -> AlignPlan:
         data_given,
         digest_of(identity),
         identity,
+        portable(spec.dataset),
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from harness.cli_align import AlignCommand, align
-from harness.cli_eval import Folders, Json, PluginFiles, compare, eval_, options_of, report
+from harness.cli_eval import DataRevisions, Folders, Json, PluginFiles, compare, eval_, options_of, report
 from harness.cli_judge import judge_app
 from harness.cli_merge import MergeCommand, fold, merge
 from harness.cli_serve import serve
@@ -255,6 +255,7 @@ def data_show(
     max_length: Annotated[int, typer.Option(help="Most tokens of prompt and answer together.")] = 1024,
     seed: Annotated[int, typer.Option(help="Seed of the order.")] = 0,
     set_: Annotated[list[str] | None, typer.Option("--set", help="NAME.KEY=V: an option of a data set.")] = None,
+    data_revision: DataRevisions = None,
     plugin: PluginFiles = None,
 ) -> None:
     """Show rows as training sees them: text, token ids, loss mask; and what was left out and why."""
@@ -262,12 +263,14 @@ def data_show(
     from rich.text import Text
 
     from harness import show
+    from harness.data import parse_revisions
+    from harness.expression import at_revisions
     from harness.registry import load_plugins
 
     options = {"schema": schema, "loss_on": loss_on, "data": options_of(set_)}
     registry = load_plugins(plugin or ())
     shown = show.look(
-        dataset,
+        at_revisions(dataset, registry, parse_revisions(data_revision or ())),
         model,
         registry=registry,
         template=template,

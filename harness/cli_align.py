@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
+from harness.cli_eval import DataRevisions
 from harness.errors import ExitCode, UserError
 
 OWN_GRID = "its own grid"
@@ -54,6 +55,7 @@ def align(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="beta=0.2, adapter.rank=8, dataset.NAME.KEY=V.")
     ] = None,
+    data_revision: DataRevisions = None,
     processes: Annotated[int, typer.Option(help="Processes, each with a device of its own, that share a batch.")] = 1,
     dtype: Annotated[str, typer.Option(help="auto (bf16 on CUDA, fp32 on CPU), float32, bfloat16.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None,
@@ -74,6 +76,7 @@ def align(
     """Train one arm: a base, a method, a data set, an adapter."""
     from harness.alignment import align as run
     from harness.config import parse_options, set_path
+    from harness.data import parse_revisions
     from harness.progress import for_terminal
     from harness.registry import load_plugins
     from harness.settings import load_settings
@@ -104,6 +107,7 @@ def align(
         "data_seed": data_seed,
         "processes": processes,
         "options": options,
+        "data_revisions": {**settings.data_revisions, **parse_revisions(data_revision or ())},
     }
     base = parse_options(ModelSpec, given, "harness align")
     with for_terminal() as reporter:

@@ -11,6 +11,14 @@ from harness.errors import ExitCode, UserError
 
 PluginFiles = Annotated[list[str] | None, typer.Option("--plugin", help="Loose plugin file to load (repeatable).")]
 Folders = Annotated[list[str] | None, typer.Option("--tasks", help="Folder of task YAML files (repeatable).")]
+DataRevisions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data-revision",
+        metavar="OWNER/NAME=COMMIT",
+        help="Read a hub data set at this commit, not at the pinned one (repeatable).",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -53,6 +61,7 @@ def eval_(
     max_judge_cost: Annotated[
         float | None, typer.Option(help="Most that a judge may cost in this run (in the currency of its prices).")
     ] = None,
+    data_revision: DataRevisions = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     plugin: PluginFiles = None,
     tasks: Folders = None,
@@ -66,6 +75,7 @@ def eval_(
 ) -> int:
     """Evaluate a model, or many adapters of one base: helpfulness and harmlessness, with intervals."""
     from harness.config import laid_over, parse_options
+    from harness.data import parse_revisions
     from harness.execute import evaluate
     from harness.progress import for_terminal
     from harness.registry import load_plugins
@@ -104,6 +114,7 @@ def eval_(
             seed=seed,
             options=laid_over(settings.options, options_of(set_)),
             task_folders=(*settings.task_folders, *(tasks or ())),
+            data_revisions={**settings.data_revisions, **parse_revisions(data_revision or ())},
             parity=parity,
             parity_engine=parity_engine,
             max_judge_cost=max_judge_cost,

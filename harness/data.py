@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness.errors import UserError, nearest
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     import datasets
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _TRUE = {"1", "ON", "YES", "TRUE"}
+T = TypeVar("T")
 
 
 def hub_cache() -> Path:
@@ -71,6 +73,90 @@ def resolve_revision(path: str, revision: str | None = None, *, repo_type: str =
     if cached is not None or offline():
         return cached
     return wanted if COMMIT.fullmatch(wanted) else _ask_hub(path, wanted, repo_type)
+
+
+class OtherRevisionError(UserError):
+    """The pinned revision of a data set cannot be had, and another one, which nobody has accepted, lies here."""
+
+    def __init__(self, source: str, pinned: str, here: str, option: str) -> None:
+        self._parts = source, pinned, here, option
+        self.accept = f"{option}={here}"
+        fetch = f"`hf download --repo-type dataset {source} --revision {pinned}`"
+        super().__init__(
+            f"data set {source}",
+            f"its pinned revision {pinned} cannot be had here; the caches hold {here}",
+            f"Fetch the pinned one where there is a network: {fetch}; or accept what is here, which every name and row "
+            f"then says: {self.accept}",
+        )
+
+    def of_task(self, name: str) -> OtherRevisionError:
+        """The same with the task's name in the option."""
+        source, pinned, here, option = self._parts
+        return OtherRevisionError(source, pinned, here, option.replace("TASK.", f"{name}."))
+
+
+def pinned_commit(source: str, pinned: str, asked: str | None, *, option: str | None = None) -> str:
+    """The commit that is read of a data set with a pinned revision: the user's own, else the pinned one.
+
+    Args:
+        source: hub id.
+        pinned: what a loader was written for.
+        asked: the user's revision.
+        option: what accepts another commit, without ``=COMMIT``; ``--data-revision SOURCE`` when absent.
+
+    Raises:
+        OtherRevisionError: the user names none, the pinned one cannot be had, and there is another in the caches.
+    """
+    if asked is not None:
+        return resolve_revision(source, asked) or asked
+    commit = resolve_revision(source, pinned)
+    if commit is None and (here := resolve_revision(source)) is not None:
+        raise OtherRevisionError(source, pinned, here, option or f"--data-revision {source}")
+    return commit or pinned
+
+
+def revision_note(source: str, pinned: str, commit: str) -> tuple[str, ...]:
+    """What a reader of numbers must know where another commit than the pinned one is read; nothing otherwise."""
+    if commit in (pinned, resolve_revision(source, pinned)):
+        return ()
+    return (f"data set {source}: read at revision {commit}, not at the pinned {pinned}",)
+
+
+def read_all(readings: Iterable[Callable[[], T]]) -> list[T]:
+    """What each reading gives; where several must accept another revision, one message has all the options."""
+    found: list[T] = []
+    refused: dict[str, OtherRevisionError] = {}
+    for reading in readings:
+        try:
+            found.append(reading())
+        except OtherRevisionError as error:
+            refused.setdefault(error.accept, error)
+    errors = list(refused.values())
+    if len(errors) > 1:
+        where = ", ".join(dict.fromkeys(error.where for error in errors))
+        what = "; ".join(f"{error.where}: {error.what}" for error in errors)
+        fix = "Fetch the pinned ones where there is a network (`hf download --repo-type dataset OWNER/NAME --revision "
+        fix += "REVISION`); or accept what is here, which every name and row then says: "
+        raise UserError(where, what, fix + " ".join(error.accept for error in errors))
+    if errors:
+        raise errors[0]
+    return found
+
+
+def parse_revisions(pairs: Iterable[str], option: str = "--data-revision") -> dict[str, str]:
+    """``OWNER/NAME=COMMIT`` of the command line: which commit is read of a data set instead of the pinned revision.
+
+    Raises:
+        UserError: no such pair, or a data set given two commits.
+    """
+    found: dict[str, str] = {}
+    for pair in pairs:
+        source, _, commit = pair.partition("=")
+        if not _HUB_ID.fullmatch(source) or not COMMIT.fullmatch(commit):
+            raise UserError(option, f"{pair!r} is not OWNER/NAME=COMMIT", "Give the 40 hexadecimal digits of a commit.")
+        if found.setdefault(source, commit) != commit:
+            raise UserError(option, f"{source} is given two commits", "Give one.")
+    return found
 
 
 def _cached(path: str, wanted: str, repo_type: str) -> str | None:

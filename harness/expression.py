@@ -15,6 +15,7 @@ Weights are decimal numbers or fractions (``1/3``), for all terms or for none (e
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -56,6 +57,9 @@ class Part:
 
 
 _TERM = re.compile(r"(?P<source>[^@:*]+)(@(?P<revision>[^:*]+))?(:(?P<subset>[^*]+))?(\*(?P<weight>.+))?")
+_SOURCE = re.compile(r"(?<![^+\s])[\w./-]+(?=\s*(?:[:*+]|$))")
+"""The source of a term without a revision."""
+_FOLDERS = re.compile(r"(?<![^+\s])jsonl:[^+*]*/")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -82,6 +86,31 @@ def parse_expression(expression: str, registry: Registry) -> list[Part]:
     total = sum((part.weight for part in parts), Fraction(0))
     shares = [replace(part, weight=part.weight / total) for part in parts]
     return sorted(shares, key=lambda part: part.label)
+
+
+def at_revisions(expression: str, registry: Registry, revisions: Mapping[str, str]) -> str:
+    """The expression with ``@COMMIT`` after each data set that is to be read at one, unless it names a revision itself.
+
+    Args:
+        expression: what a user wrote.
+        registry: says which data set of the hub a name stands for.
+        revisions: hub id -> commit.
+    """
+    sources = {name: dataset.source for name, dataset in registry.of_kind(Dataset)}
+
+    def pin(found: re.Match[str]) -> str:
+        commit = revisions.get(sources.get(found[0]) or found[0])
+        return f"{found[0]}@{commit}" if commit else found[0]
+
+    return _SOURCE.sub(pin, expression)
+
+
+def portable(expression: str) -> str:
+    """The expression without the folders of its files, for what may be published."""
+    alone = expression.strip().removeprefix("jsonl:")
+    if expression.strip().startswith("jsonl:") and Path(alone).is_file():
+        return f"jsonl:{Path(alone).name}"
+    return _FOLDERS.sub("jsonl:", expression)
 
 
 def _parse_term(term: str, before: Part | None, registry: Registry, where: str, *, whole: bool) -> tuple[Part, bool]:

@@ -7,12 +7,13 @@ import io
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.catalog import Chosen
+from harness.data import COMMIT, resolve_revision
 from harness.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def load(chosen: Chosen) -> dict[str, Task]:
     from lm_eval.tasks import TaskManager
 
     where = f"--task {chosen.spec.name}"
-    with quiet() as said, _either_cache():
+    with quiet() as said, _either_cache({ref.data: ref.revision} if ref.data and ref.revision else {}):
         try:
             manager = TaskManager(include_defaults=False, include_path=str(folder))
             loaded = manager.load([_spec(ref.task, manager, folder)])
@@ -145,11 +146,15 @@ def _resolved(files: Any, folder: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _either_cache() -> Iterator[None]:
-    """Let lm-eval's ``load_dataset`` calls find data that is only in the hub cache.
+def _either_cache(revisions: Mapping[str, str]) -> Iterator[None]:
+    """Let lm-eval's ``load_dataset`` calls find data that is only in the hub cache, at the commit that is in the id.
 
-    Offline, datasets reads only what it has prepared before, never a downloaded snapshot; lm-eval offers no seam for
-    another loader, so the function is replaced for as long as its tasks are being built.
+    Offline, datasets reads only what it has prepared before, never a downloaded snapshot, and of that the newest
+    whatever the revision; lm-eval offers no seam for another loader, so the function is replaced for as long as its
+    tasks are being built.
+
+    Args:
+        revisions: hub id -> the user's revision.
     """
     import datasets
     from huggingface_hub import snapshot_download
@@ -161,21 +166,27 @@ def _either_cache() -> Iterator[None]:
     datasets.utils.logging.set_verbosity_error()
 
     def load(path: str, *args: Any, **kwargs: Any) -> Any:
-        try:
+        if Path(path).exists() or path in ("json", "csv", "parquet", "text"):
             return original(path, *args, **kwargs)
+        wanted = revisions.get(path, kwargs.pop("revision", None))
+        commit = resolve_revision(path, wanted) or wanted
+        try:
+            found = original(path, *args, revision=commit, **kwargs)
+            if (read := _commit_of(found)) not in (None, commit):
+                raise ValueError(f"the prepared copy is of commit {read}, not {commit}")
         except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-            if Path(path).exists() or path in ("json", "csv", "parquet", "text"):
-                raise
             try:
-                snapshot = snapshot_download(path, repo_type="dataset", local_files_only=True)
+                snapshot = snapshot_download(path, repo_type="dataset", revision=commit, local_files_only=True)
             except (LocalEntryNotFoundError, OSError, ValueError):
+                option = f" --revision {commit}" if commit else ""
                 raise UserError(
                     f"data set {path}",
                     f"cannot be loaded: {str(error).splitlines()[0]}",
-                    f"Fetch it where there is a network: `hf download --repo-type dataset {path}`; offline it is read "
-                    "from HF_HUB_CACHE or HF_DATASETS_CACHE.",
+                    f"Fetch it where there is a network: `hf download --repo-type dataset {path}{option}`; offline it "
+                    "is read from HF_HUB_CACHE or HF_DATASETS_CACHE.",
                 ) from error
             return original(snapshot, *args, **kwargs)
+        return found
 
     datasets.load_dataset = load
     try:
@@ -183,6 +194,14 @@ def _either_cache() -> Iterator[None]:
     finally:
         datasets.load_dataset = original
         datasets.utils.logging.set_verbosity(level)
+
+
+def _commit_of(loaded: Any) -> str | None:
+    """Commit under which the prepared files of a data set, or of the first of its splits, lie."""
+    first = next(iter(loaded.values()), None) if isinstance(loaded, dict) else loaded
+    files = getattr(first, "cache_files", None) or []
+    folder = Path(files[0]["filename"]).parent.name if files else ""
+    return folder if COMMIT.fullmatch(folder) else None
 
 
 @contextlib.contextmanager

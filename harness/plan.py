@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from harness.arms import Candidate, find_arms
 from harness.catalog import Catalog, Chosen, code_of
 from harness.choose_engine import choose_engine, conversations_only, needs_of, refuse_unspeakable
-from harness.config import Config, parse_options
+from harness.config import C, Config, parse_options
 from harness.contracts import Dataset, Engine, Scorer
+from harness.data import OtherRevisionError, read_all, resolve_revision
 from harness.errors import UserError
 from harness.evaluation import dataset_of, resolve_variant
 from harness.models import inspect_model, is_url
@@ -181,7 +183,9 @@ class _Planner:
         self, spec: EvalSpec, registry: Registry, engine: Engine, options: Any, chosen: Sequence[Chosen]
     ) -> None:
         self._spec, self._registry, self._engine, self._options = spec, registry, engine, options
-        self._chosen = [(one, _portable_task(one), _data_identity(one, registry)) for one in chosen]
+        tasks = [_at_revision(one, spec.data_revisions, registry) for one in chosen]
+        data = read_all(partial(_data_identity, one, registry) for one in tasks)
+        self._chosen = [(one, _portable_task(one), found) for one, found in zip(tasks, data, strict=True)]
         self._scorers: dict[str, tuple[Scorer, dict[str, Any]]] = {}
         self._shared = {
             "engine": engine.identity(options),
@@ -275,6 +279,9 @@ def _portable_task(chosen: Chosen) -> dict[str, Any]:
     task: dict[str, Any] = chosen.spec.model_dump(mode="json", exclude=left_out)
     if task["lm_eval"] is not None and task["lm_eval"]["include"] is not None:
         task["lm_eval"]["include"] = "its folder"
+    if task["lm_eval"] is not None:
+        # What it comes to is in the identity of the data.
+        del task["lm_eval"]["revision"]
     if task["dataset"] is not None:
         task["dataset"]["options"] = _without_paths(task["dataset"]["options"])
     return {key: value for key, value in task.items() if key not in LATER or value != LATER[key]}
@@ -285,15 +292,37 @@ def _data_identity(chosen: Chosen, registry: Registry) -> dict[str, Any]:
     if chosen.spec.lm_eval is None:
         plugin, job = dataset_of(chosen.spec, registry, chosen)
         where = f"task {chosen.spec.name}, dataset"
-        return {**plugin.identity(job), "code": code_digest(registry.registered(Dataset, plugin.name, where))}
-    from harness.data import resolve_revision
-
+        try:
+            identity = plugin.identity(job)
+        except OtherRevisionError as error:
+            raise error.of_task(chosen.spec.name) from None
+        return {**identity, "code": code_digest(registry.registered(Dataset, plugin.name, where))}
     ref = chosen.spec.lm_eval
     identity: dict[str, Any] = {"lm_eval": importlib.metadata.version("lm_eval"), "files": code_of(chosen.entry)}
     if ref.data is not None:
         identity["data"] = ref.data
-        identity["revision"] = resolve_revision(ref.data)
+        identity["revision"] = resolve_revision(ref.data, ref.revision) or ref.revision
     return identity
+
+
+def _at_revision(chosen: Chosen, revisions: Mapping[str, str], registry: Registry) -> Chosen:
+    """The task with its data at the commit that the user wants of that data set, unless it names one itself."""
+    spec = chosen.spec
+    if spec.lm_eval is not None:
+        commit = revisions.get(spec.lm_eval.data or "")
+        if commit is None or spec.lm_eval.revision is not None:
+            return chosen
+        return replace(chosen, spec=_with(spec, lm_eval=_with(spec.lm_eval, revision=commit)))
+    assert spec.dataset is not None
+    plugin = registry.find(Dataset, spec.dataset.name, f"task {spec.name}, dataset")
+    commit = revisions.get(plugin.source or str(spec.dataset.options.get("path")))
+    if commit is None or spec.dataset.revision is not None:
+        return chosen
+    return replace(chosen, spec=_with(spec, dataset=_with(spec.dataset, revision=commit)))
+
+
+def _with(config: C, **fields: Any) -> C:
+    return config.model_copy(update=fields)
 
 
 def _without_paths(value: Any) -> Any:

@@ -300,7 +300,7 @@ def _write(root: Path, spec: AlignSpec, cells: Sequence[Cell], best: Cell | None
     """search.json after every cell; search.md at the end."""
     record = {
         "method": spec.method,
-        "dataset": spec.dataset,
+        "dataset": cells[0].plan.dataset,
         "model": cells[0].plan.model.name,
         "adapter": spec.adapter,
         "seed": spec.seed,

@@ -9,12 +9,14 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel
 
 from harness.config import parse_options
 from harness.contracts import Dataset, DatasetJob, DatasetRow, RowSchema
+from harness.data import read_all
 from harness.errors import UserError, unknown
 from harness.expression import LISTING, OPTION, Part, parse_expression, trainable
 from harness.records import canonical, digest_of
@@ -236,11 +238,13 @@ def identity_of(
     numbers: tuple[int, int | None, int | None],
 ) -> dict[str, Any]:
     """What pins a selection, found out without reading a row; ``numbers`` are seed, samples and held-out rows."""
-    found = []
-    for part in parts:
+
+    def identity(part: Part) -> dict[str, Any]:
         dataset, job = _open(part, registry, options, None)
         share = f"{part.weight.numerator}/{part.weight.denominator}"
-        found.append({"dataset": dataset.identity(job), "heldout": dataset.heldout_split(job), "weight": share})
+        return {"dataset": dataset.identity(job), "heldout": dataset.heldout_split(job), "weight": share}
+
+    found = read_all(partial(identity, part) for part in parts)
     seed, samples, heldout = numbers
     consumed = _schema_name(schema) if schema is not None else None
     return {"parts": found, "schema": consumed, "seed": seed, "samples": samples, "heldout": heldout}
@@ -250,6 +254,8 @@ def _open(
     part: Part, registry: Registry, options: Mapping[str, Mapping[str, Any]] | None, split: str | None
 ) -> tuple[Dataset, DatasetJob]:
     dataset = registry.find(Dataset, part.name, OPTION)
+    if dataset.schema == "prompts":
+        raise unknown(f"{OPTION} {part.label}", "data set to train on", part.name, trainable(registry), LISTING)
     given = {**(options or {}).get(part.name, {}), **dict(part.options)}
     parsed = parse_options(dataset.Config, given, f"--set data.{part.name}")
     return dataset, DatasetJob(part.subset, split, part.revision, parsed)
@@ -260,8 +266,6 @@ def _load(
 ) -> _Loaded:
     """All rows of one part, split into train and held-out by prompt."""
     dataset, job = _open(part, registry, options, "train")
-    if dataset.schema == "prompts":
-        raise unknown(f"{OPTION} {part.label}", "data set to train on", part.name, trainable(registry), LISTING)
     official = dataset.heldout_split(job)
     schema = dataset.schema_of(job)
     rows = [DatasetRow(f"{part.label}/{row.id}", row.data) for row in dataset.rows(job)]

@@ -17,6 +17,7 @@ class Settings(Config):
     engine: str = Field("auto", description="engine, unless --engine says otherwise")
     plugins: tuple[str, ...] = Field((), description="loose plugin files to load")
     task_folders: tuple[str, ...] = Field((), description="folders of task YAML")
+    data_revisions: dict[str, str] = Field(default_factory=dict, description="as --data-revision: OWNER/NAME: COMMIT")
     options: dict[str, Any] = Field(default_factory=dict, description="as --set: engine, and per task limit and scorer")
 
 

@@ -50,6 +50,7 @@ class LmEvalRef(Config):
     num_fewshot: int | None = Field(None, ge=0, description="shots; the task's own number when absent")
     max_new_tokens: int | None = Field(None, ge=1, description="overrides the task's max_gen_toks (tokens)")
     data: str | None = Field(None, description="hub id of its data: its revision enters the step id")
+    revision: str | None = Field(None, description="commit of `data` to read; what the caches or the hub have as main")
     include: str | None = Field(None, description="folder of lm-eval YAML files that holds the task")
     flexible: bool = Field(False, description="report flexible extraction and extraction failures besides exact_match")
 
@@ -146,6 +147,9 @@ class EvalSpec(Config):
     seed: int = Field(0, ge=0, description="seed of few-shot choice, sampling and resampling")
     options: dict[str, Any] = Field(default_factory=dict, description="`engine`, and per task: limit, decoding, scorer")
     task_folders: tuple[str, ...] = Field((), description="folders of task YAML besides the registered ones")
+    data_revisions: dict[str, str] = Field(
+        default_factory=dict, description="hub id of a data set -> commit to read instead of the pinned revision"
+    )
     max_judge_cost: float | None = Field(
         None, ge=0.0, description="`max_cost` of every scorer that has one (in the currency of its prices)"
     )
@@ -185,6 +189,9 @@ class AlignSpec(Config):
     data_seed: int = Field(0, ge=0, description="seed of the order that --samples takes a prefix of")
     processes: int = Field(1, ge=1, description="processes, each with a device of its own, that share every batch")
     options: dict[str, Any] = Field(default_factory=dict, description="recipe keys; `adapter` and `dataset` groups")
+    data_revisions: dict[str, str] = Field(
+        default_factory=dict, description="hub id of a data set -> commit to read instead of the pinned revision"
+    )
 
 
 class MergeInput(Config):

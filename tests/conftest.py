@@ -35,6 +35,14 @@ _use_shared_caches()
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+def shared_revisions() -> dict[str, str]:
+    """Commit of each shared data set, for ``data_revisions``: samples, not the commits that our loaders pin."""
+    hub = Path(os.environ["HARNESS_SHARED"]) / "data" / "hub"
+    refs = hub.glob("datasets--*/refs/main")
+    return {ref.parts[-3].removeprefix("datasets--").replace("--", "/"): ref.read_text().strip() for ref in refs}
+
+
 SLOW = Path(__file__).parent / "e2e" / "slow_engine.py"
 SUMS = """\
 name: sums

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from harness.contracts import Dataset, DatasetJob, DatasetRow
 from harness.errors import UserError
-from harness.expression import parse_expression
+from harness.expression import at_revisions, parse_expression, portable
 from harness.registry import Origin, Registered, Registry, load_plugins
 from harness.selection import (
     Selection,
@@ -30,6 +30,7 @@ from harness.selection import (
     seeded_order,
     select,
 )
+from tests.conftest import shared_revisions
 
 shared = pytest.mark.skipif("HARNESS_SHARED" not in os.environ, reason="HARNESS_SHARED is unset")
 
@@ -118,6 +119,31 @@ def test_a_file_with_a_plus_in_its_name_stands_alone(tmp_path: Path, bundled: Re
     (part,) = parse_expression(f"jsonl:{path}", bundled)
     assert part.options == (("path", str(path)),)
     assert part.label == "jsonl:a+b*c.jsonl"
+
+
+def test_commits_are_written_into_an_expression(bundled: Registry) -> None:
+    wanted = {"Anthropic/hh-rlhf": "a" * 40, "some/rows": "b" * 40}
+    a, b = (f"@{letter * 40}" for letter in "ab")
+    written = {
+        "hh-rlhf:harmless": f"hh-rlhf{a}:harmless",
+        "hh-rlhf:harmless*0.3 + helpful*0.7": f"hh-rlhf{a}:harmless*0.3 + helpful*0.7",
+        "hh-rlhf@v1:harmless+beavertails:helpful": "hh-rlhf@v1:harmless+beavertails:helpful",
+        "some/rows+summarize": f"some/rows{b}+summarize",
+        "some/rows:english*2 + hh-rlhf:helpful*1": f"some/rows{b}:english*2 + hh-rlhf{a}:helpful*1",
+        "jsonl:some/rows": "jsonl:some/rows",
+    }
+    assert {text: at_revisions(text, bundled, wanted) for text in written} == written
+
+
+def test_an_expression_is_published_without_the_folders_of_its_files(tmp_path: Path) -> None:
+    odd = tmp_path / "a+b*c.jsonl"
+    odd.write_text("")
+    said = {
+        f"jsonl:{odd}": "jsonl:a+b*c.jsonl",
+        "jsonl:/home/me/x y/a.jsonl*0.3 + jsonl:~/b.jsonl*0.7": "jsonl:a.jsonl*0.3 + jsonl:b.jsonl*0.7",
+        "hh-rlhf:harmless+some/rows": "hh-rlhf:harmless+some/rows",
+    }
+    assert {text: portable(text) for text in said} == said
 
 
 @pytest.mark.parametrize(
@@ -357,16 +383,19 @@ def test_options_reach_the_data_set(bundled: Registry) -> None:
 
 @shared
 def test_the_real_mixture_is_nested_exact_and_held_out_by_prompt(real: None, bundled: Registry) -> None:
-    expression = "hh-rlhf:harmless*0.25+helpful*0.75"
+    revisions = shared_revisions()
+    hh = f"hh-rlhf@{revisions['Anthropic/hh-rlhf']}"
+    expression = at_revisions("hh-rlhf:harmless*0.25+helpful*0.75", bundled, revisions)
+    assert expression == f"{hh}:harmless*0.25+helpful*0.75"
     large = select(expression, schema="pairs", registry=bundled, samples=1600)
     small = select(expression, schema="pairs", registry=bundled, samples=800)
     assert large.train[:800] == small.train
     for rows, one in ((800, small), (1600, large)):
-        assert one.counts["hh-rlhf:harmless"]["selected to train"] == rows // 4
-        assert sum(row.id.startswith("hh-rlhf:helpful/") for row in one.train) == rows * 3 // 4
-    everything = select("hh-rlhf:harmless", schema="pairs", registry=bundled)
+        assert one.counts[f"{hh}:harmless"]["selected to train"] == rows // 4
+        assert sum(row.id.startswith(f"{hh}:helpful/") for row in one.train) == rows * 3 // 4
+    everything = select(f"{hh}:harmless", schema="pairs", registry=bundled)
     trained = {json.dumps(row.data["prompt"]) for row in everything.train}
     assert everything.heldout
     assert not [row for row in everything.heldout if json.dumps(row.data["prompt"]) in trained]
     with pytest.raises(UserError, match=r"dropped 2,704 \(better_response_id is null: 2,704\)"):
-        select("beavertails:helpful", schema="pairs", registry=bundled)
+        select(at_revisions("beavertails:helpful", bundled, revisions), schema="pairs", registry=bundled)

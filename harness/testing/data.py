@@ -35,6 +35,7 @@ def check_dataset(
     options: Mapping[str, Any] | None = None,
     limit: int | None = None,
     source_rows: int | None = None,
+    revision: str | None = None,
 ) -> None:
     """Try a dataset against its contract: stable ids, schema, and a count of everything dropped.
 
@@ -45,6 +46,7 @@ def check_dataset(
         options: for the dataset's Config.
         limit: rows to look at; all when absent.
         source_rows: how many rows the source has, if known: kept and dropped ones must add up to it.
+        revision: what to read; the pinned one when absent.
 
     Raises:
         AssertionError: names the rule and what was seen.
@@ -56,7 +58,7 @@ def check_dataset(
     chosen = options_of(dataset, options)
 
     def job(of: str | None = subset) -> DatasetJob:
-        return DatasetJob(subset=of, split=split, revision=None, options=chosen)
+        return DatasetJob(subset=of, split=split, revision=revision, options=chosen)
 
     check_identity(dataset.identity(job()), dataset.identity(job()))
     first_job, second_job = job(), job()

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from harness import config
 from harness.contracts import Dataset, DatasetJob, DatasetRow
-from harness.data import load_hub_dataset, resolve_revision
+from harness.data import load_hub_dataset, pinned_commit, revision_note
 from harness.errors import UserError, unknown
 
 Messages = list[dict[str, str]]
@@ -123,28 +123,26 @@ class _HubPairs(Dataset):
     """What the data sets here share: a pinned revision, subsets, and counting."""
 
     schema = "pairs"
+    revision: ClassVar[str]
     heldout: ClassVar[str] = "test"
 
     def heldout_split(self, job: DatasetJob) -> str | None:
         """The official one."""
         return self.heldout
 
-    def commit(self, job: DatasetJob) -> str | None:
-        """The user's revision; else the pinned one; else, where that cannot be had, whatever one is cached."""
-        if job.revision is not None:
-            return resolve_revision(self.source, job.revision) or job.revision
-        return resolve_revision(self.source, self.revision) or resolve_revision(self.source)
+    def commit(self, job: DatasetJob) -> str:
+        """The user's revision, else the pinned one; never whatever is cached."""
+        return pinned_commit(self.source, self.revision, job.revision)
 
     def identity(self, job: DatasetJob) -> dict[str, Any]:
         """As for any data set, with the commit that will really be read."""
-        return {**super().identity(job), "revision": self.commit(job) or self.revision}
+        return {**super().identity(job), "revision": self.commit(job)}
 
     def load(self, job: DatasetJob, **how: Any) -> Any:
         """One split at the commit in force; a note where that is not the pinned one."""
         commit = self.commit(job)
-        if job.revision is None and commit is not None and commit != resolve_revision(self.source, self.revision):
-            job.note(f"{self.name}: pinned revision {self.revision} cannot be had here; read the cached {commit}")
-        return load_hub_dataset(self.source, split=job.split or "train", revision=commit or self.revision, **how)
+        job.notes += revision_note(self.source, self.revision, commit)
+        return load_hub_dataset(self.source, split=job.split or "train", revision=commit, **how)
 
     def chosen_subset(self, job: DatasetJob) -> str:
         """The subset asked for.

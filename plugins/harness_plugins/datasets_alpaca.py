@@ -10,13 +10,13 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from harness import config, file_digest
 from harness.contracts import Dataset, DatasetJob, DatasetRow
-from harness.data import hub_cache, offline, resolve_revision
+from harness.data import hub_cache, offline, pinned_commit, revision_note
 from harness.errors import UserError, nearest
 from harness.records import digest_of
 
@@ -35,7 +35,7 @@ class AlpacaEval(Dataset):
     schema = "prompts"
     source = "tatsu-lab/alpaca_eval"
     licence = "CC-BY-NC-4.0"
-    revision = "f27ebb15a502fcfb52d189503972d8c6434958d9"
+    revision: ClassVar[str] = "f27ebb15a502fcfb52d189503972d8c6434958d9"
 
     class Config(config.Config):
         """What is asked, and whose outputs answers are compared with."""
@@ -135,18 +135,16 @@ class AlpacaEval(Dataset):
             raise UserError(where, f"no such file: {given}", fix)
         return path
 
-    def _commit(self, job: DatasetJob) -> str | None:
-        """The user's revision; else the pinned one; else, where that cannot be had, whatever one is cached."""
-        if job.revision is not None:
-            return resolve_revision(self.source, job.revision) or job.revision
-        return resolve_revision(self.source, self.revision) or resolve_revision(self.source) or self.revision
+    def _commit(self, job: DatasetJob) -> str:
+        """The user's revision, else the pinned one; never whatever is cached."""
+        return pinned_commit(self.source, self.revision, job.revision)
 
     def _hub_file(self, job: DatasetJob, name: str) -> Path:
         commit = self._commit(job)
-        if job.revision is None and commit != self.revision and name == PROMPTS:
-            job.note(f"{self.name}: pinned revision {self.revision} cannot be had here; read the cached {commit}")
-        cached = hub_cache() / f"datasets--{self.source.replace('/', '--')}" / "snapshots" / str(commit) / name
-        return cached if cached.is_file() else self._fetch(str(commit), name)
+        if name == PROMPTS:
+            job.notes += revision_note(self.source, self.revision, commit)
+        cached = hub_cache() / f"datasets--{self.source.replace('/', '--')}" / "snapshots" / commit / name
+        return cached if cached.is_file() else self._fetch(commit, name)
 
     def _fetch(self, commit: str, name: str) -> Path:
         import httpx

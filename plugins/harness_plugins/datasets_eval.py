@@ -6,13 +6,13 @@ import gzip
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
 from harness import config, file_digest, files_digest
 from harness.contracts import Dataset, DatasetJob, DatasetRow
-from harness.data import load_hub_dataset, resolve_revision
+from harness.data import load_hub_dataset, pinned_commit, resolve_revision, revision_note
 from harness.errors import UserError, nearest
 
 
@@ -131,7 +131,7 @@ class RealToxicityPrompts(Dataset):
     source = "allenai/real-toxicity-prompts"
     licence = "Apache-2.0"
     # The commit that brought the data; the two after it (to f216297) change README.md alone.
-    revision = "d3a6507562064c4f37cdf267bdc2faa7b0873173"
+    revision: ClassVar[str] = "d3a6507562064c4f37cdf267bdc2faa7b0873173"
 
     class Config(config.Config):
         """Which rows."""
@@ -150,9 +150,8 @@ class RealToxicityPrompts(Dataset):
         So the choice, and which rows a limit keeps, is the same for any order of the rows in the file.
         """
         commit = self._commit(job)
-        if job.revision is None and commit not in (None, self.revision):
-            job.note(f"{self.name}: pinned revision {self.revision} cannot be had here; read the cached {commit}")
-        loaded = load_hub_dataset(self.source, split=job.split or "train", revision=commit or self.revision)
+        job.notes += revision_note(self.source, self.revision, commit)
+        loaded = load_hub_dataset(self.source, split=job.split or "train", revision=commit)
         seen = _Unique(f"dataset {self.name}")
         rows = sorted(loaded, key=lambda row: (row["filename"], row["begin"], row["end"]))
         ids = (f"{row['filename']}:{row['begin']}-{row['end']}" for row in rows)
@@ -190,15 +189,13 @@ class RealToxicityPrompts(Dataset):
                 },
             )
 
-    def _commit(self, job: DatasetJob) -> str | None:
-        """The user's revision; else the pinned one; else, where that cannot be had, whatever one is cached."""
-        if job.revision is not None:
-            return resolve_revision(self.source, job.revision) or job.revision
-        return resolve_revision(self.source, self.revision) or resolve_revision(self.source)
+    def _commit(self, job: DatasetJob) -> str:
+        """The user's revision, else the pinned one; never whatever is cached."""
+        return pinned_commit(self.source, self.revision, job.revision)
 
     def identity(self, job: DatasetJob) -> dict[str, Any]:
         """As for any data set, with the commit that will really be read."""
-        return {**super().identity(job), "revision": self._commit(job) or self.revision}
+        return {**super().identity(job), "revision": self._commit(job)}
 
 
 class _Unique:

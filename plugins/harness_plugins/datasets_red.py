@@ -19,7 +19,7 @@ from pydantic import Field
 
 from harness import config, files_digest
 from harness.contracts import Dataset, DatasetJob, DatasetRow
-from harness.data import hub_cache, load_hub_dataset, offline, resolve_revision
+from harness.data import hub_cache, load_hub_dataset, offline, pinned_commit, revision_note
 from harness.errors import UserError, unknown
 
 UPSTREAM = "https://github.com/declare-lab/red-instruct"
@@ -39,6 +39,7 @@ class RedQuestions(Dataset):
 
     schema = "prompts"
     licence = "Apache-2.0"
+    revision: ClassVar[str]
     files: ClassVar[dict[str, tuple[str, ...]]]
     """Subset -> names that its file may have in a folder."""
 
@@ -49,11 +50,16 @@ class RedQuestions(Dataset):
         template: Literal["standard", "cot", "cou", "suffix"] = Field(
             "standard", description="file of `red_prompts` that the question is put into"
         )
+        templates_revision: str | None = Field(
+            None, description="commit of the templates, where they do not lie beside the questions; pinned when absent"
+        )
 
     def rows(self, job: DatasetJob) -> Iterator[DatasetRow]:
         """All questions in the file's order; the id is subset and position. What is no question is dropped."""
         subset = self._subset(job)
         template = self._template(job)
+        if self.source != TEMPLATES and job.options.path is None and (commit := self._templates_commit(job)):
+            job.notes += revision_note(TEMPLATES, TEMPLATES_REVISION, commit)
         for position, (question, category, subcategory) in enumerate(self._questions(job, subset)):
             if not question:
                 job.drop("without a question")
@@ -65,7 +71,7 @@ class RedQuestions(Dataset):
         """The commits of questions and template; for a folder the contents of both files."""
         chosen = {"name": self.name, "subset": self._subset(job), "template": job.options.template}
         if job.options.path is None:
-            return {**chosen, "revision": self._commit(job) or self.revision, "templates": self._templates_commit(job)}
+            return {**chosen, "revision": self._commit(job), "templates": self._templates_commit(job)}
         file, folder = self._file(job, self._subset(job)), self._folder(job)
         used = [file] if (prompt := self._prompt_file(job)) is None else [file, prompt]
         return {**chosen, "digest": files_digest(used, folder)}
@@ -83,10 +89,9 @@ class RedQuestions(Dataset):
             yield from _read(self._file(job, subset))
             return
         commit = self._commit(job)
-        if job.revision is None and commit not in (None, self.revision):
-            job.note(f"{self.name}: pinned revision {self.revision} cannot be had here; read the cached {commit}")
+        job.notes += revision_note(self.source, self.revision, commit)
         try:
-            loaded = load_hub_dataset(self.source, revision=commit or self.revision, **self._part(subset))
+            loaded = load_hub_dataset(self.source, revision=commit, **self._part(subset))
         except UserError as error:
             raise UserError(error.where, error.what, f"{error.fix} {self._elsewhere()}") from None
         for row in loaded:
@@ -96,11 +101,9 @@ class RedQuestions(Dataset):
         """Configuration and split of a subset on the hub."""
         raise NotImplementedError
 
-    def _commit(self, job: DatasetJob) -> str | None:
-        """The user's revision; else the pinned one; else, where that cannot be had, whatever one is cached."""
-        if job.revision is not None:
-            return resolve_revision(self.source, job.revision) or job.revision
-        return resolve_revision(self.source, self.revision) or resolve_revision(self.source)
+    def _commit(self, job: DatasetJob) -> str:
+        """The user's revision, else the pinned one; never whatever is cached."""
+        return pinned_commit(self.source, self.revision, job.revision)
 
     def _folder(self, job: DatasetJob) -> Path:
         folder = Path(job.options.path).expanduser()
@@ -152,8 +155,10 @@ class RedQuestions(Dataset):
         """Commit of the templates: they lie beside DangerousQA's questions. None: standard needs none."""
         if job.options.template == "standard" and self.source != TEMPLATES:
             return None
-        commit = self._commit(job) if self.source == TEMPLATES else None
-        return commit or resolve_revision(TEMPLATES, TEMPLATES_REVISION) or resolve_revision(TEMPLATES)
+        if self.source == TEMPLATES:
+            return self._commit(job)
+        option = "--set TASK.dataset.options.templates_revision"
+        return pinned_commit(TEMPLATES, TEMPLATES_REVISION, job.options.templates_revision, option=option)
 
     def _hub_folder(self, job: DatasetJob) -> Path | None:
         commit = self._templates_commit(job)

@@ -18,6 +18,7 @@ from harness.testing import check_dataset
 from harness_plugins import datasets_align
 from harness_plugins.datasets_align import BeaverTails, HhRlhf, Summarize, split_transcript
 from harness_plugins.datasets_trl import TrlFormats
+from tests.conftest import shared_revisions
 
 shared = pytest.mark.skipif("HARNESS_SHARED" not in os.environ, reason="HARNESS_SHARED is unset")
 
@@ -44,7 +45,7 @@ def table(monkeypatch: pytest.MonkeyPatch, rows: Iterable[Mapping[str, Any]]) ->
         return made
 
     monkeypatch.setattr(datasets_align, "load_hub_dataset", load)
-    monkeypatch.setattr(datasets_align, "resolve_revision", lambda path, revision=None: "c" * 40)
+    monkeypatch.setattr("harness.data.resolve_revision", lambda path, revision=None: "c" * 40)
     return asked
 
 
@@ -119,13 +120,20 @@ def test_hh_reads_the_folder_of_its_subset_at_the_pinned_commit(monkeypatch: pyt
     assert HhRlhf().heldout_split(one) == "test"
 
 
-def test_another_commit_than_the_pinned_one_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_commit_than_the_pinned_one_is_refused_until_it_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     table(monkeypatch, [{"chosen": f"{GOOD} yes", "rejected": f"{GOOD} no"}])
     here = {None: "d" * 40}
-    monkeypatch.setattr(datasets_align, "resolve_revision", lambda path, revision=None: here.get(revision))
-    one = job(HhRlhf(), "helpful")
+    monkeypatch.setattr("harness.data.resolve_revision", lambda path, revision=None: here.get(revision))
+    with pytest.raises(UserError) as error:
+        HhRlhf().identity(job(HhRlhf(), "helpful"))
+    assert error.value.where == "data set Anthropic/hh-rlhf"
+    assert f"its pinned revision {HhRlhf.revision} cannot be had here; the caches hold {'d' * 40}" in error.value.what
+    assert error.value.fix.endswith(f" --data-revision Anthropic/hh-rlhf={'d' * 40}")
+    one = job(HhRlhf(), "helpful", revision="d" * 40)
     read(HhRlhf(), one)
-    assert one.notes == [f"hh-rlhf: pinned revision {HhRlhf.revision} cannot be had here; read the cached {'d' * 40}"]
+    assert one.notes == [
+        f"data set Anthropic/hh-rlhf: read at revision {'d' * 40}, not at the pinned {HhRlhf.revision}"
+    ]
     assert HhRlhf().identity(one)["revision"] == "d" * 40
 
 
@@ -147,8 +155,9 @@ def raw_harmless(split: str) -> list[dict[str, str]]:
 @shared
 @pytest.mark.parametrize(("subset", "train", "test"), [("harmless", 1830, 482), ("helpful", 1931, 423)])
 def test_the_real_hh_rows_add_up_and_are_cut_right(real: None, subset: str, train: int, test: int) -> None:
-    check_dataset(HhRlhf(), subset=subset, split="train", source_rows=train)
-    check_dataset(HhRlhf(), subset=subset, split="test", source_rows=test)
+    revision = shared_revisions()[HhRlhf.source]
+    check_dataset(HhRlhf(), subset=subset, split="train", source_rows=train, revision=revision)
+    check_dataset(HhRlhf(), subset=subset, split="test", source_rows=test, revision=revision)
 
 
 @shared
@@ -168,7 +177,7 @@ def test_the_real_hh_counts_are_those_of_an_independent_reading(real: None) -> N
             reasons["empty answer"] += 1
         elif turns[0][-1][1].strip() == turns[1][-1][1].strip():
             reasons["equal"] += 1
-    one = job(HhRlhf(), "harmless")
+    one = job(HhRlhf(), "harmless", revision=shared_revisions()[HhRlhf.source])
     kept = len(read(HhRlhf(), one))
     seen = Counter({"broken": sum(n for reason, n in one.dropped.items() if reason.startswith("broken"))})
     seen["empty answer"] = one.dropped.get("empty answer", 0)
@@ -276,8 +285,9 @@ def test_missing_columns_are_named_and_a_row_is_shown(monkeypatch: pytest.Monkey
 
 @shared
 def test_the_real_beavertails_has_safe_pairs_and_no_better_answers(real: None) -> None:
-    check_dataset(BeaverTails(), subset="harmless", split="test", source_rows=598)
-    one = job(BeaverTails(), "harmless")
+    revision = shared_revisions()[BeaverTails.source]
+    check_dataset(BeaverTails(), subset="harmless", split="test", source_rows=598, revision=revision)
+    one = job(BeaverTails(), "harmless", revision=revision)
     rows = {row.id: row for row in read(BeaverTails(), one)}
     raw = list(load_hub_dataset("PKU-Alignment/PKU-SafeRLHF", split="train"))
     assert len(rows) == len(raw) == 2704
@@ -285,8 +295,8 @@ def test_the_real_beavertails_has_safe_pairs_and_no_better_answers(real: None) -
         safe = line["response_0"] if line["is_response_0_safe"] else line["response_1"]
         assert rows[f"train/{position}"].data["chosen"] == safe.strip()
     assert "one_safe keeps 2,704 rows, better_and_safe keeps 0 rows of 2,704" in one.notes[1]
-    assert one.notes[0].startswith("beavertails: pinned revision v0 cannot be had here")
-    helpful = job(BeaverTails(), "helpful")
+    assert one.notes[0] == f"data set {BeaverTails.source}: read at revision {revision}, not at the pinned v0"
+    helpful = job(BeaverTails(), "helpful", revision=revision)
     assert read(BeaverTails(), helpful) == []
     assert helpful.dropped == {"better_response_id is null": 2704}
 

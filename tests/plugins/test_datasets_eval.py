@@ -359,16 +359,16 @@ def test_the_same_place_twice_is_refused(caches: Path) -> None:
         list(rtp.rows(job(rtp, revision=A)))
 
 
-def test_another_commit_than_the_pinned_one_is_taken_with_a_note_and_enters_the_identity(caches: Path) -> None:
+def test_another_commit_than_the_pinned_one_is_refused_until_it_is_accepted(caches: Path) -> None:
     rtp = RealToxicityPrompts()
     snapshot(caches, rtp.source, A, ROWS)
-    asked = job(rtp)
+    for refused in (lambda: rtp.identity(job(rtp)), lambda: list(rtp.rows(job(rtp)))):
+        with pytest.raises(UserError, match=rf"--data-revision {rtp.source}={A}$"):
+            refused()
+    asked = job(rtp, revision=A)
     list(rtp.rows(asked))
-    assert asked.notes == [
-        f"real-toxicity-prompts: pinned revision {rtp.revision} cannot be had here; read the cached {A}"
-    ]
-    assert rtp.identity(job(rtp))["revision"] == A
-    assert rtp.revision is not None
+    assert asked.notes == [f"data set {rtp.source}: read at revision {A}, not at the pinned {rtp.revision}"]
+    assert rtp.identity(asked)["revision"] == A
     snapshot(caches, rtp.source, rtp.revision, ROWS, ref=None)
     assert rtp.identity(job(rtp))["revision"] == rtp.revision
 
