@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -84,3 +86,35 @@ def test_templates_are_compiled_once_and_render_the_same() -> None:
         # Nothing of one document stays for the next.
         assert apply_template(template, {"question": "How?", "choices": ["a", "b"]}) == "How? b"
     assert env.from_string(template) is not env.from_string(template)
+
+
+def test_data_of_another_commit_than_the_one_in_the_id_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline, datasets takes the newest that it has prepared, whatever the revision asked for."""
+    import datasets
+
+    from harness.lmeval_load import _either_cache
+
+    commit, newest = "a" * 40, "b" * 40
+    asked: list[tuple[str, str | None]] = []
+
+    def load(path: str, revision: str | None = None) -> Any:
+        asked.append((path, revision))
+        return {"test": SimpleNamespace(cache_files=[{"filename": f"/x/0.0.0/{newest}/rows-test.arrow"}])}
+
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with _either_cache({"some/rows": newest}):
+        assert list(datasets.load_dataset("some/rows")) == ["test"]
+    with _either_cache({"some/rows": commit}), pytest.raises(UserError) as error:
+        datasets.load_dataset("some/rows")
+    assert f"the prepared copy is of commit {newest}, not {commit}" in error.value.what
+    assert f"`hf download --repo-type dataset some/rows --revision {commit}`" in error.value.fix
+    snapshot = tmp_path / "datasets--some--rows" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    with _either_cache({"some/rows": commit}):
+        datasets.load_dataset("some/rows")
+    assert asked == [("some/rows", newest), ("some/rows", commit), ("some/rows", commit), (str(snapshot), None)]

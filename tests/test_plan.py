@@ -209,3 +209,62 @@ def test_the_cost_of_judges_is_set_wherever_a_scorer_has_one() -> None:
 def test_fields_that_came_later_are_no_part_of_an_id_while_they_stand_at_their_default(plan: Planner) -> None:
     (task,) = plan().tasks
     assert not set(task.config["task"]) & set(LATER)
+
+
+PINNED = """\
+name: {name}
+prompt: raw
+template: "{{{{ {field} }}}}"
+target: "x"
+dataset:
+  name: {dataset}
+scorers:
+- name: exact_match
+"""
+COMMIT = "a" * 40
+
+
+@pytest.fixture
+def other_commits(sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two tasks on data of which the caches hold another commit than the pinned one; network off."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "prepared"))
+    for name, dataset, source, field in (
+        ("severe", "real-toxicity-prompts", "allenai/real-toxicity-prompts", "prompt"),
+        ("follow", "alpaca-eval", "tatsu-lab/alpaca_eval", "instruction"),
+    ):
+        text = PINNED.format(name=name, dataset=dataset, field=field)
+        (sums / f"{name}.yaml").write_text(text, encoding="utf-8")
+        folder = tmp_path / "hub" / f"datasets--{source.replace('/', '--')}"
+        (folder / "snapshots" / COMMIT).mkdir(parents=True)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(COMMIT)
+    return tmp_path
+
+
+def test_other_commits_than_the_pinned_ones_are_refused_with_the_options_that_accept_them(
+    plan: Planner, other_commits: Path
+) -> None:
+    with pytest.raises(UserError) as error:
+        plan(tasks=("severe", "follow"))
+    assert error.value.where == "data set allenai/real-toxicity-prompts, data set tatsu-lab/alpaca_eval"
+    accept = [f"allenai/real-toxicity-prompts={COMMIT}", f"tatsu-lab/alpaca_eval={COMMIT}"]
+    assert error.value.fix.endswith(f"says: --data-revision {accept[0]} --data-revision {accept[1]}")
+    planned = plan(tasks=("severe", "follow"), data_revisions=dict(one.split("=") for one in accept))
+    assert [task.config["data"]["revision"] for task in planned.tasks] == [COMMIT, COMMIT]
+    with pytest.raises(UserError, match=r"--data-revision tatsu-lab/alpaca_eval=a+$"):
+        plan(tasks=("severe", "follow"), options={"severe": {"dataset": {"revision": COMMIT}}})
+
+
+def test_the_commit_of_lm_evals_data_can_be_named(plan: Planner, other_commits: Path) -> None:
+    folder = other_commits / "hub" / "datasets--cais--mmlu" / "snapshots"
+    for commit in ("b" * 40, "c" * 40):
+        (folder / commit).mkdir(parents=True)
+    (folder.parent / "refs").mkdir()
+    (folder.parent / "refs" / "main").write_text("b" * 40)
+    main, named, other = (
+        plan(tasks=("mmlu@0",), engine="transformers", data_revisions=wanted).tasks[0]
+        for wanted in ({}, {"cais/mmlu": "b" * 40}, {"cais/mmlu": "c" * 40})
+    )
+    assert main.answers_id == named.answers_id != other.answers_id
+    assert other.config["data"]["revision"] == "c" * 40

@@ -19,6 +19,12 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2)
 DATA = ("hh-rlhf:harmless", "hh-rlhf:helpful", "beavertails:harmless")
+REVISIONS = {
+    "Anthropic/hh-rlhf": "4eb128d3964432635c1a14aa51f8eef74ea777c2",
+    "PKU-Alignment/PKU-SafeRLHF": "fee3f30fe3eebadf5cb6c6800b6952ec1fafdd63",
+    "allenai/real-toxicity-prompts": "0efa8cbe13864b8b7d009e7a6c1002eaa3b6e94b",
+}
+"""Parts of the data sets, not the revisions that the loaders pin."""
 COMMON = {"max_length": 192, "eval_rows": 256}
 METHODS = ("sft", "dpo")
 _SFT = {"steps": 16, "batch_size": 8, "micro_batch_size": 8, "learning_rate": 1e-3}
@@ -45,7 +51,9 @@ def train(base: str, folder: Path) -> None:
         # One step at next to no learning rate: the held-out loss of the start.
         options = {**COMMON, **_SFT, "steps": 1, "learning_rate": 1e-12}
         name = f"start-{data.replace(':', '-')}"
-        harness.align("sft", base, data, options=options, out=folder / name, registry=registry)
+        harness.align(
+            "sft", base, data, options=options, out=folder / name, registry=registry, data_revisions=REVISIONS
+        )
     # Seeds innermost: an interrupted run leaves whole rows of the table.
     for adapter, method, data, seed in itertools.product(("lora", "qlora"), METHODS, DATA, SEEDS):
         name = f"{method}-{adapter}-{data.replace(':', '-')}-s{seed}"
@@ -58,6 +66,7 @@ def train(base: str, folder: Path) -> None:
             options=recipe(method, adapter, data),
             out=folder / name,
             registry=registry,
+            data_revisions=REVISIONS,
         )
         print(name, flush=True)
 
@@ -74,6 +83,7 @@ def evaluate(base: str, folder: Path, reward: str) -> None:
         engine="transformers",
         limit=48,
         options={"real_toxicity": {"decoding": {"max_new_tokens": 24}, "scorer": {"model": reward}}},
+        data_revisions=REVISIONS,
         out=folder / "eval",
     )
     found = [

@@ -68,7 +68,14 @@ def evaluate(base: str, arms: Path, folder: Path, reward: str) -> None:
         },
         "mmlu@0": {"limit": LIMITS["mmlu@0"]},
     }
-    common: dict[str, Any] = {"tasks": TASKS, "engine": "transformers", "options": options}
+    # A part of the data set, not the revision that the task pins.
+    revisions = {"allenai/real-toxicity-prompts": "0efa8cbe13864b8b7d009e7a6c1002eaa3b6e94b"}
+    common: dict[str, Any] = {
+        "tasks": TASKS,
+        "engine": "transformers",
+        "options": options,
+        "data_revisions": revisions,
+    }
     adapters = tuple(str(arms / name) for name in ARMS.values())
     harness.evaluate(base, out=folder / "eval-base", **common)
     harness.evaluate(base, adapters=adapters, out=folder / "eval-arms", **common)

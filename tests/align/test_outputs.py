@@ -211,3 +211,16 @@ def test_fresh_deletes_an_alignment_and_nothing_else(align: Align, cli: Any) -> 
     with pytest.raises(UserError, match=r"holds files that are no alignment's \(notes.txt\)"):
         align("dpo", "out", seed=2, fresh=True)
     assert Path("out/adapter_model.safetensors").exists()
+
+
+def test_no_file_of_an_alignment_says_where_its_data_lay(align: Align, pairs: Path) -> None:
+    """Neither as a path nor with its slashes made into dashes."""
+    made = align("sft", "out", steps=1)
+    folder = str(pairs.parent).strip("/")
+    written = [path for path in made.folder.rglob("*") if path.is_file()]
+    for path in written:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        assert folder not in text and folder.replace("/", "-") not in text, path
+    lineage = json.loads((made.folder / "lineage.json").read_text())
+    assert lineage["dataset"] == "jsonl:pairs.jsonl"
+    assert made.plan.arm.startswith("sft-jsonl-pairs.jsonl-")

@@ -204,3 +204,43 @@ def test_a_failed_first_run_leaves_the_folder_usable(cli: Any, tiny: Path, good:
     arguments = ["align", "dpo", "--model", tiny, "--dataset", good, *SETTINGS, "--out", "out"]
     assert cli(*arguments, "--set", "adapter.targets=[c_attn]").code == 2
     assert cli(*arguments).code == 0
+
+
+def test_another_commit_than_the_pinned_one_is_named_by_whoever_wants_it(
+    refuse: Refuse, alone: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline, with what is not the pinned revision in the cache: refused; accepted, its commit is in every name."""
+    from harness.align_plan import plan_align
+    from harness.registry import load_plugins
+    from harness.specs import AlignSpec, ModelSpec
+
+    commit = "0123456789abcdef" * 2 + "01234567"
+    monkeypatch.setenv("HF_HUB_CACHE", str(alone / "hub"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(alone / "prepared"))
+    folder = alone / "hub" / "datasets--PKU-Alignment--PKU-SafeRLHF"
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    message = refuse(dataset="beavertails:harmless")
+    assert "data set PKU-Alignment/PKU-SafeRLHF: its pinned revision v0 cannot be had here" in message
+    option = f"PKU-Alignment/PKU-SafeRLHF={commit}"
+    assert message.endswith(f"--data-revision {option}\n")
+    source, _, wanted = option.partition("=")
+    base = {"method": "dpo", "model": ModelSpec(model=str(tiny)), "dataset": "beavertails:harmless"}
+    plan = plan_align(AlignSpec(**base, data_revisions={source: wanted}), load_plugins())
+    assert plan.arm.startswith("dpo-beavertails@0123456789ab-harmless-")
+    assert plan.dataset == f"beavertails@{commit}:harmless"
+    assert plan.data["parts"][0]["dataset"]["revision"] == commit
+    # What a second process is given is this plan's spec.
+    assert plan_align(plan.spec, load_plugins()).id == plan.id
+
+
+@pytest.mark.parametrize("given", ["a/b", "a/b=main", f"a={'0' * 40}", "=", f"a/b={'0' * 39}"])
+def test_odd_data_revisions(refuse: Refuse, given: str) -> None:
+    message = refuse("--data-revision", given)
+    assert f"error: --data-revision: {given!r} is not OWNER/NAME=COMMIT\n  Give the 40 hex" in message
+
+
+def test_two_commits_of_one_data_set_are_refused(refuse: Refuse) -> None:
+    message = refuse("--data-revision", f"a/b={'0' * 40}", "--data-revision", f"a/b={'1' * 40}")
+    assert "error: --data-revision: a/b is given two commits\n  Give one." in message
