@@ -52,7 +52,7 @@ class AlignPlan:
     @property
     def arm(self) -> str:
         """Short name of the arm; commits are shortened in it."""
-        data = slug(COMMIT.sub(lambda found: found[0][:12], self.dataset))
+        data = slug(COMMIT.sub(lambda found: found[0][:12], self.dataset).replace("&", " and "))
         return f"{self.spec.method}-{data}-{self.model.name}-{self.adapter.name}-s{self.spec.seed}"
 
 

@@ -29,12 +29,12 @@ from harness.progress import Reporter
 from harness.provenance import NUMERICS, code_digest, record
 from harness.records import StepRecord
 from harness.registry import Registry, load_plugins
-from harness.selection import Selection, select
+from harness.selection import Keep, Selection, select
 from harness.specs import AlignSpec, ModelSpec
 from harness.stats import Summary
 from harness.store import RunStore, StepFolder, read_json, read_rows, slug, write_bytes, write_json, write_rows
 from harness.token_cache import Prepared, TokenCache, pinned
-from harness.tokenise import Tokenised, tokenise_demonstrations, tokenise_pairs
+from harness.tokenise import Tokenised, Tokeniser
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -161,7 +161,7 @@ class _Run:
 
     def prepare(self) -> Prepared:
         """Rows as token ids, from the cache where it knows them."""
-        return self._token_cache().prepare(self._select, lambda side, rows: self._tokenise(rows))
+        return self._token_cache().prepare(self._select, self._tokeniser)
 
     def _token_cache(self) -> TokenCache:
         plan, recipe = self.plan, self.plan.recipe
@@ -176,7 +176,7 @@ class _Run:
         }
         return TokenCache({"data": plan.data, "code": code} if pinned(plan.data) else {}, how)
 
-    def _select(self) -> Selection:
+    def _select(self, keep: Keep) -> Selection:
         plan = self.plan
         return select(
             plan.spec.dataset,
@@ -186,15 +186,17 @@ class _Run:
             samples=plan.spec.samples,
             heldout=plan.recipe.eval_rows,
             options=plan.data_options,
+            keep=keep,
         )
 
-    def _tokenise(self, rows: Sequence[Any]) -> Tokenised:
-        recipe = self.plan.recipe
-        length = min(recipe.max_length, self.plan.model.max_length)
-        if str(self.plan.aligner.consumes) == "pairs":
-            return tokenise_pairs(rows, self.tokenizer, self.plan.template, max_length=length)
-        return tokenise_demonstrations(
-            rows, self.tokenizer, self.plan.template, max_length=length, loss_on=recipe.loss_on
+    def _tokeniser(self) -> Tokeniser:
+        recipe, schema = self.plan.recipe, str(self.plan.aligner.consumes)
+        return Tokeniser(
+            self.tokenizer,
+            self.plan.template,
+            max_length=min(recipe.max_length, self.plan.model.max_length),
+            schema=schema,
+            loss_on="last" if schema == "pairs" else recipe.loss_on,
         )
 
     def _say_counts(self, selection: Selection, train: Tokenised) -> None:

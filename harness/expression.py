@@ -1,15 +1,18 @@
 """What ``--dataset`` takes: an expression that names data sets, subsets and shares.
 
-It is a sum of terms (spaces are free)::
+It is a mixture of terms in shares, or (with ``&``) all rows of all terms; spaces are free::
 
     TERM [+ TERM ...]          TERM = SOURCE[@REVISION][:SUBSET][*WEIGHT]
+    TERM & TERM [& TERM ...]   without weights
     hh-rlhf:harmless                           one subset of a registered data set
     hh-rlhf:harmless*0.3 + helpful*0.7         a later term may leave out the data set it shares with the one before
     beavertails@main:harmless                  at another revision
-    jsonl:FILE                                 a file in one of TRL's formats (a path with + or * only on its own)
+    hh-rlhf:harmless & beavertails:harmless    every row of both, in one order (quote it: & is the shell's too)
+    jsonl:FILE                                 a file in one of TRL's formats (a path with +, & or * only on its own)
     OWNER/NAME[:CONFIGURATION]                 a data set of the hub in one of TRL's formats
 
-Weights are decimal numbers or fractions (``1/3``), for all terms or for none (equal shares).
+Weights are decimal numbers or fractions (``1/3``), for all terms or for none. Without weights the shares are equal,
+which is our choice: a sum of unequal data sets leaves out rows of the larger ones.
 """
 
 from __future__ import annotations
@@ -40,6 +43,8 @@ class Part:
     revision: str | None = None
     weight: Fraction = Fraction(1)
     options: tuple[tuple[str, str], ...] = ()
+    concatenated: bool = False
+    """Whether all its rows are taken, beside all of the other terms; its weight is then of no account."""
 
     @property
     def label(self) -> str:
@@ -57,34 +62,40 @@ class Part:
 
 
 _TERM = re.compile(r"(?P<source>[^@:*]+)(@(?P<revision>[^:*]+))?(:(?P<subset>[^*]+))?(\*(?P<weight>.+))?")
-_SOURCE = re.compile(r"(?<![^+\s])[\w./-]+(?=\s*(?:[:*+]|$))")
+_SOURCE = re.compile(r"(?<![^+&\s])[\w./-]+(?=\s*(?:[:*+&]|$))")
 """The source of a term without a revision."""
-_FOLDERS = re.compile(r"(?<![^+\s])jsonl:[^+*]*/")
+_FOLDERS = re.compile(r"(?<![^+&\s])jsonl:[^+&*]*/")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def parse_expression(expression: str, registry: Registry) -> list[Part]:
-    """Read an expression; parts come back in the order of their labels, so that a sum has no first term.
+    """Read an expression; parts come back in the order of their labels, so that a mixture has no first term.
 
     Raises:
         UserError: a malformed term, an unknown data set or subset (with suggestions), odd weights.
     """
     where = f"{OPTION} {expression}"
-    alone = expression.strip().removeprefix("jsonl:")
-    terms = [expression] if expression.strip().startswith("jsonl:") and Path(alone).is_file() else expression.split("+")
+    terms = [expression] if _is_one_file(expression) else re.split("[+&]", expression)
+    joined = {mark for mark in "+&" if mark in expression} if len(terms) > 1 else set()
+    if len(joined) > 1:
+        raise UserError(where, "joins terms both by + and by &", "Use + for shares of each, or & for all rows of all.")
     parts: list[Part] = []
     weighted: list[bool] = []
     for term in (term.strip() for term in terms):
         part, has_weight = _parse_term(term, parts[-1] if parts else None, registry, where, whole=len(terms) == 1)
         parts.append(part)
         weighted.append(has_weight)
+    if any(weighted) and "&" in joined:
+        raise UserError(
+            where, "& takes all rows, and a term has a weight", "Leave weights out, or join the terms by +."
+        )
     if any(weighted) and not all(weighted):
         raise UserError(where, "some terms have a weight and some have none", "Give all of them one, or none.")
     labels = [part.label for part in parts]
     if len(set(labels)) < len(labels):
         raise UserError(where, f"{max(labels, key=labels.count)} is named twice", "Name it once, with one weight.")
     total = sum((part.weight for part in parts), Fraction(0))
-    shares = [replace(part, weight=part.weight / total) for part in parts]
+    shares = [replace(part, weight=part.weight / total, concatenated="&" in joined) for part in parts]
     return sorted(shares, key=lambda part: part.label)
 
 
@@ -107,10 +118,14 @@ def at_revisions(expression: str, registry: Registry, revisions: Mapping[str, st
 
 def portable(expression: str) -> str:
     """The expression without the folders of its files, for what may be published."""
-    alone = expression.strip().removeprefix("jsonl:")
-    if expression.strip().startswith("jsonl:") and Path(alone).is_file():
-        return f"jsonl:{Path(alone).name}"
+    if _is_one_file(expression):
+        return f"jsonl:{Path(expression.strip()).name}"
     return _FOLDERS.sub("jsonl:", expression)
+
+
+def _is_one_file(expression: str) -> bool:
+    alone = expression.strip()
+    return alone.startswith("jsonl:") and Path(alone.removeprefix("jsonl:")).is_file()
 
 
 def _parse_term(term: str, before: Part | None, registry: Registry, where: str, *, whole: bool) -> tuple[Part, bool]:
@@ -124,7 +139,7 @@ def _parse_term(term: str, before: Part | None, registry: Registry, where: str, 
         return part, bool(star)
     match = _TERM.fullmatch(term)
     if match is None:
-        raise UserError(where, f"cannot read {term!r}", "Write NAME[@REVISION][:SUBSET][*WEIGHT], joined by +.")
+        raise UserError(where, f"cannot read {term!r}", "Write NAME[@REVISION][:SUBSET][*WEIGHT], joined by + or &.")
     source, revision, subset = ((match[key] or "").strip() or None for key in ("source", "revision", "subset"))
     weight = _weight(match["weight"], where) if match["weight"] is not None else Fraction(1)
     has_weight = match["weight"] is not None

@@ -293,10 +293,10 @@ def _data_identity(chosen: Chosen, registry: Registry) -> dict[str, Any]:
         plugin, job = dataset_of(chosen.spec, registry, chosen)
         where = f"task {chosen.spec.name}, dataset"
         try:
-            identity = plugin.identity(job)
+            pinned = plugin.identity(job)
         except OtherRevisionError as error:
             raise error.of_task(chosen.spec.name) from None
-        return {**identity, "code": code_digest(registry.registered(Dataset, plugin.name, where))}
+        return {**pinned, "code": code_digest(registry.registered(Dataset, plugin.name, where))}
     ref = chosen.spec.lm_eval
     identity: dict[str, Any] = {"lm_eval": importlib.metadata.version("lm_eval"), "files": code_of(chosen.entry)}
     if ref.data is not None:

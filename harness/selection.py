@@ -6,10 +6,12 @@ What names the rows is :mod:`harness.expression`'s.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from pydantic import BaseModel
@@ -19,14 +21,21 @@ from harness.contracts import Dataset, DatasetJob, DatasetRow, RowSchema
 from harness.data import read_all
 from harness.errors import UserError, unknown
 from harness.expression import LISTING, OPTION, Part, parse_expression, trainable
-from harness.records import canonical, digest_of
+from harness.records import canonical
 from harness.registry import Registry
+from harness.separation import HeldOut, is_held_out, prompt_key
 
-HELDOUT_SHARE = 0.1
-"""Share of prompts held out of a data set without an official held-out split."""
+RULES = 2
+"""Raised when other rows may come of the same expression: enters a selection's identity."""
 
 Schema = RowSchema | type[BaseModel]
 Converter = Callable[[DatasetRow], Iterable[DatasetRow]]
+Keep = Callable[[Sequence[DatasetRow]], Collection[str]]
+"""Ids of those rows, of some, that can be trained on."""
+EQUAL = (
+    "the parts are unequal and their shares equal, which is our choice where no weights are given; what larger ones "
+    "have beyond that is left out (A & B instead of A + B takes all rows of all)"
+)
 
 
 @dataclass
@@ -119,7 +128,11 @@ add_converter("pairs", "rated", _pair_to_rated)
 
 def seeded_order(rows: Iterable[DatasetRow], seed: int) -> list[DatasetRow]:
     """Rows by SHA-256 of (seed, id): the same for any order in which they are given; every prefix is a sample."""
-    return sorted(rows, key=lambda row: hashlib.sha256(f"{seed}\0{row.id}".encode()).digest())
+    return sorted(rows, key=lambda row: _place(row, seed))
+
+
+def _place(row: DatasetRow, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}\0{row.id}".encode()).digest()
 
 
 def interleave(weights: Sequence[Fraction], available: Sequence[int]) -> Iterator[int]:
@@ -143,16 +156,6 @@ def interleave(weights: Sequence[Fraction], available: Sequence[int]) -> Iterato
         yield chosen
 
 
-def prompt_key(row: DatasetRow) -> str:
-    """Identity of a row's prompt."""
-    return digest_of(row.data.get("prompt", row.data))
-
-
-def is_held_out(key: str, share: float = HELDOUT_SHARE) -> bool:
-    """Whether a prompt is held out where there is no official split; the seed of an arm changes nothing about it."""
-    return int(hashlib.sha256(f"held out\0{key}".encode()).hexdigest()[:13], 16) / 16**13 < share
-
-
 # ---------------------------------------------------------------------------------------------------------- selection
 
 
@@ -163,6 +166,15 @@ class _Loaded:
     heldout: list[DatasetRow]
     counts: dict[str, int]
     schema: Schema
+    dropped: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """One row of a part, and what it is made into for the aligner."""
+
+    part: int
+    rows: list[DatasetRow]
 
 
 def select(
@@ -174,6 +186,7 @@ def select(
     samples: int | None = None,
     heldout: int | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    keep: Keep | None = None,
 ) -> Selection:
     """The rows of an expression, in the schema that an aligner consumes.
 
@@ -182,10 +195,11 @@ def select(
         schema: what the aligner consumes; the data set's own where None.
         registry: where data sets are looked up.
         seed: of the order.
-        samples: how many rows of the source (pairs, say), a prefix of the order; all, as far as the shares stay exact,
-            when absent.
+        samples: how many rows of the source (pairs, say) that are kept, a prefix of the order; all, as far as the
+            shares stay exact, when absent.
         heldout: the most held-out rows, a prefix of their order; all when absent.
         options: data set name -> its Config.
+        keep: which rows can be trained on; those that cannot take nobody's place. All when absent.
 
     Raises:
         UserError: unknown names, rows of the wrong kind, fewer rows than asked for, none left (with the counts).
@@ -197,37 +211,99 @@ def select(
     parts = parse_expression(expression, registry)
     selection = Selection([], [], {}, identity_of(parts, schema, registry, options, (seed, samples, heldout)), {})
     loaded = [_load(part, registry, options, selection) for part in parts]
-    trained = {prompt_key(row) for one in loaded for row in one.train}
-    for one in loaded:
-        kept = [row for row in one.heldout if prompt_key(row) not in trained]
-        one.counts["held-out rows whose prompt is trained on"] = len(one.heldout) - len(kept)
-        one.heldout = seeded_order(kept, seed)
-        one.train = seeded_order(one.train, seed)
-        selection.counts[one.part.label] = one.counts
-    weights = [part.weight for part in parts]
-    order = list(interleave(weights, [len(one.train) for one in loaded]))
-    if samples is not None and samples > len(order):
-        raise _too_few(expression, samples, len(order), loaded)
-    order = order[:samples]
-    held = list(interleave(weights, [len(one.heldout) for one in loaded]))[:heldout]
-    target = schema if schema is not None else loaded[0].schema
-    selection.schema = target
-    selection.train = _take(order, loaded, "train", target)
-    selection.heldout = _take(held, loaded, "heldout", target)
-    if not held and heldout != 0:
-        selection.notes.append("no row is held out: none is left whose prompt is not trained on")
+    _separate(loaded, selection)
+    selection.schema = schema if schema is not None else loaded[0].schema
+    selection.counts = {one.part.label: one.counts for one in loaded}
+    weights = [Fraction(1)] if parts[0].concatenated else [part.weight for part in parts]
+    streams = _streams([one.train for one in loaded], parts, seed)
+    made = partial(_made, loaded=loaded, target=selection.schema)
+    kept = [
+        _kept(stream, most, keep, made)
+        for stream, most in zip(streams, _quotas(weights, streams, samples), strict=True)
+    ]
+    order = list(interleave(weights, [len(one) for one in kept]))
+    if samples is not None and samples > len(order) > 0:
+        have = [len(_kept(stream, None, keep, made)) for stream in streams]
+        raise _too_few(expression, (samples, len(order)), loaded, have)
+    selection.train = _take(
+        order[:samples], kept, loaded, "selected to train" if keep else "in order, not yet tokenised"
+    )
+    held = [_kept(stream, None, None, made) for stream in _streams([one.heldout for one in loaded], parts, seed)]
+    order = list(interleave(weights, [len(one) for one in held]))[:heldout]
+    selection.heldout = _take(order, held, loaded, "held out")
+    if not order and heldout != 0:
+        selection.notes.append("no row is held out")
+    if len(weights) > 1 and len(set(weights)) == 1 and len({len(one.train) for one in loaded}) > 1:
+        selection.notes.append(EQUAL)
     return selection
 
 
-def _take(order: Sequence[int], loaded: Sequence[_Loaded], which: str, target: Schema) -> list[DatasetRow]:
-    streams = [iter(getattr(one, which)) for one in loaded]
-    rows: list[DatasetRow] = []
-    for index in order:
-        one = loaded[index]
-        rows += convert([next(streams[index])], one.schema, target, f"{OPTION} {one.part.label}")
-    for index, one in enumerate(loaded):
-        one.counts["selected to train" if which == "train" else "held out"] = order.count(index)
-    return rows
+def _streams(
+    sides: Sequence[Sequence[DatasetRow]], parts: Sequence[Part], seed: int
+) -> list[list[tuple[int, DatasetRow]]]:
+    """Per share the rows it is taken from, in order, with the part each is of; a concatenation is a single share."""
+    tagged = [[(number, row) for row in rows] for number, rows in enumerate(sides)]
+    shares = [[pair for rows in tagged for pair in rows]] if parts[0].concatenated else tagged
+    return [sorted(share, key=lambda pair: _place(pair[1], seed)) for share in shares]
+
+
+def _quotas(weights: Sequence[Fraction], streams: Sequence[Sequence[Any]], samples: int | None) -> list[int]:
+    """How many rows each share gives to the first ``samples``; all it has where that is more than there are."""
+    sizes = [len(stream) for stream in streams]
+    if samples is None or samples > sum(sizes):
+        return sizes
+    order = list(islice(interleave(weights, [samples] * len(weights)), samples))
+    return [order.count(number) for number in range(len(weights))]
+
+
+def _made(pair: tuple[int, DatasetRow], *, loaded: Sequence[_Loaded], target: Schema) -> _Taken:
+    number, row = pair
+    one = loaded[number]
+    return _Taken(number, list(convert([row], one.schema, target, f"{OPTION} {one.part.label}")))
+
+
+def _kept(
+    stream: Sequence[tuple[int, DatasetRow]],
+    most: int | None,
+    keep: Keep | None,
+    made: Callable[[tuple[int, DatasetRow]], _Taken],
+) -> list[_Taken]:
+    """The first rows of a stream of which everything can be trained on; no further row is looked at."""
+    found: list[_Taken] = []
+    start = 0
+    while start < len(stream) and (most is None or len(found) < most):
+        end = len(stream) if most is None else start + most - len(found)
+        batch = [made(pair) for pair in stream[start:end]]
+        rows = [row for one in batch for row in one.rows]
+        stays = keep(rows) if keep is not None else {row.id for row in rows}
+        found += [one for one in batch if one.rows and all(row.id in stays for row in one.rows)]
+        start = end
+    return found
+
+
+def _take(
+    order: Sequence[int], shares: Sequence[Sequence[_Taken]], loaded: Sequence[_Loaded], what: str
+) -> list[DatasetRow]:
+    streams = [iter(share) for share in shares]
+    taken = [next(streams[number]) for number in order]
+    for number, one in enumerate(loaded):
+        one.counts[what] = sum(each.part == number for each in taken)
+    return [row for each in taken for row in each.rows]
+
+
+def _separate(loaded: Sequence[_Loaded], selection: Selection) -> None:
+    """Take rows out of training that are too near to a held-out row of any part."""
+    held = HeldOut([row for one in loaded for row in one.heldout])
+    for one in loaded:
+        found = [(row, held.objection(row)) for row in one.train]
+        one.train = [row for row, objection in found if objection is None]
+        left_out = Counter(objection for _, objection in found if objection is not None)
+        one.counts["dropped"] += left_out.total()
+        one.counts["usable"] -= left_out.total()
+        _add(one.dropped, left_out)
+        if not one.train:
+            raise _none_left(one)
+        _add(selection.dropped, one.dropped)
 
 
 def identity_of(
@@ -241,13 +317,20 @@ def identity_of(
 
     def identity(part: Part) -> dict[str, Any]:
         dataset, job = _open(part, registry, options, None)
-        share = f"{part.weight.numerator}/{part.weight.denominator}"
+        share = "all" if part.concatenated else f"{part.weight.numerator}/{part.weight.denominator}"
         return {"dataset": dataset.identity(job), "heldout": dataset.heldout_split(job), "weight": share}
 
     found = read_all(partial(identity, part) for part in parts)
     seed, samples, heldout = numbers
     consumed = _schema_name(schema) if schema is not None else None
-    return {"parts": found, "schema": consumed, "seed": seed, "samples": samples, "heldout": heldout}
+    return {
+        "parts": found,
+        "schema": consumed,
+        "seed": seed,
+        "samples": samples,
+        "heldout": heldout,
+        "rules": RULES,
+    }
 
 
 def _open(
@@ -269,8 +352,10 @@ def _load(
     official = dataset.heldout_split(job)
     schema = dataset.schema_of(job)
     rows = [DatasetRow(f"{part.label}/{row.id}", row.data) for row in dataset.rows(job)]
+    if len({row.id for row in rows}) < len(rows):
+        twice = Counter(row.id for row in rows).most_common(1)[0][0]
+        raise UserError(f"{OPTION} {part.label}", f"two of its rows have the id {twice!r}", "Ids of rows must differ.")
     counts = {"rows": len(rows) + sum(job.dropped.values()), "dropped": sum(job.dropped.values()), "usable": len(rows)}
-    _add(selection.dropped, job.dropped)
     if official is None:
         held = [row for row in rows if is_held_out(prompt_key(row))]
         kept = {row.id for row in held}
@@ -282,16 +367,18 @@ def _load(
         job.notes += [note for note in test.notes if note not in job.notes]
         counts["held-out rows dropped"] = sum(test.dropped.values())
     selection.notes += [note for note in job.notes if note not in selection.notes]
-    if not rows:
-        reasons = "; ".join(f"{reason}: {count:,}" for reason, count in sorted(job.dropped.items()))
-        raise UserError(
-            f"{OPTION} {part.label}",
-            f"no row is left to train on: {counts['rows']:,} rows, dropped {counts['dropped']:,}"
-            + (f" ({reasons})" if reasons else "")
-            + (f", held out {len(held):,}" if official is None else ""),
-            "Choose another subset, revision or data set (`harness data list`), or mend the data.",
-        )
-    return _Loaded(part, rows, held, counts, schema)
+    return _Loaded(part, rows, held, counts, schema, job.dropped)
+
+
+def _none_left(one: _Loaded) -> UserError:
+    reasons = "; ".join(f"{reason}: {count:,}" for reason, count in sorted(one.dropped.items()))
+    return UserError(
+        f"{OPTION} {one.part.label}",
+        f"no row is left to train on: {one.counts['rows']:,} rows, dropped {one.counts['dropped']:,}"
+        + (f" ({reasons})" if reasons else "")
+        + (f", held out {len(one.heldout):,}" if "held-out rows dropped" not in one.counts else ""),
+        "Choose another subset, revision or data set (`harness data list`), or mend the data.",
+    )
 
 
 def _add(total: dict[str, int], more: Mapping[str, int]) -> None:
@@ -299,9 +386,10 @@ def _add(total: dict[str, int], more: Mapping[str, int]) -> None:
         total[reason] = total.get(reason, 0) + count
 
 
-def _too_few(expression: str, samples: int, most: int, loaded: Sequence[_Loaded]) -> UserError:
-    have = ", ".join(f"{one.part.label} has {len(one.train):,}" for one in loaded)
-    what = f"{samples:,} rows are asked for, and there are {most:,}"
-    if len(loaded) > 1:
-        what += f" in these shares ({have})"
+def _too_few(expression: str, rows: tuple[int, int], loaded: Sequence[_Loaded], have: Sequence[int]) -> UserError:
+    samples, most = rows
+    what = f"{samples:,} rows are asked for, and {most:,} can be trained on"
+    if len(have) > 1:
+        each = ", ".join(f"{one.part.label} has {count:,}" for one, count in zip(loaded, have, strict=True))
+        what += f" in these shares ({each})"
     return UserError(f"{OPTION} {expression}, --samples", what, f"Ask for {most:,} or fewer, or change the data.")

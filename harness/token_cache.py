@@ -1,8 +1,8 @@
 """What every seed and hyper-parameter shares of the data: which rows a selection has, and their token ids.
 
 Two kinds of files in the cache folder. ``selections/``: what came of reading a pinned data set, as counts and digests
-of rows. ``tokens/``: those rows as token ids, for one tokenizer, template, length and mask. A file that is damaged,
-or not there, costs the work again, never a result.
+of rows. ``tokens/``: those rows as token ids. Both for one tokenizer, template, length and mask, which decide what can
+be trained on. A file that is damaged, or not there, costs the work again, never a result.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from harness.contracts import DatasetRow
 from harness.errors import CorruptionError, UserError
 from harness.provenance import NUMERICS, cache_folder
 from harness.records import digest_of
-from harness.selection import Selection, rows_digest
+from harness.selection import Keep, Selection, rows_digest
 from harness.store import read_json, write_bytes, write_rows
 from harness.store import rows_digest as text_digest
 from harness.tokenise import Tokenised
@@ -44,6 +44,28 @@ class Prepared:
     """Rows that had to be tokenised; the others were known."""
 
 
+class Tokenising(Protocol):
+    """What makes token ids of rows: a ``harness.tokenise.Tokeniser``."""
+
+    def keep(self, rows: Sequence[DatasetRow]) -> Collection[str]:
+        """Tokenise rows; ids of those that can be trained on."""
+
+    def finish(self, ids: Sequence[str] | None = None) -> Tokenised:
+        """The rows of these ids, or all that were kept."""
+
+
+@dataclass
+class _Counted:
+    """Passes rows on, and counts them."""
+
+    keep: Keep
+    rows: int = 0
+
+    def __call__(self, rows: Sequence[DatasetRow]) -> Collection[str]:
+        self.rows += len(rows)
+        return self.keep(rows)
+
+
 @dataclass(frozen=True)
 class TokenCache:
     """The cache for one selection and one way of tokenising."""
@@ -53,14 +75,12 @@ class TokenCache:
     how: Mapping[str, Any]
     """Tokenizer digest, template digest, length, loss mask, schema."""
 
-    def prepare(
-        self, select: Callable[[], Selection], tokenise: Callable[[Side, Sequence[DatasetRow]], Tokenised]
-    ) -> Prepared:
+    def prepare(self, select: Callable[[Keep], Selection], tokeniser: Callable[[], Tokenising]) -> Prepared:
         """The rows as token ids, with as little work as what is known allows.
 
         Args:
-            select: reads the data set.
-            tokenise: makes token ids of the rows of one side.
+            select: reads the data set, and tells by token ids which of its rows can be trained on.
+            tokeniser: makes a new one.
         """
         known = self._known_selection()
         if known is not None:
@@ -69,25 +89,30 @@ class TokenCache:
             ready = {side: tokens for side, tokens in found.items() if tokens is not None}
             if len(ready) == len(digests):
                 return Prepared(selection, ready["train"], ready.get("heldout"), read=False, tokenised=0)
-        selection = select()
-        rows = {"train": selection.train, **({"heldout": selection.heldout} if selection.heldout else {})}
-        digests = {side: rows_digest(some) for side, some in rows.items()}
-        made, count = {}, 0
-        for side, some in rows.items():
-            tokens = self._read(digests[side])
+        train, held = tokeniser(), tokeniser()
+        counted = _Counted(train.keep)
+        selection = select(counted)
+        made = {"train": train.finish([row.id for row in selection.train])}
+        # Of the same rows, more or fewer may have been passed over.
+        digests = {"train": digest_of([rows_digest(selection.train), made["train"].rejected])}
+        self._write(digests["train"], made["train"])
+        if selection.heldout:
+            digests["heldout"] = rows_digest(selection.heldout)
+            tokens = self._read(digests["heldout"])
             if tokens is None:
-                tokens = tokenise(side, some)
-                count += len(some)
-                self._write(digests[side], tokens)
-            made[side] = tokens
+                counted.rows += len(selection.heldout)
+                held.keep(selection.heldout)
+                tokens = held.finish()
+                self._write(digests["heldout"], tokens)
+            made["heldout"] = tokens
         self._remember(selection, digests)
-        return Prepared(selection, made["train"], made.get("heldout"), read=True, tokenised=count)
+        return Prepared(selection, made["train"], made.get("heldout"), read=True, tokenised=counted.rows)
 
     # --------------------------------------------------------------------------------------------------- selections
 
     @property
     def _index(self) -> Path:
-        return cache_folder() / "selections" / f"{digest_of({**self.selected, 'numerics': NUMERICS})[:32]}.json"
+        return cache_folder() / "selections" / f"{digest_of([self.selected, self.how, NUMERICS])[:32]}.json"
 
     def _known_selection(self) -> tuple[Selection, dict[Side, str]] | None:
         if not self.selected:

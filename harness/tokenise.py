@@ -40,14 +40,6 @@ class Tokenised:
     """rows, kept, truncated answers, end-of-sequence added (answers), tokens of prompts and of answers, longest."""
     notes: list[str] = field(default_factory=list)
 
-    def reject(self, reason: str) -> None:
-        """Count one row that is left out."""
-        self.rejected[reason] = self.rejected.get(reason, 0) + 1
-
-    def count(self, what: str, more: int = 1) -> None:
-        """Add to a number of ``stats``."""
-        self.stats[what] = self.stats.get(what, 0) + more
-
 
 class _RejectedError(Exception):
     """One row that is left out; its text is the reason."""
@@ -75,27 +67,9 @@ def tokenise_pairs(
     Raises:
         UserError: another ``loss_on``; a template that is broken, or writes two BOS; every row is rejected.
     """
-    if loss_on != "last":
-        raise UserError(
-            "loss_on",
-            f"{loss_on!r} for pairs: chosen and rejected share the prompt, whose log-probabilities cancel",
-            "Use `last`; `all_answers` and `everything` are for demonstrations.",
-        )
-    work = _Work(tokenizer, template, max_length)
-    for chunk in _chunks(rows):
-        prompts = work.prompts(chunk)
-        chosen = work.answered(chunk, "chosen", prompts)
-        rejected = work.answered(chunk, "rejected", prompts)
-        for row, prompt, good, bad in zip(chunk, prompts, chosen, rejected, strict=True):
-            try:
-                answers = [work.completion(row.data[key], prompt, ids) for key, ids in _both(good, bad)]
-                if answers[0].ids == answers[1].ids:
-                    raise _RejectedError(SAME_CUT)
-            except _RejectedError as reason:
-                work.result.reject(str(reason))
-                continue
-            work.keep(row, prompt, answers, {"chosen_ids": answers[0].ids, "rejected_ids": answers[1].ids})
-    return work.finish()
+    tokeniser = Tokeniser(tokenizer, template, max_length=max_length, schema="pairs", loss_on=loss_on)
+    tokeniser.keep(rows)
+    return tokeniser.finish()
 
 
 def tokenise_demonstrations(
@@ -114,25 +88,9 @@ def tokenise_demonstrations(
 
     Args and errors as for :func:`tokenise_pairs`.
     """
-    if loss_on not in ("last", "all_answers", "everything"):
-        raise UserError("loss_on", f"{loss_on!r} is unknown", "Known: last, all_answers, everything.")
-    work = _Work(tokenizer, template, max_length)
-    for chunk in _chunks(rows):
-        prompts = work.prompts(chunk)
-        answered = work.answered(chunk, "completion", prompts)
-        for row, prompt, whole in zip(chunk, prompts, answered, strict=True):
-            try:
-                answer = work.completion(row.data["completion"], prompt, whole)
-                head = [int(loss_on == "everything")] * len(_ids(prompt))
-                if loss_on == "all_answers":
-                    head = work.earlier_answers(row, _ids(prompt))
-            except _RejectedError as reason:
-                work.result.reject(str(reason))
-                continue
-            fields = {"completion_ids": answer.ids, "labels_mask": head + [1] * len(answer.ids)}
-            rating = {"rating": row.data["rating"]} if "rating" in row.data else {}
-            work.keep(row, prompt, [answer], fields | rating)
-    return work.finish()
+    tokeniser = Tokeniser(tokenizer, template, max_length=max_length, schema="demonstrations", loss_on=loss_on)
+    tokeniser.keep(rows)
+    return tokeniser.finish()
 
 
 Ids = list[int] | str
@@ -143,10 +101,6 @@ def _ids(found: Ids) -> list[int]:
     if isinstance(found, str):
         raise _RejectedError(found)
     return found
-
-
-def _both(good: Ids, bad: Ids) -> tuple[tuple[str, Ids], tuple[str, Ids]]:
-    return ("chosen", good), ("rejected", bad)
 
 
 def _chunks(rows: Iterable[DatasetRow]) -> Iterator[list[DatasetRow]]:
@@ -162,10 +116,41 @@ class _Completion:
     eos_added: bool
 
 
-class _Work:
-    """One pass over rows with one tokenizer and template."""
+@dataclass(frozen=True)
+class _Kept:
+    row: dict[str, Any]
+    counts: dict[str, int]
+    longest: int
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, max_length: int) -> None:
+
+class Tokeniser:
+    """Rows as token ids with one tokenizer and template, batch after batch.
+
+    Args:
+        tokenizer: of the model that will be trained.
+        template: see :func:`harness.templates.resolve_template`.
+        max_length: most tokens of prompt and answer together.
+        schema: ``pairs``; anything else is demonstrations, whose ratings stay.
+        loss_on: see :func:`tokenise_demonstrations`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: ChatTemplate,
+        *,
+        max_length: int,
+        schema: str,
+        loss_on: LossOn = "last",
+    ) -> None:
+        if schema == "pairs" and loss_on != "last":
+            raise UserError(
+                "loss_on",
+                f"{loss_on!r} for pairs: chosen and rejected share the prompt, whose log-probabilities cancel",
+                "Use `last`; `all_answers` and `everything` are for demonstrations.",
+            )
+        if loss_on not in ("last", "all_answers", "everything"):
+            raise UserError("loss_on", f"{loss_on!r} is unknown", "Known: last, all_answers, everything.")
         if max_length < 2:
             raise UserError("max_length", f"{max_length} tokens hold no prompt and answer", "Give at least 2.")
         if tokenizer.eos_token_id is None:
@@ -173,9 +158,45 @@ class _Work:
                 "tokenizer", "it has no end-of-sequence token: the model could never learn to stop", "Set eos_token."
             )
         self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
+        self.loss_on: LossOn = loss_on
         self.special_ids = set(tokenizer.all_special_ids)
         self.special_texts = [text for text in tokenizer.all_special_tokens if text]
-        self.result = Tokenised([])
+        self.rejected: dict[str, int] = {}
+        self._tokenise = self._pair if schema == "pairs" else self._demonstration
+        self._keys = ("chosen", "rejected") if schema == "pairs" else ("completion",)
+        self._kept: list[_Kept] = []
+
+    def keep(self, rows: Iterable[DatasetRow]) -> set[str]:
+        """Tokenise rows; ids of those that can be trained on. The others are counted by reason in ``rejected``."""
+        before = len(self._kept)
+        for chunk in _chunks(rows):
+            self._keep(chunk)
+        return {kept.row["id"] for kept in self._kept[before:]}
+
+    def _keep(self, rows: Sequence[DatasetRow]) -> None:
+        prompts = self.prompts(rows)
+        answered = [self.answered(rows, key, prompts) for key in self._keys]
+        for row, prompt, *wholes in zip(rows, prompts, *answered, strict=True):
+            pairs = zip(self._keys, wholes, strict=True)
+            try:
+                answers = [self.completion(row.data[key], prompt, whole) for key, whole in pairs]
+                self._take(row, prompt, answers, self._tokenise(row, prompt, answers))
+            except _RejectedError as reason:
+                self.rejected[str(reason)] = self.rejected.get(str(reason), 0) + 1
+
+    def _pair(self, row: DatasetRow, prompt: Ids, answers: Sequence[_Completion]) -> dict[str, Any]:
+        chosen, rejected = (answer.ids for answer in answers)
+        if chosen == rejected:
+            raise _RejectedError(SAME_CUT)
+        return {"chosen_ids": chosen, "rejected_ids": rejected}
+
+    def _demonstration(self, row: DatasetRow, prompt: Ids, answers: Sequence[_Completion]) -> dict[str, Any]:
+        (answer,) = answers
+        head = [int(self.loss_on == "everything")] * len(_ids(prompt))
+        if self.loss_on == "all_answers":
+            head = self.earlier_answers(row, _ids(prompt))
+        rating = {"rating": row.data["rating"]} if "rating" in row.data else {}
+        return {"completion_ids": answer.ids, "labels_mask": head + [1] * len(answer.ids), **rating}
 
     def prompts(self, rows: Sequence[DatasetRow]) -> list[Ids]:
         """Ids up to where the assistant answers: those that evaluation sends."""
@@ -232,34 +253,38 @@ class _Work:
             mask[len(start) : upto] = [1] * (upto - len(start))
         return mask
 
-    def keep(self, row: DatasetRow, prompt: Ids, answers: Sequence[_Completion], fields: Mapping[str, Any]) -> None:
-        """Take one row in, and count it."""
+    def _take(self, row: DatasetRow, prompt: Ids, answers: Sequence[_Completion], fields: Mapping[str, Any]) -> None:
         ids = _ids(prompt)
         check_bos(ids, self.tokenizer, f"chat template {self.template.name}, row {row.id}")
-        result = self.result
-        result.rows.append({"id": row.id, "prompt_ids": ids, **fields})
-        result.count("truncated answers", sum(answer.truncated for answer in answers))
-        result.count("end-of-sequence added", sum(answer.eos_added for answer in answers))
-        result.count("prompt tokens", len(ids))
-        result.count("answer tokens", sum(len(answer.ids) for answer in answers))
-        longest = len(ids) + max(len(answer.ids) for answer in answers)
-        result.stats["longest"] = max(result.stats.get("longest", 0), longest)
-
-    def finish(self) -> Tokenised:
-        """The result, with totals and what a reader should know."""
-        result = self.result
-        result.stats = {
-            "rows": len(result.rows) + sum(result.rejected.values()),
-            "kept": len(result.rows),
-            **result.stats,
+        counts = {
+            "truncated answers": sum(answer.truncated for answer in answers),
+            "end-of-sequence added": sum(answer.eos_added for answer in answers),
+            "prompt tokens": len(ids),
+            "answer tokens": sum(len(answer.ids) for answer in answers),
         }
-        if not result.rows:
-            reasons = "; ".join(f"{reason}: {count:,}" for reason, count in sorted(result.rejected.items()))
+        longest = len(ids) + max(len(answer.ids) for answer in answers)
+        self._kept.append(_Kept({"id": row.id, "prompt_ids": ids, **fields}, counts, longest))
+
+    def finish(self, ids: Sequence[str] | None = None) -> Tokenised:
+        """The kept rows, or those of them that ``ids`` names, in that order; totals, and what a reader should know.
+
+        Raises:
+            UserError: there is none.
+        """
+        by_id = {kept.row["id"]: kept for kept in self._kept}
+        chosen = self._kept if ids is None else [by_id[one] for one in ids]
+        result = Tokenised([kept.row for kept in chosen], dict(self.rejected))
+        result.stats = {"rows": len(chosen) + sum(self.rejected.values()), "kept": len(chosen)}
+        if not chosen:
+            reasons = "; ".join(f"{reason}: {count:,}" for reason, count in sorted(self.rejected.items()))
             raise UserError(
                 f"chat template {self.template.name}, max_length {self.max_length}",
                 f"no row is left once tokenised: {reasons or 'there were none'}",
                 "Give another --template or a greater max_length, or choose other data.",
             )
+        for what in chosen[0].counts:
+            result.stats[what] = sum(kept.counts[what] for kept in chosen)
+        result.stats["longest"] = max(kept.longest for kept in chosen)
         if added := result.stats.get("end-of-sequence added"):
             result.notes.append(
                 f"chat template {self.template.name} writes no end-of-sequence token after an answer: it was added to "

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from harness.contracts import DatasetRow
 from harness.errors import UserError
+from harness.expression import at_revisions
 from harness.models import inspect_model, open_tokenizer
 from harness.prompts import encode_chat
 from harness.records import ModelInfo
@@ -20,6 +21,7 @@ from harness.specs import ModelSpec
 from harness.templates import ChatTemplate, resolve_template
 from harness.testing import tiny_model
 from harness.tokenise import tokenise_demonstrations, tokenise_pairs
+from tests.conftest import shared_revisions
 
 shared = pytest.mark.skipif("HARNESS_SHARED" not in os.environ, reason="HARNESS_SHARED is unset")
 LENGTH = 400
@@ -255,7 +257,9 @@ def real(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[PreTrainedTok
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    rows = select("hh-rlhf:harmless+helpful", schema="pairs", registry=load_plugins(), samples=500).train
+    registry = load_plugins()
+    expression = at_revisions("hh-rlhf:harmless+helpful", registry, shared_revisions())
+    rows = select(expression, schema="pairs", registry=registry, samples=500).train
     return open_tokenizer(inspect_model(ModelSpec(model=str(root / "models" / "tiny-instruct")))), rows
 
 
