@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "alignment": ("Alignment", "align"),
+    "attaching": ("attach_adapter",),
     "config": ("Config",),
     "contracts": [
         "CONTRACT_VERSION",
@@ -40,7 +41,7 @@ _HOME = {
     "execute": ("Evaluation", "evaluate"),
     "hookspecs": ("hookimpl",),
     "merging": ("Merging", "merge"),
-    "models": ("inspect_model", "with_tokenizer"),
+    "models": ("adapter_modules", "inspect_model", "with_tokenizer"),
     "packing": ("PackingCollator",),
     "pairwise": ("PairwiseLoss", "PairwiseRecipe"),
     "recipes": ("Recipe",),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.errors import UserError, unknown
+from harness.errors import UserError
 from harness.models import inspect_adapter, with_template_of
 from harness.records import AdapterInfo, ModelInfo
 from harness.specs import EvalSpec
@@ -42,12 +42,12 @@ def find_arms(spec: EvalSpec, model: ModelInfo) -> list[Candidate]:
     _refuse_twins(adapters)
     control = spec.model.control
     if not adapters:
-        _check_control(control, None)
+        _refuse_control(control, None)
     found = []
     if not adapters or (len(adapters) > 1 if spec.with_base is None else spec.with_base):
         found.append(Candidate(model, None, None, None))
     for adapter, label in zip(adapters, unique_names(adapters), strict=True):
-        _check_control(control, adapter)
+        _refuse_control(control, adapter)
         found.append(Candidate(with_template_of(model, adapter), adapter, label, control))
     return found
 
@@ -93,12 +93,8 @@ def _refuse_twins(adapters: Sequence[AdapterInfo]) -> None:
             )
 
 
-def _check_control(control: str | None, adapter: AdapterInfo | None) -> None:
-    if control is None:
-        return
-    values = list((adapter.conditioning or {}).get("values", {})) if adapter is not None else []
-    if control not in values:
+def _refuse_control(control: str | None, adapter: AdapterInfo | None) -> None:
+    """An adapter with a conditioning has been refused when it was inspected: nothing applies one yet."""
+    if control is not None:
         what = "the adapter has no conditioning.json" if adapter is not None else "there is no adapter to steer"
-        if values:
-            raise unknown("--control", "control value", control, values, "the adapter's conditioning.json")
         raise UserError("--control", f"{control!r} given, but {what}", "Leave --control out.")

@@ -18,6 +18,7 @@ from harness.merge_folder import FOLD, appearing, done_before
 from harness.merge_inputs import OpenModels, lineage_entry, open_models
 from harness.merge_models import AdapterTensors, MergeModel
 from harness.merge_write import SHARD_SIZE, Plan, Shards, check_disk, target_dtype, write_small_files
+from harness.model_files import LineageFile, read_checked
 from harness.models import read_chat_template
 from harness.progress import Reporter
 from harness.provenance import NUMERICS, record
@@ -300,7 +301,7 @@ def _quantisation_of(model: MergeModel) -> Any:
     """What the adapter's lineage says of the base's quantisation in training."""
     assert model.adapter is not None
     file = Path(model.adapter.info.path) / LINEAGE
-    return read_json(file).get("quantization") if file.is_file() else None
+    return read_checked(file, LineageFile).get("quantization") if file.is_file() else None
 
 
 def fold_card(found: Mapping[str, Any]) -> str:

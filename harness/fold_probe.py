@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.attaching import attach_adapter
 from harness.errors import UserError
 from harness.merge_inputs import OpenModels
 from harness.models import open_tokenizer
@@ -204,11 +205,9 @@ def _open(path: str, opened: OpenModels, *, nf4: bool = False) -> Any:
 
 
 def _with_adapter(model: Any, opened: OpenModels) -> Any:
-    from peft import PeftModel
-
     adapter = opened.inputs[0].adapter
     assert adapter is not None
-    return PeftModel.from_pretrained(model, adapter.info.path).eval()
+    return attach_adapter(model, adapter.info, "adapter", f"ADAPTER {adapter.info.ref}")
 
 
 def _read_all(name: str, model: Any, ids: Sequence[Sequence[int]]) -> _Distributions:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import UserError
+from harness.model_files import LineageFile, read_checked
 from harness.records import AdapterInfo
-from harness.store import read_json, write_bytes
+from harness.store import write_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,7 @@ def ancestry(start: AdapterInfo | None) -> list[dict[str, str]]:
     if start is None:
         return []
     file = Path(start.path) / LINEAGE
-    before = read_json(file).get("adapters", []) if file.is_file() else []
+    before = read_checked(file, LineageFile).get("adapters", []) if file.is_file() else []
     return [*before, {"name": start.name, "digest": start.digest}]
 
 

@@ -125,9 +125,6 @@ def open_models(spec: MergeSpec, option: str = INPUTS) -> OpenModels:
         _check_names(opened, first)
     if {model.info.tokenizer_digest for model in inputs} - {first.info.tokenizer_digest}:
         opened.notes.append(f"tokenizer files differ between the models: those of {first.info.name} are written")
-    for model in inputs:
-        if model.adapter is not None and model.adapter.info.conditioning is not None:
-            opened.notes.append(f"{model.name}: its conditioning is not carried over")
     return opened
 
 

@@ -6,17 +6,28 @@ Nothing here imports torch. transformers is imported by :func:`open_tokenizer` a
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.adapter_keys import Base, check_keys, module_of
 from harness.errors import UserError, nearest
+from harness.model_files import (
+    IndexFile,
+    LineageFile,
+    TokenizerFile,
+    check_folder,
+    read_adapter_config,
+    read_checked,
+    read_config,
+    read_object,
+    read_text,
+)
 from harness.provenance import digest_of_bytes, files_digest
 from harness.records import AdapterInfo, ModelInfo
 from harness.specs import ModelSpec
+from harness.tensor_files import Entry, read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +64,7 @@ def inspect_model(spec: ModelSpec, where: str = "--model") -> ModelInfo:
     if is_url(spec.model):
         return _endpoint(spec)
     path, revision = _locate(spec.model, spec.revision, where, "config.json")
-    config = _read_config(path / "config.json", where)
+    config = read_config(path / "config.json", where)
     _refuse_remote_code(config, spec, where)
     weights, pickled = _weights(path, spec, where)
     tokenizer_files = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
@@ -76,7 +87,7 @@ def inspect_model(spec: ModelSpec, where: str = "--model") -> ModelInfo:
         size_bytes=sum(file.stat().st_size for file in weights),
         dtype=config.get("dtype") or config.get("torch_dtype"),
         pickled=pickled,
-        remote_code="auto_map" in config,
+        remote_code=bool(config.get("auto_map")),
         spec=spec.model_dump(mode="json", include={"dtype", "allow_pickle", "trust_remote_code"}),
     )
 
@@ -121,6 +132,7 @@ def _locate(ref: str, revision: str | None, where: str, wanted: str) -> tuple[Pa
     if path.is_file():
         raise UserError(f"{where} {ref}", "is a file", f"Give the folder that holds it: {path.resolve().parent}.")
     if path.exists():
+        check_folder(path, where)
         if not (path / wanted).is_file():
             found = sorted(p.name for p in path.iterdir())[:8]
             other = "config.json" if wanted == "adapter_config.json" else "adapter_config.json"
@@ -178,18 +190,8 @@ def _snapshot(ref: str, revision: str | None, where: str, path: Path) -> tuple[P
     return folder, folder.name
 
 
-def _read_config(path: Path, where: str) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where} {path}", f"not readable JSON: {error}", "Restore the file.") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{where} {path}", "not a JSON object", "Restore the file.")
-    return config
-
-
 def _refuse_remote_code(config: dict[str, Any], spec: ModelSpec, where: str) -> None:
-    if "auto_map" in config and not spec.trust_remote_code:
+    if config.get("auto_map") and not spec.trust_remote_code:
         names = ", ".join(sorted(str(value) for value in config["auto_map"].values()))
         raise UserError(
             f"{where} {spec.model}",
@@ -203,8 +205,8 @@ def _weights(path: Path, spec: ModelSpec, where: str) -> tuple[list[Path], bool]
     index = path / "model.safetensors.index.json"
     safe = sorted(path.glob("model*.safetensors"))
     if index.is_file():
-        shards = _read_config(index, where).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
+        shards = read_checked(index, IndexFile, where).get("weight_map")
+        if not shards:
             raise UserError(f"{where} {index}", "has no `weight_map` that names the shards", "Fetch it again.")
         names = sorted(set(shards.values()))
         absent = [name for name in names if not (path / name).is_file()]
@@ -214,10 +216,12 @@ def _weights(path: Path, spec: ModelSpec, where: str) -> tuple[list[Path], bool]
             )
         safe = [path / name for name in names]
     for file in safe:
-        _check_safetensors(file, where)
+        # So that a torn download fails here and not inside an engine.
+        read_header(file, where)
     if safe:
         return safe, False
-    pickled = sorted([*path.glob("pytorch_model*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
+    found = [*path.glob("pytorch_model*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]
+    pickled = sorted(file for file in found if file.is_file())
     if not pickled:
         raise UserError(
             f"{where} {spec.model}", "no weights (*.safetensors) in that folder", "Give a folder that holds a model."
@@ -237,40 +241,21 @@ def weight_files(model: ModelInfo) -> list[Path]:
     return _weights(Path(model.path), spec, "--model")[0]
 
 
-def _check_safetensors(file: Path, where: str) -> None:
-    """Cheap check of header and length, so that a torn download fails here and not inside an engine."""
-    size = file.stat().st_size
-    problem = ""
-    with file.open("rb") as stream:
-        head = stream.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size + 1
-        if length > size - 8:
-            problem = "its header is cut off"
-        else:
-            try:
-                header = json.loads(stream.read(length))
-                end = max((t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"), default=0)
-                if end != size - 8 - length:
-                    problem = f"it should hold {end + 8 + length} bytes and holds {size}"
-            except (ValueError, KeyError, TypeError):
-                problem = "its header is not JSON"
-    if problem:
-        raise UserError(f"{where} {file}", f"not a whole safetensors file: {problem}", "Fetch or save it again.")
-
-
 def read_chat_template(path: Path) -> str | None:
-    """The chat template of a tokenizer folder: chat_template.jinja, else the one in tokenizer_config.json."""
+    """The chat template of a tokenizer folder: chat_template.jinja, else the one in tokenizer_config.json.
+
+    Raises:
+        UserError: the file is not what it should be.
+    """
     file = path / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    with contextlib.suppress(OSError, ValueError):
-        template = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
-        if isinstance(template, str):
-            return template
-        if isinstance(template, list):
-            named = {entry["name"]: entry["template"] for entry in template}
-            return named.get("default")
-    return None
+        return read_text(file)
+    settings = path / "tokenizer_config.json"
+    template = read_checked(settings, TokenizerFile).get("chat_template") if settings.is_file() else None
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        return named.get("default")
+    return template
 
 
 def open_tokenizer(model: ModelInfo, where: str = "--model") -> PreTrainedTokenizerBase:
@@ -288,7 +273,7 @@ def open_tokenizer(model: ModelInfo, where: str = "--model") -> PreTrainedTokeni
         tokenizer = AutoTokenizer.from_pretrained(
             model.path, trust_remote_code=model.spec.get("trust_remote_code", False)
         )
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+    except Exception as error:  # tokenizers raises that very class
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{where} {model.ref}",
@@ -322,7 +307,8 @@ def inspect_adapter(
     """
     where = "--adapter"
     path, revision = _locate(ref, revision, where, "adapter_config.json")
-    config = _read_config(path / "adapter_config.json", where)
+    config = read_adapter_config(path / "adapter_config.json", where)
+    _refuse_conditioned(ref, path, where)
     weights = sorted(path.glob("adapter_model*.safetensors"))
     if not weights:
         what, fix = "no adapter_model.safetensors in that folder", "Give a whole peft adapter."
@@ -331,20 +317,52 @@ def inspect_adapter(
             fix = "Convert them to adapter_model.safetensors where you trust where they come from."
         raise UserError(f"{where} {ref}", what, fix)
     _check_base(ref, path, config, model)
-    _check_shapes(ref, weights[0], model)
+    header = {name: entry for file in weights for name, entry in read_header(file, where).items()}
+    check_keys(f"{where} {ref}", config, header, _base_of(model))
     _check_template(ref, path, model, allow_template_mismatch)
-    conditioning = path / "conditioning.json"
-    ranks = [int(config.get("r") or 0), *(int(r) for r in (config.get("rank_pattern") or {}).values())]
-    extra = [conditioning] if conditioning.is_file() else []
+    ranks = [config.get("r") or 0, *(config.get("rank_pattern") or {}).values()]
     return AdapterInfo(
         ref=ref,
         path=str(path),
         name=_short_name(ref, revision, path),
-        digest=files_digest([*weights, path / "adapter_config.json", *extra], path),
-        rank=max(ranks),
+        digest=files_digest([*weights, path / "adapter_config.json"], path),
+        rank=max(rank for rank in ranks if isinstance(rank, int)),
         config=config,
-        conditioning=_read_config(conditioning, where) if extra else None,
     )
+
+
+def adapter_modules(adapter: AdapterInfo) -> list[str]:
+    """Modules of the base that an adapter's file has tensors for, by their full names; torch-free.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    files = sorted(Path(adapter.path).glob("adapter_model*.safetensors"))
+    return sorted({module_of(name) for file in files for name in read_header(file)})
+
+
+def _refuse_conditioned(ref: str, path: Path, where: str) -> None:
+    """No engine applies a conditioning yet, and without it the adapter is another one than was trained."""
+    file = path / "conditioning.json"
+    if not file.is_file():
+        return
+    values = read_object(file, where).get("values")
+    trained = ", ".join(map(str, values)) if isinstance(values, dict | list) else ""
+    raise UserError(
+        f"{where} {ref}",
+        f"was trained with a conditioning ({file.name}; values: {trained or 'none named'}), which nothing applies yet",
+        "Without it the answers are those of no trained value. Take an adapter that has none.",
+    )
+
+
+def _base_of(model: ModelInfo) -> Base | None:
+    """Modules of the base, as far as its files tell them; None where they do not."""
+    if is_url(model.ref) or model.pickled or not model.path:
+        return None
+    entries: dict[str, Entry] = {}
+    for file in weight_files(model):
+        entries |= read_header(file, "--model")
+    return Base.of({name: entry.shape for name, entry in entries.items()}, model.config)
 
 
 def with_template_of(model: ModelInfo, adapter: AdapterInfo) -> ModelInfo:
@@ -359,7 +377,7 @@ def _check_base(ref: str, path: Path, config: dict[str, Any], model: ModelInfo) 
     """The lineage the harness wrote decides; else peft's base_model_name_or_path, as far as it says anything."""
     lineage = path / "lineage.json"
     if lineage.is_file():
-        digest = _read_config(lineage, "--adapter").get("base", {}).get("weights")
+        digest = read_checked(lineage, LineageFile, "--adapter").get("base", {}).get("weights")
         if digest is not None and digest != model.weights_digest:
             raise UserError(
                 f"--adapter {ref}",
@@ -371,8 +389,9 @@ def _check_base(ref: str, path: Path, config: dict[str, Any], model: ModelInfo) 
     if not named:
         return
     same = {named.rsplit("/", 1)[-1].lower()} & {model.name.lower(), Path(model.path).resolve().name.lower()}
-    if not same and Path(named).is_dir():
-        with contextlib.suppress(UserError):
+    # OSError: a name that is too long for a path.
+    with contextlib.suppress(UserError, OSError):
+        if not same and Path(named).is_dir():
             same = (
                 {model.name} if inspect_model(ModelSpec(model=named)).weights_digest == model.weights_digest else same
             )
@@ -383,21 +402,6 @@ def _check_base(ref: str, path: Path, config: dict[str, Any], model: ModelInfo) 
             "Give its own base as --model; if they are the same weights, mend base_model_name_or_path in "
             "adapter_config.json.",
         )
-
-
-def _check_shapes(ref: str, weights: Path, model: ModelInfo) -> None:
-    """LoRA factors of attention projections must fit the base's width."""
-    _check_safetensors(weights, "--adapter")
-    with weights.open("rb") as stream:
-        header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
-    width = (model.config.get("text_config") or model.config).get("hidden_size")
-    for name, tensor in header.items():
-        if width and name.endswith("q_proj.lora_A.weight") and tensor["shape"][1] != width:
-            raise UserError(
-                f"--adapter {ref}",
-                f"{name} has shape {tensor['shape']}, but {model.ref} has hidden size {width}",
-                "Give the base it was trained on as --model.",
-            )
 
 
 def _check_template(ref: str, path: Path, model: ModelInfo, allowed: bool) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from harness.align_plan import AlignPlan
+from harness.attaching import attach_adapter
 
 
 def open_policy(plan: AlignPlan, device: int) -> tuple[Any, bool, bool]:
@@ -31,9 +32,7 @@ def open_policy(plan: AlignPlan, device: int) -> tuple[Any, bool, bool]:
     )
     base.config.use_cache = False
     if plan.start is not None:
-        from peft import PeftModel
-
-        base = PeftModel.from_pretrained(base, plan.start.path, adapter_name="start", is_trainable=False)
+        base = attach_adapter(base, plan.start, "start", f"--from {plan.start.ref}")
         without_dropout(base)
     set_seed(plan.spec.seed)
     model = plan.adapter.attach(base, plan.adapter_options)

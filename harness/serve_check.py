@@ -133,8 +133,6 @@ def _adapters(checked: Checked) -> None:
             fix = f"Make it a model first: `harness fold {adapter.ref} --base {model.ref} --out DIR`, "
             fix += "or `harness merge` with others; then serve DIR as --model."
             checked.problems.append(UserError(f"--adapter {adapter.ref}", f"cannot be served: {reason}", fix))
-        if adapter.conditioning is not None:
-            checked.limits.append(f"{adapter.name} has a conditioning.json: a server applies none of its values")
     own = iter(unique_names([adapter for name, adapter in found if name is None]))
     names = [name if name is not None else next(own) for name, _ in found]
     twice = [name for name, count in Counter([checked.name, *names]).items() if count > 1]

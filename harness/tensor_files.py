@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import UserError, nearest
+from harness.model_files import AGAIN, MOST_BYTES, open_file
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +36,21 @@ TORCH_NAMES = {
     "BOOL": "bool",
 }
 """safetensors' word for a type -> torch's."""
+BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+"""Of one number."""
 STORED_NAMES = {name: stored for stored, name in TORCH_NAMES.items()}
 FLOATS = ("F64", "F32", "F16", "BF16")
 """What can be merged; anything else is copied."""
@@ -62,17 +79,58 @@ class Entry:
         return count
 
 
-def read_header(file: Path) -> dict[str, Entry]:
-    """The tensors of one safetensors file; its length has been checked by ``inspect_model``."""
-    with file.open("rb") as stream:
-        length = struct.unpack("<Q", stream.read(8))[0]
-        header = json.loads(stream.read(length))
-    found = {}
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            begin, end = tensor["data_offsets"]
-            found[name] = Entry(name, tensor["dtype"], tuple(tensor["shape"]), file, 8 + length + begin, end - begin)
+def read_header(file: Path, where: str = "") -> dict[str, Entry]:
+    """The tensors of one safetensors file, which lie one behind the other and fill it.
+
+    Raises:
+        UserError: it is none, is cut off, or its header says what cannot be.
+    """
+    with open_file(file, where) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        head = stream.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size + 1
+        if length > size - 8:
+            raise _torn(file, where, "its header is cut off")
+        if length > MOST_BYTES:
+            raise _torn(file, where, f"its header has more than {MOST_BYTES} bytes")
+        text = stream.read(length)
+    try:
+        header = json.loads(text)
+        if not isinstance(header, dict):
+            raise TypeError
+        header.pop("__metadata__", None)
+        found = {name: _entry(name, tensor, file, 8 + length) for name, tensor in header.items()}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        what = f", {error}" if isinstance(error, _MisfitError) else ""
+        raise _torn(file, where, f"its header is not JSON that lists tensors{what}") from None
+    end = 8 + length
+    for entry in sorted(found.values(), key=lambda one: (one.start, one.size)):
+        if entry.start != end:
+            raise _torn(file, where, f"its header has tensors that overlap or leave a gap ({entry.name[:80]!r})")
+        end += entry.size
+    if end != size:
+        raise _torn(file, where, f"it should hold {end} bytes and holds {size}")
     return found
+
+
+class _MisfitError(ValueError):
+    """What a header says of one tensor cannot be."""
+
+
+def _entry(name: str, tensor: Any, file: Path, offset: int) -> Entry:
+    dtype, shape, (begin, end) = tensor["dtype"], tensor["shape"], tensor["data_offsets"]
+    whole = isinstance(shape, list) and all(type(one) is int and one >= 0 for one in [*shape, begin, end])
+    if not isinstance(dtype, str) or not whole or end < begin:
+        raise _MisfitError(f"and not {name[:80]!r} as it stands")
+    entry = Entry(name, dtype, tuple(shape), file, offset + begin, end - begin)
+    bytes_each = BYTES.get(dtype)
+    if bytes_each is not None and entry.elements * bytes_each != entry.size:
+        raise _MisfitError(f"and not {name[:80]!r} of shape {shape} in {entry.size} bytes")
+    return entry
+
+
+def _torn(file: Path, where: str, problem: str) -> UserError:
+    return UserError(f"{where} {file}".strip(), f"not a whole safetensors file: {problem}", AGAIN)
 
 
 def mapped(entry: Entry) -> torch.Tensor:

@@ -78,6 +78,9 @@ def test_weights_in_shards(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"index\.json: not a JSON object"):
         look(copy)
     index.write_text(json.dumps({"weight_map": ["a"]}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"key weight_map: should be a valid dictionary, found \['a'\]"):
+        look(copy)
+    index.write_text("{}", encoding="utf-8")
     with pytest.raises(UserError, match="has no `weight_map` that names the shards"):
         look(copy)
 
@@ -125,7 +128,7 @@ def test_adapters(tiny: Path, tmp_path: Path) -> None:
     folder = tiny_adapter(tmp_path / "adapter", tiny, rank=2)
     first = inspect_adapter(str(folder), model)
     assert (first.name, first.rank) == ("adapter", 2)
-    change(folder / "adapter_config.json", rank_pattern={"layers.0.self_attn.q_proj": 8})
+    change(folder / "adapter_config.json", rank_pattern={"layers.5.self_attn.q_proj": 8})
     second = inspect_adapter(str(folder), model)
     assert second.rank == 8
     assert second.digest != first.digest

@@ -19,6 +19,7 @@ from harness import (
     Session,
     StepError,
     UserError,
+    adapter_modules,
 )
 from harness.contracts import ServerCommand, Serving
 from harness_plugins import vllm_server
@@ -129,7 +130,9 @@ class VllmEngine(Engine):
 
     def adapter_problem(self, model: ModelInfo, adapter: AdapterInfo, options: Any) -> str | None:
         """What vLLM refuses, or would leave out."""
-        return super().adapter_problem(model, adapter, options) or lora_problem(adapter.config)
+        return super().adapter_problem(model, adapter, options) or lora_problem(
+            adapter.config, adapter_modules(adapter)
+        )
 
     def identity(self, options: Any) -> dict[str, Any]:
         """The version and whatever may change the order of additions or what fits."""

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from harness import AdapterInfo, ModelInfo
+from harness import AdapterInfo, ModelInfo, attach_adapter
 from harness.errors import UserError
 from harness_plugins.adapters import Qlora, keep_unpacked
 
@@ -72,7 +72,7 @@ def load_tokenizer(info: ModelInfo) -> Any:
 
 def load_adapter(model: Any, adapter: AdapterInfo, name: str, info: ModelInfo) -> Any:
     """The PeftModel with one more adapter; ``model`` is the base for the first, the PeftModel for the others."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
 
     where = f"--adapter {adapter.ref}"
     if not (Path(adapter.path) / "adapter_model.safetensors").is_file() and not info.spec.get("allow_pickle"):
@@ -85,11 +85,7 @@ def load_adapter(model: Any, adapter: AdapterInfo, name: str, info: ModelInfo) -
         if PeftConfig.from_pretrained(adapter.path).is_prompt_learning:
             kind = adapter.config.get("peft_type", "prompt learning")
             raise UserError(where, f"{kind} adapters put embeddings before the prompt", "Only LoRA-like adapters work.")
-        if isinstance(model, PeftModel):
-            model.load_adapter(adapter.path, adapter_name=name, torch_device=str(model.device))
-            return model.eval()
-        device = str(model.device)
-        return PeftModel.from_pretrained(model, adapter.path, adapter_name=name, torch_device=device).eval()
+        return attach_adapter(model, adapter, name, where)
     except UserError:
         raise
     except Exception as error:

@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -73,10 +73,14 @@ PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 OUTER_MODULES = ("embed_tokens", "wte", "lm_head", "embed_out")
 
 
-def lora_problem(config: Mapping[str, Any]) -> str | None:
-    """Why vLLM cannot serve an adapter, from its adapter_config.json; None if it can.
+def lora_problem(config: Mapping[str, Any], modules: Sequence[str] = ()) -> str | None:
+    """Why vLLM cannot serve an adapter; None if it can.
 
     The rules of ``vllm.lora.peft_helper``, and embeddings and output layers, which not every model of vLLM's adapts.
+
+    Args:
+        config: adapter_config.json.
+        modules: those that the adapter has tensors for: ``target_modules`` may be a regular expression.
     """
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
@@ -101,7 +105,8 @@ def lora_problem(config: Mapping[str, Any]) -> str | None:
     if (config.get("rank_pattern") or config.get("alpha_pattern")) and not _reads_patterns():
         found.append("ranks or alphas by module (this vLLM ignores them)")
     targets = config.get("target_modules")
-    outer = [name for name in OUTER_MODULES if isinstance(targets, list) and any(_last(t) == name for t in targets)]
+    changed = {_last(name) for name in (*modules, *(targets if isinstance(targets, list) else ()))}
+    outer = [name for name in OUTER_MODULES if name in changed]
     found += [f"LoRA on {name}" for name in outer]
     return f"vLLM serves no {' and no '.join(found)}" if found else None
 
