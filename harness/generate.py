@@ -154,7 +154,7 @@ def _ask(flat: Sequence[_Asked], session: Session, advance: Callable[[int], None
         outputs = session.run([sent[i] for i in asked])
         if len(outputs) != len(asked):
             raise StepError("answers", f"the engine returned {len(outputs)} outputs for {len(asked)} requests")
-        by_index = dict(zip(asked, outputs, strict=True))
+        by_index = {i: output.checked() for i, output in zip(asked, outputs, strict=True)}
         # What is stored stays, byte for byte: where batches matter at all, only the lost answers may differ.
         new: dict[int, dict[Any, dict[str, Any]]] = {}
         for i in missing:
@@ -172,7 +172,8 @@ def ask(session: Session, requests: Sequence[Request]) -> list[Output]:
     plan = session.batches(requests) if requests else []
     _check_plan(plan, len(requests))
     for batch in plan:
-        outputs.update(zip(batch, session.run([requests[i] for i in batch]), strict=True))
+        answered = session.run([requests[i] for i in batch])
+        outputs.update({i: output.checked() for i, output in zip(batch, answered, strict=True)})
     return [outputs[index] for index in range(len(requests))]
 
 

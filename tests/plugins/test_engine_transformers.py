@@ -259,6 +259,48 @@ def test_numbers_that_are_none(folder: Path) -> None:
     assert output.error == "the model's log-probability is not finite (nan)"
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_from_logits_that_are_not_finite_is_none(
+    folder: Path, plain: Any, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    """Not-a-number after one prompt, infinite after its third new token for another; the rest are answered."""
+    broken = session(folder)
+    forward, calls = broken._model.forward, []
+
+    def spoilt(*args: Any, **kwargs: Any) -> Any:
+        result = forward(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == 1:
+            result.logits[0] = float("nan")
+        if len(calls) == 3:
+            result.logits[1, :, 7] = float("inf")
+        result.logits[2, :, 40:] = -float("inf")  # a mask
+        return result
+
+    monkeypatch.setattr(broken._model, "forward", spoilt)
+    decoding = Decoding(max_new_tokens=6, temperature=temperature, seed=1)
+    requests = [Request("generate", ids, decoding=decoding) for ids in ((5, 6), (9, 9), (8, 7), (7, 7))]
+    outputs = broken.run(requests)
+    assert [output.error for output in outputs] == [
+        "the model's logits are not finite (token 1 of the answer)",
+        "the model's logits are not finite (token 3 of the answer)",
+        None,
+        None,
+    ]
+    assert (outputs[0].text, outputs[0].token_ids) == ("", ())
+    assert outputs[3].token_ids and max(outputs[2].token_ids) < 40
+    if temperature == 0.0:
+        assert outputs[3].token_ids == likeliest(plain, (7, 7), 6)
+
+
+def test_what_is_not_finite_after_the_end_of_an_answer_is_no_error(folder: Path) -> None:
+    opened = session(folder)
+    new = [5, 1, 2, 2]
+    assert opened._finished(new, None, frozenset([1]), [], bad=2).error is None
+    assert opened._finished(new, None, frozenset([1]), [], bad=1).error is not None
+    assert opened._finished(new, 1, frozenset([1]), ["x"], bad=1).error is None
+
+
 def test_requests_that_cannot_be_answered_fail_alone(opened: Any) -> None:
     full = tuple(range(4, 4 + CONTEXT))
     requests = [
