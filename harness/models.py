@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import UserError, nearest
 from harness.provenance import digest_of_bytes, files_digest
 from harness.records import AdapterInfo, ModelInfo
+from harness.secrecy import refuse_credentials
 from harness.specs import ModelSpec
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def inspect_model(spec: ModelSpec, where: str = "--model") -> ModelInfo:
         UserError: no such folder or hub model, not a model folder, pickled weights or remote code without leave.
     """
     if is_url(spec.model):
+        refuse_credentials(spec.model, where, "OPENAI_API_KEY")
         return _endpoint(spec)
     path, revision = _locate(spec.model, spec.revision, where, "config.json")
     config = _read_config(path / "config.json", where)

@@ -102,7 +102,7 @@ class Output:
         return data
 
     def checked(self) -> Output:
-        """The output, or an error instead of a log-probability that is none: not finite, or positive beyond rounding."""
+        """The output; an error instead of a log-probability that is not finite, or positive beyond rounding."""
         if self.logprob is None or -math.inf < self.logprob <= LOGPROB_ROUNDING:
             return self
         text = f"the engine gave {self.logprob} as a log-probability"

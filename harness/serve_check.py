@@ -19,6 +19,7 @@ from harness.models import inspect_adapter, inspect_model, is_url, read_chat_tem
 from harness.provenance import digest_of_bytes
 from harness.records import AdapterInfo, ModelInfo
 from harness.registry import Registry
+from harness.secrecy import read_secret
 from harness.specs import ServeSpec
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -260,7 +261,7 @@ def api_key(spec: ServeSpec) -> str | None:
     """
     if spec.api_key_env is None:
         return None
-    key = os.environ.get(spec.api_key_env, "").strip()
+    key = read_secret(spec.api_key_env, "--api-key-env")
     if not key:
         what = f"the environment variable {spec.api_key_env} is not set, or empty"
         raise UserError("--api-key-env", what, f"Set it: `export {spec.api_key_env}=...`.")

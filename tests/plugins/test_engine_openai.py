@@ -368,7 +368,7 @@ def test_a_refused_key_names_the_variable_and_never_the_key(
     with pytest.raises(UserError, match="environment variable OPENAI_API_KEY holds a key that it does not") as caught:
         opened().run([writes(str(number)) for number in range(8)])
     assert KEY not in str(caught.value) + caplog.text
-    assert "wrong key *** given" in caught.value.what
+    assert "wrong key [secret] given" in caught.value.what
     assert caught.value.__cause__ is None
 
 
@@ -387,7 +387,7 @@ def test_the_key_is_in_nothing_that_is_kept(
     fake.script = lambda body, attempt: (500, {"error": f"no {KEY}"}, {}) if body["prompt"] == "bad" else None
     session = opened(retries=1)
     outputs = session.run([writes("good"), writes("bad")])
-    assert outputs[1].error == "HTTP 500: no *** (2 attempts)"
+    assert outputs[1].error == "HTTP 500: no [secret] (2 attempts)"
     options = ENGINE.Config(base_url=fake.url.replace("http://", "http://user:password@"))
     kept = [o.to_json() for o in outputs], session.facts, ENGINE.identity(options), options.model_dump()
     text = json.dumps(kept[:3]) + repr(kept) + caplog.text + "".join(capfd.readouterr())
