@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,15 @@ class Answered:
     errors: int = 0
     batch_dependent: int = 0
     damage: Damage = field(default_factory=Damage)
+
+    def wholly_failed(self) -> StepError | None:
+        """The error in which a step ends whose samples have no answer at all: it is no result, and is done again."""
+        reasons = [answer.error for answer in self.answers]
+        if not reasons or None in reasons:
+            return None
+        often = Counter(reasons).most_common(1)[0][0]
+        what = f"none of {len(reasons)} samples has an answer, most often because: {often}"
+        return StepError("answers", what, "The same command asks again.")
 
 
 def key_of(sample_id: str, index: int) -> tuple[str, int]:

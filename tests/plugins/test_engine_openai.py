@@ -381,9 +381,9 @@ def dripping(server: Fake, where: str, release: threading.Event) -> None:
             if body["prompt"] != "slow":
                 self.reply(*usual(self.path, body))
                 return
-            begin = (
-                b"HTTP/1.1 200 OK\r\nX: " if where == "headers" else b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"
-            )
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+            if where == "body":
+                self.wfile.write(b"\r\nContent-Length: 9999\r\n\r\n")
             while not release.wait(0.02):
                 self.wfile.write(b" ")
 

@@ -342,7 +342,7 @@ def test_the_package_itself_gives_the_same_preferences(judge: Any, monkeypatch: 
         said["choices"][0]["message"]["role"] = "assistant"
         said["choices"][0]["index"] = 0
         usage = {**said["usage"], "total_tokens": 12}
-        return {**said, "id": "x", "object": "chat.completion", "created": 1, "model": "stub", "usage": usage}
+        return {**said, "id": "x", "object": "chat.completion", "created": 1, "model": body["model"], "usage": usage}
 
     judge.say, judge.models = say, ("gpt-4-1106-preview",)
     samples = [sample(i, f"reference {i}") for i in range(12)]
