@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from harness import Decoding, Output, Request, Session
 from harness.errors import UserError, nearest
-from harness_plugins.transformers_load import is_out_of_memory
+from harness_plugins.transformers_load import is_out_of_memory, not_finite
 from harness_plugins.transformers_plan import Finite, Limits, Row, StopText, cut_at_stop, plan, refusal
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class TransformersSession(Session):
         model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         self._inexact = str(model.dtype) != "torch.float32"
         self._too_much: dict[int, int] = {}
+        self._unsound = not_finite(peft if peft is not None else model, adapters.values())
         self.facts = _facts(model, peft)
 
     def batches(self, requests: Sequence[Request]) -> list[list[int]]:
@@ -66,9 +67,10 @@ class TransformersSession(Session):
         outputs: dict[int, Output] = {}
         for batch in plan(requests, self._limits):
             first = requests[batch[0].members[0]]
-            if refusal(first, self._limits) is not None:
+            unsound = self._problem(first.adapter)
+            if unsound is not None or refusal(first, self._limits) is not None:
                 indices = [index for row in batch for index in row.members]
-                outputs |= {i: Output(error=refusal(requests[i], self._limits)) for i in indices}
+                outputs |= {i: Output(error=unsound or refusal(requests[i], self._limits)) for i in indices}
                 continue
             compute = self._generate if first.kind == "generate" else self._score
             with self._active(first.adapter):
@@ -92,6 +94,13 @@ class TransformersSession(Session):
                 close = nearest(request.adapter, self._adapters)
                 known = f"Did you mean {close[0]!r}?" if close else f"Open: {', '.join(self._adapters) or 'none'}."
                 raise UserError("Request.adapter", f"adapter {request.adapter!r} is not open", known)
+
+    def _problem(self, adapter: str | None) -> str | None:
+        """Why no answer of base or adapter means anything."""
+        if None in self._unsound:
+            return f"the model's {self._unsound[None]}"
+        found = self._unsound.get(self._adapters[adapter]) if adapter is not None else None
+        return f"adapter {adapter}: its {found}" if found is not None else None
 
     @contextmanager
     def _active(self, adapter: str | None) -> Iterator[None]:

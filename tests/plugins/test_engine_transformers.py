@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -581,6 +582,42 @@ def test_adapters_and_base_in_one_session(folder: Path, opened: Any, adapters: l
         assert [o.logprob for o in scored] != pytest.approx([o.logprob for o in alone[:-3]], abs=1e-2)
         for request, output in zip(base[-3:], generated, strict=True):
             assert output.token_ids == likeliest(model, request.prompt_ids, 6)[: len(output.token_ids)]
+
+
+def test_weights_that_are_not_finite_are_named_and_others_answer(
+    folder: Path, adapters: list[AdapterInfo], tmp_path: Path
+) -> None:
+    """Queries that are not numbers leave finite logits behind on a CPU, so that the weights are looked at."""
+    from safetensors.torch import load_file, save_file
+
+    torn = tmp_path / "torn"
+    torn.mkdir()
+    for file in Path(adapters[1].path).iterdir():
+        (torn / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(torn / "adapter_model.safetensors")
+    name = next(name for name in tensors if "q_proj.lora_A" in name)
+    tensors[name][0, 0] = float("inf")
+    save_file(tensors, torn / "adapter_model.safetensors")
+    broken = adapters[1].model_copy(update={"path": str(torn), "name": "torn"})
+    ask = Request("generate", (5, 6, 7), decoding=Decoding(max_new_tokens=2))
+    scored = Request("loglikelihood", (5, 6), (7,))
+    requests = [replace(one, adapter=adapter) for one in (ask, scored) for adapter in (None, adapters[0].name, "torn")]
+    outputs = drive(session(folder, [adapters[0], broken]), requests)
+    part = name.removeprefix("base_model.model.")
+    why = f"adapter torn: its weights are not finite ({part})"
+    assert [output.error for output in outputs] == [None, None, why] * 2
+
+    whole = tmp_path / "base"
+    whole.mkdir()
+    for file in folder.iterdir():
+        (whole / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(whole / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_proj.weight"][3, 1] = float("nan")
+    save_file(tensors, whole / "model.safetensors", metadata={"format": "pt"})
+    why = "the model's weights are not finite (model.layers.1.self_attn.k_proj.weight)"
+    assert [output.error for output in session(whole).run([ask, scored])] == [why] * 2
+    opened = session(whole, [adapters[0]])
+    assert opened.run([replace(ask, adapter=adapters[0].name)])[0].error == why
 
 
 def test_an_adapter_that_is_not_open(folder: Path, adapters: list[AdapterInfo]) -> None:
