@@ -145,6 +145,10 @@ class Answering:
         if answered.reused:
             run.reporter.note(f"{self._said(unit)}: {answered.reused} of {total} answers were stored before")
         folder.log("answered", computed=answered.computed, reused=answered.reused, errors=answered.errors)
+        failed = answered.wholly_failed()
+        if failed is not None:
+            run.fail(unit, folder, failed)
+            return
         counts = {
             "samples": len(opened.samples),
             "requests": total,

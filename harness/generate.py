@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,15 @@ class Answered:
     errors: int = 0
     batch_dependent: int = 0
     damage: Damage = field(default_factory=Damage)
+
+    def wholly_failed(self) -> StepError | None:
+        """The error in which a step ends whose samples have no answer at all: it is no result, and is done again."""
+        reasons = [answer.error for answer in self.answers]
+        if not reasons or None in reasons:
+            return None
+        often = Counter(reasons).most_common(1)[0][0]
+        what = f"none of {len(reasons)} samples has an answer, most often because: {often}"
+        return StepError("answers", what, "The same command asks again.")
 
 
 def key_of(sample_id: str, index: int) -> tuple[str, int]:
@@ -154,7 +164,7 @@ def _ask(flat: Sequence[_Asked], session: Session, advance: Callable[[int], None
         outputs = session.run([sent[i] for i in asked])
         if len(outputs) != len(asked):
             raise StepError("answers", f"the engine returned {len(outputs)} outputs for {len(asked)} requests")
-        by_index = dict(zip(asked, outputs, strict=True))
+        by_index = {i: output.checked() for i, output in zip(asked, outputs, strict=True)}
         # What is stored stays, byte for byte: where batches matter at all, only the lost answers may differ.
         new: dict[int, dict[Any, dict[str, Any]]] = {}
         for i in missing:
@@ -172,7 +182,8 @@ def ask(session: Session, requests: Sequence[Request]) -> list[Output]:
     plan = session.batches(requests) if requests else []
     _check_plan(plan, len(requests))
     for batch in plan:
-        outputs.update(zip(batch, session.run([requests[i] for i in batch]), strict=True))
+        answered = session.run([requests[i] for i in batch])
+        outputs.update({i: output.checked() for i, output in zip(batch, answered, strict=True)})
     return [outputs[index] for index in range(len(requests))]
 
 

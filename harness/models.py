@@ -26,6 +26,7 @@ from harness.model_files import (
 )
 from harness.provenance import digest_of_bytes, files_digest
 from harness.records import AdapterInfo, ModelInfo
+from harness.secrecy import refuse_credentials
 from harness.specs import ModelSpec
 from harness.tensor_files import Entry, read_header
 
@@ -62,6 +63,7 @@ def inspect_model(spec: ModelSpec, where: str = "--model") -> ModelInfo:
         UserError: no such folder or hub model, not a model folder, pickled weights or remote code without leave.
     """
     if is_url(spec.model):
+        refuse_credentials(spec.model, where, "OPENAI_API_KEY")
         return _endpoint(spec)
     path, revision = _locate(spec.model, spec.revision, where, "config.json")
     config = read_config(path / "config.json", where)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from harness.config import Config
 from harness.specs import Decoding
 
 SCHEMA_VERSION = 1
+LOGPROB_ROUNDING = 0.01
+"""How far above 0 a log-probability may come by rounding (nats): bf16 and servers that print few digits."""
 
 RequestKind = Literal["generate", "loglikelihood"]
 Finish = Literal["stop", "length"]
@@ -97,6 +100,13 @@ class Output:
         if self.batch_dependent:
             data["batch_dependent"] = True
         return data
+
+    def checked(self) -> Output:
+        """The output; an error instead of a log-probability that is not finite, or positive beyond rounding."""
+        if self.logprob is None or -math.inf < self.logprob <= LOGPROB_ROUNDING:
+            return self
+        text = f"the engine gave {self.logprob} as a log-probability"
+        return Output(error=text, batch_dependent=self.batch_dependent)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Output:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 from collections import Counter
@@ -19,11 +20,11 @@ from harness.models import inspect_adapter, inspect_model, is_url, read_chat_tem
 from harness.provenance import digest_of_bytes
 from harness.records import AdapterInfo, ModelInfo
 from harness.registry import Registry
+from harness.secrecy import read_secret
 from harness.specs import ServeSpec
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GIB = 1024**3
-LOOPBACK = ("localhost", "::1")
 TAKEN = "address already in use"
 
 
@@ -91,9 +92,17 @@ def check(spec: ServeSpec, registry: Registry) -> Checked:
         checked.limits += command.notes
         checked.problems += _memory(checked.model, command)
     checked.problems += _problems_of(lambda: free_port(spec.host, spec.port), lambda: api_key(spec))
-    if spec.host not in LOOPBACK and not spec.host.startswith("127."):
+    if not is_loopback(spec.host):
         checked.limits.append(_open_to_all(spec))
     return checked
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is one of this machine alone; of names only localhost is: any other may lead anywhere."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _problems_of(*looks: Callable[[], object]) -> list[UserError]:
@@ -258,7 +267,7 @@ def api_key(spec: ServeSpec) -> str | None:
     """
     if spec.api_key_env is None:
         return None
-    key = os.environ.get(spec.api_key_env, "").strip()
+    key = read_secret(spec.api_key_env, "--api-key-env")
     if not key:
         what = f"the environment variable {spec.api_key_env} is not set, or empty"
         raise UserError("--api-key-env", what, f"Set it: `export {spec.api_key_env}=...`.")

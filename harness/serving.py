@@ -26,7 +26,7 @@ from harness.errors import StepError, UserError
 from harness.progress import PLAIN_SECONDS, Reporter
 from harness.records import SCHEMA_VERSION
 from harness.registry import Registry, load_plugins
-from harness.serve_check import LOOPBACK, TAKEN, Checked, api_key, check, free_port
+from harness.serve_check import TAKEN, Checked, api_key, check, free_port, is_loopback
 from harness.serve_child import ENDED
 from harness.specs import ModelSpec, ServeSpec
 
@@ -258,7 +258,7 @@ def _facts(checked: Checked, port: int, child: Child) -> dict[str, Any]:
         "adapters": [{"name": name, "digest": one.digest, "rank": one.rank} for name, one in adapters],
         "template_digest": checked.template_digest,
         "engine": engine.identity(checked.options),
-        "local_only": checked.spec.host in LOOPBACK or checked.spec.host.startswith("127."),
+        "local_only": is_loopback(checked.spec.host),
         "api_key": checked.spec.api_key_env is not None,
         "pid": child.pid,
         "limits": checked.limits,

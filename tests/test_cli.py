@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from judge_server import judge_server
 
 HEAVY = ("torch", "transformers", "vllm", "datasets", "lm_eval", "peft", "trl", "pandas")
 
@@ -107,6 +111,45 @@ def test_what_a_pipe_gets(cli: Any, slow_eval: list[str]) -> None:
     # 20 of 30 are right: see slow_engine.py.
     assert "0.667" in ran.out
     assert {"report.html", "report.json", "report.md"} == {file.name for file in Path("out/report").iterdir()}
+
+
+def test_a_step_of_which_every_call_failed_is_failed_and_done_again(
+    cli: Any, sums: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789abcdef")
+    with judge_server() as server:
+        command = ["eval", "--model", server.url, "--tasks", sums, "--task", "sums", "--out", "out", "--limit", "16"]
+        command += ["--set", "engine.retries=0"]
+        server.say = lambda body, attempt: (500, {"error": {"message": "down for Bearer sk-0123456789abcdef"}})
+        for _ in range(2):
+            ran = cli(*command)
+            assert ran.code == 3
+            why = "most often because: HTTP 500: down for Bearer [secret] (1 attempts)"
+            assert f"error: answers: none of 16 samples has an answer, {why}\n  The same command asks again." in ran.err
+        assert len(server.asked) == 32
+        server.say = lambda body, attempt: {
+            "choices": [{"text": "Bearer sk-0123456789abcdef", "finish_reason": "stop"}]
+        }
+        assert cli(*command).code == 0
+        assert len(server.asked) == 48
+    kept = [gzip.decompress(file.read_bytes()) for file in Path("out").rglob("*.gz")]
+    kept += [file.read_bytes() for file in Path("out").rglob("*") if file.is_file()]
+    assert any(b"[secret]" in data for data in kept)
+    assert not any(b"0123456789abcdef" in data for data in kept)
+
+
+@pytest.mark.parametrize("address", ["http://user:hunter2xyz@host/v1", "http://host/v1?api_key=hunter2xyz"])
+def test_credentials_in_an_address_are_refused_and_nowhere_shown(cli: Any, sums: Path, address: str) -> None:
+    command = ["eval", "--tasks", sums, "--task", "sums", "--out", "out"]
+    for more in (["--model", address], ["--model", "m", "--engine", "openai", "--set", f"engine.base_url={address}"]):
+        ran = cli(*command, *more)
+        assert ran.code == 2
+        assert "hunter2xyz" not in ran.out + ran.err
+    ran = cli(*command, "--model", address)
+    assert ran.err.startswith("error: --model: the address holds a user, a password or a query (@, ? or #); addresses ")
+    assert "`export OPENAI_API_KEY=...`" in ran.err
+    assert not Path("out").exists()
 
 
 def _model(command: list[str]) -> str:

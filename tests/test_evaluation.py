@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from harness.contracts import Scorer, ScorerContext
 from harness.errors import StepError
@@ -16,6 +17,7 @@ from harness.execute import evaluate
 from harness.records import Answer, Metric, Output, Row, Sample, Score
 from harness.rows import RowContext, Scored, build_rows, check_scores, sample_rows
 from harness.store import read_rows
+from harness.testing import tiny_adapter, tiny_model
 
 ACC = Metric(name="acc", higher_is_better=True, unit="proportion", low=0.0, high=1.0)
 FAILED = Metric(name="failed", higher_is_better=False, unit="proportion", primary=False)
@@ -165,6 +167,23 @@ def test_sample_rows_keep_order_and_reasons() -> None:
         "detail": {"extracted": "x"},
     }  # fmt: skip
     assert (second["id"], second["values"], second["reason"]) == ("a", {"acc": None}, "gone")
+
+
+@pytest.mark.parametrize("place", ["base", "adapter"])
+def test_a_model_whose_logits_are_not_finite_has_no_answers_and_no_score(alone: Path, sums: Path, place: str) -> None:
+    """Not-a-number in the base's weights, or as an adapter's lora_alpha."""
+    base = tiny_model(alone / "base")
+    if place == "base":
+        tensors = load_file(base / "model.safetensors")
+        tensors["model.norm.weight"][0] = math.nan
+        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = tiny_adapter(alone / "adapter", base)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    settings["lora_alpha"] = math.nan if place == "adapter" else 2
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    whose = "the model's weights are not finite" if place == "base" else "adapter adapter: its scale is not finite"
+    with pytest.raises(StepError, match=f"none of 3 samples has an answer, most often because: {whose}"):
+        evaluate(str(base), tasks=["sums"], task_folders=(sums,), adapter=str(adapter), limit=3, engine="transformers")
 
 
 def test_a_task_longer_than_the_context_leaves_half_to_the_prompt(tiny: Path, sums: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from harness.contracts import Session
 from harness.errors import StepError
-from harness.generate import Answered, Part, answer, load_answers
+from harness.generate import Answered, Part, answer, ask, load_answers
 from harness.records import Output, Request, Sample
 from harness.store import Journal, read_members
 
@@ -58,6 +58,29 @@ def test_answers_come_in_the_samples_order(tmp_path: Path) -> None:
     assert session.asked == [["f", "e"], ["d", "c"], ["b", "a"]]
     assert texts(answered) == ["A3", "B3", "C2", "D2", "E1", "F1"]
     assert (answered.computed, answered.reused, answered.errors) == (6, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("logprob", "error"),
+    [
+        (float("nan"), "the engine gave nan as a log-probability"),
+        (float("-inf"), "the engine gave -inf as a log-probability"),
+        (0.5, "the engine gave 0.5 as a log-probability"),
+        (0.001, None),
+        (-3.0, None),
+    ],
+)
+def test_a_log_probability_that_is_none_is_that_answers_error(
+    tmp_path: Path, logprob: float, error: str | None
+) -> None:
+    class Odd(Counting):
+        def run(self, requests: Sequence[Request]) -> list[Output]:
+            return [Output(logprob=logprob if request.prompt == "b" else -1.0) for request in requests]
+
+    answered = run(tmp_path, Odd())
+    assert [one.error for one in answered.answers] == [None, error, None, None, None, None]
+    assert answered.answers[1].outputs[0].logprob == (logprob if error is None else None)
+    assert ask(Odd(), samples("b")[0].requests)[0].error == error
 
 
 def test_what_is_stored_is_not_asked_again(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 
 from harness import StepError, UserError, serving
 from harness.provenance import digest_of_bytes
+from harness.serve_check import is_loopback
 from harness.testing import tiny_adapter, tiny_model
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -71,6 +72,24 @@ def context(model: Path) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------ from Python
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.8.8", True),
+        ("::1", True),
+        ("localhost", True),
+        ("127.0.0.1.evil.example", False),
+        ("127.evil.example", False),
+        ("localhost.evil.example", False),
+        ("0.0.0.0", False),
+        ("10.0.0.7", False),
+    ],
+)
+def test_which_addresses_are_of_this_machine_alone(host: str, local: bool) -> None:
+    assert is_loopback(host) is local
 
 
 def test_a_base_and_its_adapter_are_served(tiny: Path, adapter: Path, seen: Path, left_over: Any) -> None:

@@ -23,13 +23,11 @@ import yaml
 from harness.alpaca import package
 from harness.errors import UserError, nearest
 from harness.records import digest_of
+from harness_plugins.judge_text import without_control
 from harness_plugins.judging import Question, Reply, Unparsable
 
 _TURN = re.compile(r"<\|im_start\|>(\w+)[^\n]*\n(.*?)<\|im_end\|>", re.DOTALL)
 _PLACE = re.compile(r"\{(instruction|output_1|output_2)\}")
-_CONTROL = re.compile(
-    r"<(?=\||/?s>|/?think>|start_of_turn>|end_of_turn>|</?SYS>|[｜])|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS)\])"
-)
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ class Annotator:
 
 def harmless(text: str) -> str:
     """An output that cannot end its quotation, nor open a turn of its own in a chat template that parses content."""
-    return _CONTROL.sub(lambda found: f"{found[0]} ", text.replace('"""', r"\"\"\""))
+    return without_control(text.replace('"""', r"\"\"\""))
 
 
 def switched(instruction: str, seed: int) -> bool:

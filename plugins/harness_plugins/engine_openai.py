@@ -1,7 +1,7 @@
 """Any OpenAI-compatible endpoint, over HTTP: completions (with log-likelihoods where the server gives them) or chat.
 
 The key is read from the environment when the endpoint is opened; it lives in the HTTP client only and is cut out of
-everything that a server says before that is shown or stored.
+everything that a server says before that is shown or stored. An address that holds credentials is refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from harness import (
     UserError,
 )
 from harness.models import with_tokenizer
-from harness_plugins.openai_server import Refused, Server, complete_url, shown_url
+from harness_plugins.openai_server import Refused, Server, check_address, complete_url, mapping, nats, shown_url
 
 FINISH: dict[str, Literal["stop", "length"]] = {
     "stop": "stop",
@@ -54,6 +54,10 @@ class OpenAIEngine(Engine):
 
         base_url: str | None = Field(None, description="address, as http://host:8000/v1; the model's, when it is a URL")
         model: str | None = Field(None, description="name the server knows; its only one when absent")
+        answers_as: str | None = Field(
+            None,
+            description="name under which the model answers, where that is another (a proxy's alias, say)",
+        )
         api_key_env: str = Field("OPENAI_API_KEY", description="environment variable that holds the key, if one is set")
         endpoint: Literal["completions", "chat"] = Field("completions", description="which of the two APIs is called")
         tokenizer: str | None = Field(
@@ -67,7 +71,7 @@ class OpenAIEngine(Engine):
         retries: int = Field(6, ge=0, description="further attempts after one that failed (count)")
         backoff: float = Field(0.5, ge=0, description="wait before the first further attempt, then doubled (seconds)")
         max_wait: float = Field(120.0, ge=0, description="longest wait before an attempt, Retry-After or not (seconds)")
-        timeout: float = Field(600.0, gt=0, description="longest silence of the server within a request (seconds)")
+        timeout: float = Field(600.0, gt=0, description="longest time that a request may take (seconds)")
         chunk: int = Field(128, ge=1, description="requests that are answered, then stored, at once (count)")
 
     def availability(self) -> Availability:
@@ -89,6 +93,7 @@ class OpenAIEngine(Engine):
     def settle(self, model: ModelInfo, options: Any) -> tuple[ModelInfo, Any]:
         """The server's address and the model's name there, so that another model is another evaluation."""
         address = options.base_url or model.ref
+        check_address(address, options.api_key_env, "engine.base_url", "engine.api_key_env")
         filled = {"base_url": address}
         if not options.model and address.startswith(("http://", "https://")):
             server = Server(complete_url(address), options)
@@ -126,6 +131,7 @@ class OpenAIEngine(Engine):
                 "Let the server serve it and give its name as engine.model.",
             )
         address = options.base_url or model.ref
+        check_address(address, options.api_key_env, "engine.base_url", "engine.api_key_env")
         if not address.startswith(("http://", "https://")):
             raise UserError(
                 "engine.base_url", f"{address!r} is not an http address", "Give for example http://localhost:8000/v1."
@@ -260,7 +266,7 @@ class OpenAISession(Session):
             return True
 
         choice = self._choice(self._send(body, mend, request, stop))
-        text = (choice.get("message") or {}).get("content") if chat else choice.get("text")
+        text = mapping(choice.get("message")).get("content") if chat else choice.get("text")
         reason = choice.get("finish_reason")
         if reason == "content_filter":
             return Output(error="the server withheld its answer (content_filter)", batch_dependent=True)
@@ -310,20 +316,18 @@ class OpenAISession(Session):
             return True
 
         choice = self._choice(self._send(body, mend, request, stop))
-        given = choice.get("logprobs")
-        values = given.get("token_logprobs") if isinstance(given, dict) else None
-        tops = given.get("top_logprobs") if isinstance(given, dict) else None
+        given = mapping(choice.get("logprobs"))
+        values, tops = given.get("token_logprobs"), given.get("top_logprobs")
         if not isinstance(values, list) or not isinstance(tops, list) or min(len(values), len(tops)) < len(ids):
             seen = "none" if not isinstance(values, list) else f"{len(values)} for a prompt of {len(ids)} tokens"
             raise self._no_logprobs(f"log-probabilities in the answer: {seen}")
         places = range(len(request.prompt_ids), len(ids))
-        if any(not isinstance(values[place], int | float) or not tops[place] for place in places):
+        scored = [nats(values[place]) for place in places]
+        best = [max(map(nats, mapping(tops[place]).values()), default=None) for place in places]
+        if None in best:
             raise Refused("the server left out log-probabilities of the continuation")
-        return Output(
-            logprob=float(sum(values[place] for place in places)),
-            is_greedy=all(values[place] >= max(tops[place].values()) for place in places),
-            batch_dependent=True,
-        )
+        is_greedy = all(one >= top for one, top in zip(scored, best, strict=True) if top is not None)
+        return Output(logprob=sum(scored), is_greedy=is_greedy, batch_dependent=True)
 
     def _no_logprobs(self, seen: str) -> UserError:
         return UserError(

@@ -12,7 +12,7 @@ from harness.records import Output, Request, digest_of
 from harness_plugins.engine_openai import FINISH, OpenAIEngine
 from harness_plugins.judge_options import JudgeOptions
 from harness_plugins.judging import Ask, Budget, Reply, Spent
-from harness_plugins.openai_server import Names, Refused, Server, complete_url
+from harness_plugins.openai_server import Names, Refused, Server, complete_url, mapping, nats
 
 TURN_TOKENS = 16
 """Tokens that a chat template adds to a message, at most, beside those of its text."""
@@ -28,12 +28,14 @@ def open_server(options: JudgeOptions, where: str) -> Server:
         model=f"{where}, served_model",
         key="api_key_env of this scorer",
         address=f"the judge's address ({where}, model)",
+        alias="answers_as of this scorer",
         others="model and served_model of this scorer",
     )
     http = OpenAIEngine.Config(
         base_url=options.model,
         model=options.served_model,
         api_key_env=options.api_key_env,
+        answers_as=options.answers_as,
         endpoint="chat",
         concurrency=options.concurrency,
         retries=options.http_retries,
@@ -150,7 +152,7 @@ class Endpoint:
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
             raise Refused("the server's answer has no choices", passing=True)
         choice = choices[0]
-        text = (choice.get("message") or {}).get("content")
+        text = mapping(choice.get("message")).get("content")
         reason = str(choice.get("finish_reason"))
         logprobs = self._logprobs(ask, choice) if ask.question.alternatives else None
         if reason == "content_filter":
@@ -168,18 +170,18 @@ class Endpoint:
 
     def _logprobs(self, ask: Ask, choice: Mapping[str, Any]) -> dict[str, float]:
         """Log-probabilities of those alternatives that are among the most likely first tokens."""
-        given = choice.get("logprobs")
-        entries = given.get("content") if isinstance(given, dict) else None
+        entries = mapping(choice.get("logprobs")).get("content")
         if not isinstance(entries, list) or not entries or not isinstance(entries[0], dict):
             if not self._logprobs_seen:
                 raise self._no_logprobs("its answer holds none")
             raise Refused("the server left out the log-probabilities", passing=True)
         self._logprobs_seen = True
-        listed = [entries[0], *(entries[0].get("top_logprobs") or [])]
+        tops = entries[0].get("top_logprobs")
+        listed = [entries[0], *(tops if isinstance(tops, list) else [])]
         tokens = {
-            str(entry["token"]): float(entry["logprob"])
-            for entry in listed
-            if isinstance(entry, dict) and isinstance(entry.get("logprob"), int | float) and "token" in entry
+            str(entry["token"]): nats(entry["logprob"])
+            for entry in map(mapping, listed)
+            if isinstance(entry.get("logprob"), int | float) and "token" in entry
         }
         stripped: dict[str, float] = {}
         for token, value in sorted(tokens.items(), key=lambda pair: pair[1]):

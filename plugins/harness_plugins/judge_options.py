@@ -14,7 +14,7 @@ from harness.errors import UserError
 from harness.models import inspect_model, is_url
 from harness.records import ModelInfo
 from harness.specs import ModelSpec
-from harness_plugins.openai_server import complete_url, shown_url
+from harness_plugins.openai_server import check_address, complete_url, shown_url
 
 MILLION = 1_000_000
 
@@ -25,6 +25,9 @@ class JudgeOptions(config.Config):
     model: str | None = Field(None, description="the judge: folder, hub id, or URL of an OpenAI-compatible server")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     served_model: str | None = Field(None, description="name that the server knows; its only one when absent")
+    answers_as: str | None = Field(
+        None, description="name under which it answers, where that is another (a proxy's alias, say)"
+    )
     engine: str = Field("auto", description="engine that opens a local judge")
     engine_options: dict[str, Any] = Field(default_factory=dict, description="options of that engine")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="weights of a local judge")
@@ -43,7 +46,7 @@ class JudgeOptions(config.Config):
         None, ge=0.0, description="most that this judge may cost in a run folder, interrupted runs included (USD)"
     )
     concurrency: int = Field(16, ge=1, description="requests in flight at most (count)")
-    timeout: float = Field(600.0, gt=0, description="longest silence of the server within a request (seconds)")
+    timeout: float = Field(600.0, gt=0, description="longest time that a request may take (seconds)")
     http_retries: int = Field(6, ge=0, description="further attempts after an HTTP failure (count)")
     backoff: float = Field(0.5, ge=0, description="wait before the first of them, then doubled (seconds)")
     max_wait: float = Field(120.0, ge=0, description="longest wait before an attempt, Retry-After or not (seconds)")
@@ -73,6 +76,7 @@ def check_judge(options: JudgeOptions, where: str) -> None:
     if not options.remote:
         _inspected(options, where)
         return
+    check_address(str(options.model), options.api_key_env, f"{where}, model", f"{where}, api_key_env")
     if options.max_cost is not None and options.price_input == options.price_output == 0:
         raise UserError(
             f"{where}, max_cost",

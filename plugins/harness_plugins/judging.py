@@ -212,7 +212,7 @@ class Judge:
             progress: told how many more questions are settled.
 
         Raises:
-            StepError: ``max_cost`` is reached; what is judged stays in the journal.
+            StepError: ``max_cost`` is reached; what is judged stays in the journal. Or no question got a reply.
             UserError: no question at all can be answered (nobody listens, the key is refused, no log-probabilities).
         """
         self._load()
@@ -266,6 +266,8 @@ class Judge:
             if not waiting or last:
                 break
         failed = sum(one.reply is not None and one.reply.error is not None for one in judged.values())
+        if judged and failed == len(judged):
+            raise self._silent(list(judged.values()))
         self.usage.failed = failed
         self.usage.unparsable = sum(one.reason is not None for one in judged.values()) - failed
         return [judged[key] for key in keys]
@@ -334,6 +336,11 @@ class Judge:
                 self._backend = Local(self.options, self.where, self._open_engine, needs)
             self.facts = self._backend.facts
         return self._backend
+
+    def _silent(self, judged: Sequence[Judged[T]]) -> StepError:
+        often = Counter(one.reason for one in judged).most_common(1)[0][0]
+        what = f"none of {len(judged)} questions got a reply, most often because: {often}"
+        return StepError(self.where, what, "The same command asks again.")
 
     def _spent(self, left: int) -> StepError:
         return StepError(

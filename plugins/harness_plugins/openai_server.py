@@ -1,14 +1,15 @@
 """HTTP to an OpenAI-compatible server: attempts, waits, and errors that a person can read.
 
 The key is read from the environment when the server is opened; it lives in the HTTP client only and is cut out of
-everything that a server says before that is shown or stored.
+everything that a server says (:mod:`harness.secrecy`) before anything is made of that.
 """
 
 from __future__ import annotations
 
 import email.utils
-import os
+import json
 import random
+import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,14 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from harness.errors import UserError, nearest
+from harness.records import LOGPROB_ROUNDING
+from harness.secrecy import check_variable, cleaned, read_secret, refuse_credentials
+from harness_plugins.openai_http import MOST_BYTES, Answer, Http, TooLong
 
 AGAIN = frozenset({408, 409, 425, 429})
+LEAST_LOGPROB = -1e6
+"""Nats; what is below is no probability but a mask: servers that may not say minus infinity send -9,999."""
+_SNAPSHOT = re.compile(r"-(?:\d{4}-\d{2}-\d{2}|\d{8}|\d{3,4})$")
 
 
 def complete_url(address: str) -> str:
@@ -31,6 +38,16 @@ def shown_url(address: str) -> str:
     """The address without user, password and query."""
     parts = urlsplit(complete_url(address))
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def check_address(address: str, variable: str, where: str, key: str) -> None:
+    """Whether address and key are given as they must be: the key in an environment variable, and nowhere else.
+
+    Raises:
+        UserError: the address holds credentials, or the variable's name is none.
+    """
+    check_variable(variable, key)
+    refuse_credentials(address, where, variable)
 
 
 class Refused(Exception):  # noqa: N818 - not an error of the program: one request's answer
@@ -61,6 +78,7 @@ class Names:
     model: str = "engine.model"
     key: str = "engine.api_key_env"
     address: str = "engine.base_url"
+    alias: str = "engine.answers_as"
     others: str = "engine.base_url, engine.endpoint and engine.model"
 
 
@@ -68,19 +86,18 @@ class Server:
     """HTTP to one address: attempts, waits, and errors that a person can read."""
 
     def __init__(self, url: str, options: Any, names: Names | None = None) -> None:
-        import httpx
-
         self.options, self.names = options, names or Names()
         self.shown = shown_url(url)
-        self._key = os.environ.get(options.api_key_env, "").strip()
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        limits = httpx.Limits(max_connections=options.concurrency, max_keepalive_connections=options.concurrency)
-        self._http = httpx.Client(base_url=url + "/", headers=headers, timeout=options.timeout, limits=limits)
+        self._roots: dict[str, str] = {}
+        key = read_secret(options.api_key_env, self.names.key)
+        self._has_key = bool(key)
+        # A value of two words names its own scheme: "Basic ...".
+        headers = {"Authorization": key if " " in key else f"Bearer {key}"} if key else {}
+        self._http = Http(url, headers, options.timeout, options.concurrency)
 
     def close(self) -> None:
         """Drop the connections, and with them the key."""
         self._http.close()
-        self._key = ""
 
     def settle_model(self) -> str:
         """The model's name: as configured, else the only one that the server lists."""
@@ -106,9 +123,11 @@ class Server:
     def _listed(self) -> list[str] | None:
         """Names that ``GET /models`` gives; None where the server has no such list."""
         try:
-            body = self._once("GET", "models", None)
-            return [str(entry["id"]) for entry in body["data"]]
-        except (Refused, LookupError, TypeError):
+            entries = self._once("GET", "models", None)["data"]
+            # vLLM: one model under several names, of which it answers with the first, has one root.
+            self._roots = {str(entry["id"]): entry["root"] for entry in entries if isinstance(entry.get("root"), str)}
+            return [str(entry["id"]) for entry in entries]
+        except (Refused, LookupError, TypeError, AttributeError):
             return None
 
     def post(self, path: str, body: Mapping[str, Any], stop: threading.Event, digest: str) -> dict[str, Any]:
@@ -121,7 +140,9 @@ class Server:
         """
         for attempt in range(self.options.retries + 1):
             try:
-                return self._once("POST", path, body)
+                answer = self._once("POST", path, body)
+                self._refuse_another(str(body["model"]), answer.get("model"))
+                return answer
             except Failed as failure:
                 if attempt == self.options.retries:
                     if failure.unreachable:
@@ -132,6 +153,15 @@ class Server:
                     raise Stopped from None
         raise AssertionError("unreachable")
 
+    def _refuse_another(self, asked: str, answered: object) -> None:
+        """Refuse an answer of another model; a server that does not name its model is believed."""
+        if not isinstance(answered, str) or not answered or answered == self.options.answers_as:
+            return
+        root = self._roots.get(asked)
+        if not same_model(asked, answered) and (root is None or root not in (answered, self._roots.get(answered))):
+            seen = f"{self.clean(asked)!r} was asked and {self.clean(answered)!r} answered"
+            raise Refused(f"{seen} (if they are the same, set {self.names.alias} to the latter)", passing=True)
+
     def delay(self, attempt: int, digest: str) -> float:
         """Seconds before the next attempt: ``backoff * 2**attempt``, times 0.5 to 1 drawn from the request's digest."""
         share = 0.5 + random.Random(f"{digest}/{attempt}").random() / 2
@@ -141,28 +171,27 @@ class Server:
         import httpx
 
         try:
-            answer = self._http.request(method, path, json=body)
+            answer = self._http.request(method, path, body)
         except httpx.ConnectError as error:
             raise Failed(self.clean(str(error) or "no connection"), unreachable=True) from None
-        except httpx.TimeoutException:
+        except TimeoutError:
             raise Failed(f"no answer within {self.options.timeout:g} s") from None
+        except TooLong:
+            raise Refused(f"the server's answer is longer than {MOST_BYTES >> 20} MiB", passing=True) from None
         except httpx.HTTPError as error:
             raise Failed(self.clean(f"{type(error).__name__}: {error}")) from None
-        if answer.status_code == 200:
-            try:
-                value = answer.json()
-            except ValueError:
-                value = None
+        if answer.status == 200:
+            value = _parsed(answer)
             if not isinstance(value, dict):
                 raise Failed("the server's answer is not JSON")
             return value
-        self._sort_out(answer.status_code, self._said(answer), answer.headers.get("retry-after"), path)
+        self._sort_out(answer.status, self._said(answer), answer.retry_after, path)
         raise AssertionError("unreachable")
 
     def _sort_out(self, status: int, said: str, retry_after: str | None, path: str) -> None:
         """Raise what a status other than 200 means."""
         if status in (401, 403):
-            held = "holds no key" if not self._key else "holds a key that it does not accept"
+            held = "holds no key" if not self._has_key else "holds a key that it does not accept"
             raise UserError(
                 f"{self.names.title}, {self.shown}",
                 f"the server refuses access ({status}): {said}",
@@ -194,21 +223,17 @@ class Server:
         except Failed:
             return None
 
-    def _said(self, answer: Any) -> str:
+    def _said(self, answer: Answer) -> str:
         """The server's own words, short, without the key."""
-        try:
-            value = answer.json()
-            error = value.get("error", value)
-            said = error if isinstance(error, str) else f"{error.get('message', error)} {error.get('code') or ''}"
-        except (ValueError, AttributeError):
-            said = answer.text
-        return self.clean(said)
+        value = _parsed(answer)
+        error = value.get("error", value) if isinstance(value, dict) else None
+        if isinstance(error, dict):
+            error = f"{error.get('message', error)} {error.get('code') or ''}"
+        return self.clean(error if isinstance(error, str) else answer.data.decode(errors="replace"))
 
     def clean(self, text: str) -> str:
-        """One short line in which the key is not."""
-        if self._key:
-            text = text.replace(self._key, "***")
-        return " ".join(text.split())[:300]
+        """One short line in which no key is."""
+        return " ".join(str(cleaned(text)).split())[:300]
 
     def unreachable(self, failure: Failed) -> UserError:
         """Nobody listens at the address."""
@@ -227,6 +252,45 @@ class Server:
             f"{self.shown} does not serve {self.options.model!r}",
             f"{guess}The server lists {', '.join(listed)}.",
         )
+
+
+def _parsed(answer: Answer) -> Any:
+    """The answer as JSON, without secrets; None: it is none."""
+    try:
+        return cleaned(json.loads(answer.data))
+    except (ValueError, RecursionError):
+        return None
+
+
+def mapping(value: object) -> Mapping[str, Any]:
+    """The value where it is a mapping, else an empty one: a server may put anything anywhere."""
+    return value if isinstance(value, dict) else {}
+
+
+def nats(value: object) -> float:
+    """A log-probability as a server gave it.
+
+    Raises:
+        Refused: it is no number, not finite, or positive beyond rounding.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise Refused("the server left out log-probabilities", passing=True)
+    if not LEAST_LOGPROB < value <= LOGPROB_ROUNDING:
+        raise Refused(f"the server gave {value!r:.20} as a log-probability", passing=True)
+    return float(value)
+
+
+def same_model(asked: str, answered: str) -> bool:
+    """Whether a server's name for the model that answered can be one of the model that was asked for.
+
+    The same path or its end (``org/name`` and ``name``), ``:latest``, and a dated snapshot of it (``gpt-4o`` is
+    answered by ``gpt-4o-2024-08-06``), without regard to case; a dated name that was asked for stands for itself.
+    """
+    one, other = (name.rstrip("/").removesuffix(":latest").lower() for name in (asked, answered))
+    return any(
+        f"/{first}".endswith(f"/{second}") or f"/{second}".endswith(f"/{first}")
+        for first, second in ((one, other), (one.removesuffix("-latest"), _SNAPSHOT.sub("", other)))
+    )
 
 
 def seconds(retry_after: str | None) -> float | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,29 @@ def load_adapter(model: Any, adapter: AdapterInfo, name: str, info: ModelInfo) -
         raise
     except Exception as error:
         raise _explained(error, where) from error
+
+
+def not_finite(model: Any, adapters: Iterable[str]) -> dict[str | None, str]:
+    """What holds a number that is not finite: a name within peft, or None for the base -> which of its parts.
+
+    Logits alone do not tell: torch's attention on a CPU makes zeros of queries that are not numbers.
+    """
+    found: dict[str | None, str] = {}
+    names = list(adapters)
+    for name, parameter in model.named_parameters():
+        # Quantised weights are packed integers, and torch cannot look at numbers of eight bits.
+        if not parameter.is_floating_point() or parameter.element_size() < 2 or not parameter.numel():
+            continue
+        if not all(math.isfinite(float(end)) for end in parameter.detach().aminmax()):
+            owner = next((one for one in names if one in name.split(".")), None)
+            shown = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            found.setdefault(owner, f"weights are not finite ({shown.replace(f'.{owner}', '')})")
+    for module in model.modules():
+        scales = getattr(module, "scaling", None)
+        for one in names if isinstance(scales, dict) else ():
+            if not math.isfinite(scales.get(one, 1.0)):
+                found.setdefault(one, f"scale is not finite ({scales[one]})")
+    return found
 
 
 def _needs_pickle(where: str, what: str) -> UserError:

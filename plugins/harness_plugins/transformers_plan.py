@@ -1,7 +1,8 @@
-"""How the transformers engine cuts requests into batches, and answers at stop strings. No heavy imports."""
+"""How the transformers engine cuts requests into batches, and ends answers. No heavy imports."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -110,6 +111,33 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     """``text`` up to the first occurrence of any stop string (without it), and whether there was one."""
     found = [at for at in (text.find(stop) for stop in stops if stop) if at >= 0]
     return (text[: min(found)], True) if found else (text, False)
+
+
+class Finite:
+    """A logits processor of transformers: a row whose logits are not finite has no next token, and ends.
+
+    ``-inf`` at some tokens is a mask, and allowed. Nothing is read back from the device until :attr:`first` is asked.
+    """
+
+    def __init__(self, start: int, end: int) -> None:
+        self._start, self._end = start, end
+        self._first_B: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The logits [rows, vocabulary]; a row that is not finite becomes one that gives the end token alone."""
+        import torch
+
+        bad_B = ~scores.amax(-1).isfinite()
+        now_B = torch.where(bad_B, input_ids.shape[1] - self._start, sys.maxsize)
+        self._first_B = now_B if self._first_B is None else torch.minimum(self._first_B, now_B)
+        end_V = torch.full_like(scores[0], -torch.inf)
+        end_V[self._end] = 0.0
+        return torch.where(bad_B[:, None], end_V, scores)
+
+    @property
+    def first(self) -> list[int]:
+        """For each row the new token (from 0) whose logits were not finite first; a huge number: none."""
+        return [] if self._first_B is None else [int(step) for step in self._first_B.tolist()]
 
 
 class StopText:

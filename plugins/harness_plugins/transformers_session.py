@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from harness import Decoding, Output, Request, Session
 from harness.errors import UserError, nearest
-from harness_plugins.transformers_load import is_out_of_memory
-from harness_plugins.transformers_plan import Limits, Row, StopText, cut_at_stop, plan, refusal
+from harness_plugins.transformers_load import is_out_of_memory, not_finite
+from harness_plugins.transformers_plan import Finite, Limits, Row, StopText, cut_at_stop, plan, refusal
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +53,7 @@ class TransformersSession(Session):
         model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         self._inexact = str(model.dtype) != "torch.float32"
         self._too_much: dict[int, int] = {}
+        self._unsound = not_finite(peft if peft is not None else model, adapters.values())
         self.facts = _facts(model, peft)
 
     def batches(self, requests: Sequence[Request]) -> list[list[int]]:
@@ -66,9 +67,10 @@ class TransformersSession(Session):
         outputs: dict[int, Output] = {}
         for batch in plan(requests, self._limits):
             first = requests[batch[0].members[0]]
-            if refusal(first, self._limits) is not None:
+            unsound = self._problem(first.adapter)
+            if unsound is not None or refusal(first, self._limits) is not None:
                 indices = [index for row in batch for index in row.members]
-                outputs |= {i: Output(error=refusal(requests[i], self._limits)) for i in indices}
+                outputs |= {i: Output(error=unsound or refusal(requests[i], self._limits)) for i in indices}
                 continue
             compute = self._generate if first.kind == "generate" else self._score
             with self._active(first.adapter):
@@ -92,6 +94,13 @@ class TransformersSession(Session):
                 close = nearest(request.adapter, self._adapters)
                 known = f"Did you mean {close[0]!r}?" if close else f"Open: {', '.join(self._adapters) or 'none'}."
                 raise UserError("Request.adapter", f"adapter {request.adapter!r} is not open", known)
+
+    def _problem(self, adapter: str | None) -> str | None:
+        """Why no answer of base or adapter means anything."""
+        if None in self._unsound:
+            return f"the model's {self._unsound[None]}"
+        found = self._unsound.get(self._adapters[adapter]) if adapter is not None else None
+        return f"adapter {adapter}: its {found}" if found is not None else None
 
     @contextmanager
     def _active(self, adapter: str | None) -> Iterator[None]:
@@ -195,7 +204,7 @@ class TransformersSession(Session):
     def _generate(self, rows: list[Row], requests: Sequence[Request]) -> dict[int, Output]:
         """Generations, padded on the left; every row of a group has the same decoding and budget."""
         import torch
-        from transformers import GenerationConfig, StoppingCriteriaList
+        from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
         decoding = requests[rows[0].members[0]].decoding or Decoding()
         width = max(len(row.ids) for row in rows)
@@ -214,24 +223,33 @@ class TransformersSession(Session):
             **sampling,
         )
         stop = StopText(self._tokenizer, texts, width, self._invisible) if texts else None
+        finite = Finite(width, ends[0] if ends else self._pad)
         with _seeded(decoding, [requests[row.members[0]] for row in rows], device):
             all_BT = self._model.generate(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
                 generation_config=settings,
+                logits_processor=LogitsProcessorList([finite]),
                 stopping_criteria=StoppingCriteriaList([stop] if stop else []),
             )
         outputs: dict[int, Output] = {}
-        for number, (row, new) in enumerate(zip(rows, all_BT[:, width:].tolist(), strict=True)):
+        for number, (row, new, bad) in enumerate(zip(rows, all_BT[:, width:].tolist(), finite.first, strict=True)):
             ended = stop.ended.get(number) if stop else None
-            output = self._finished(new, ended, frozenset(ends), texts)
+            output = self._finished(new, ended, frozenset(ends), texts, bad)
             outputs |= dict.fromkeys(row.members, output)
         return outputs
 
-    def _finished(self, new: list[int], ended: int | None, ends: frozenset[int], texts: Sequence[str]) -> Output:
-        """The output of one row: what stands before EOS, or up to the token that completed a stop string."""
+    def _finished(
+        self, new: list[int], ended: int | None, ends: frozenset[int], texts: Sequence[str], bad: int
+    ) -> Output:
+        """The output of one row: what stands before EOS, or up to the token that completed a stop string.
+
+        ``bad`` is the first token that was drawn from logits which are not finite: none, where the row had ended.
+        """
         upto = len(new) if ended is None else ended
         eos = next((at for at, token in enumerate(new[:upto]) if token in ends), None)
+        if bad < (upto if eos is None else eos + 1):
+            return Output(error=f"the model's logits are not finite (token {bad + 1} of the answer)")
         ids = new[: upto if eos is None else eos]
         text, cut = cut_at_stop(self._tokenizer.decode(ids, skip_special_tokens=True), texts)
         finish: Literal["stop", "length"] = "stop" if cut or eos is not None or ended is not None else "length"

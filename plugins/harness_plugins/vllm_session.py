@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -176,11 +177,14 @@ class VllmSession(Session):
             stop=stops or None,
             stop_token_ids=sorted(self._eos),
             detokenize=bool(stops),
+            logprobs=0,  # of the token drawn alone: from logits that are not finite it is no number
         )
         number = calls.add(request.adapter, request.prompt_ids, params)
         return lambda: self._text(calls.results[number].outputs[0], stops)
 
     def _text(self, completion: Any, stops: Sequence[str]) -> Output:
+        if completion.cumulative_logprob is not None and not math.isfinite(completion.cumulative_logprob):
+            return Output(error="the model's logits are not finite", batch_dependent=True)
         ids = tuple(int(i) for i in completion.token_ids)
         if completion.finish_reason == "stop" and ids and ids[-1] in self._eos:
             ids = ids[:-1]
@@ -295,7 +299,9 @@ class _Calls:
 def _scored(row: Mapping[int, Any], token: int) -> tuple[float, bool]:
     """Log-probability of a prompt token, and whether it is the argmax; of equals the lowest id is, as in torch."""
     best = max(entry.logprob for entry in row.values())
-    return float(row[token].logprob), token == min(i for i, entry in row.items() if entry.logprob == best)
+    # What is not a number equals nothing; the sum then says so.
+    first = min((i for i, entry in row.items() if entry.logprob == best), default=token)
+    return float(row[token].logprob), token == first
 
 
 def _total(scored: Sequence[tuple[float, bool]]) -> Output:
@@ -303,7 +309,7 @@ def _total(scored: Sequence[tuple[float, bool]]) -> Output:
         logprob=sum(logprob for logprob, _ in scored),
         is_greedy=all(greedy for _, greedy in scored),
         batch_dependent=True,
-    )
+    ).checked()
 
 
 def eos_ids(model: ModelInfo) -> set[int]:

@@ -21,8 +21,9 @@ from typing import Any
 import pytest
 
 from harness import AdapterInfo, Decoding, ModelInfo, Output, Request, Session, UserError
+from harness_plugins import openai_http, openai_server
 from harness_plugins.engine_openai import OpenAIEngine
-from harness_plugins.openai_server import complete_url, seconds, shown_url
+from harness_plugins.openai_server import complete_url, same_model, seconds, shown_url
 
 ENGINE = OpenAIEngine()
 KEY = "sk-very-secret-0123456789"
@@ -244,6 +245,43 @@ def test_a_server_without_logprobs_is_said(
     assert seen in caught.value.what
 
 
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (float("nan"), "the server gave nan as a log-probability"),
+        (float("-inf"), "the server gave -inf as a log-probability"),
+        (0.5, "the server gave 0.5 as a log-probability"),
+        (-1e300, "the server gave -1e+300 as a log-probability"),
+        (None, "the server left out log-probabilities"),
+        ("-1", "the server left out log-probabilities"),
+        (0.004, None),
+    ],
+)
+def test_a_log_probability_that_is_none_is_that_answers_error(
+    fake: Fake, opened: Callable[..., Session], value: object, error: str | None
+) -> None:
+    def script(body: dict[str, Any], attempt: int) -> Answer | None:
+        if body["prompt"][0] != 6:
+            return None
+        given = {"token_logprobs": [None, value], "top_logprobs": [None, {"7": -9999.0}]}
+        return 200, {"choices": [{"logprobs": given}]}, {}
+
+    fake.script = script
+    good, odd = opened(tokenizer="some/tokenizer").run([asks((5,), (6,)), asks((6,), (7,))])
+    assert (good.logprob, good.error) == (-1.75, None)
+    assert (odd.logprob, odd.error) == (value if error is None else None, error)
+
+
+@pytest.mark.parametrize("tops", [{}, [], "x", None, {"7": "x"}, {"7": float("nan")}, {"7": None}])
+def test_likeliest_tokens_that_are_none_are_that_answers_error(
+    fake: Fake, opened: Callable[..., Session], tops: object
+) -> None:
+    given = {"token_logprobs": [None, -1.0], "top_logprobs": [None, tops]}
+    fake.script = lambda body, attempt: (200, {"choices": [{"logprobs": given}]}, {})
+    [output] = opened(tokenizer="some/tokenizer").run([asks((6,), (7,))])
+    assert output.error is not None and "log-probabilit" in output.error
+
+
 def test_capabilities_say_why_not() -> None:
     chat, bare = ENGINE.Config(endpoint="chat", tokenizer="t"), ENGINE.Config()
     assert (
@@ -334,6 +372,123 @@ def test_a_server_that_stays_silent_times_out(fake: Fake, opened: Callable[..., 
     assert time.monotonic() - start < 5
 
 
+def dripping(server: Fake, where: str, release: threading.Event) -> None:
+    """From now on POST is answered without end: a byte at a time, in the headers or in the body."""
+
+    class Drip(Handler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if body["prompt"] != "slow":
+                self.reply(*usual(self.path, body))
+                return
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+            if where == "body":
+                self.wfile.write(b"\r\nContent-Length: 9999\r\n\r\n")
+            while not release.wait(0.02):
+                self.wfile.write(b" ")
+
+    server.RequestHandlerClass = Drip
+
+
+@pytest.mark.parametrize("where", ["headers", "body"])
+def test_a_server_that_drips_times_out(fake: Fake, opened: Callable[..., Session], where: str) -> None:
+    release = threading.Event()
+    dripping(fake, where, release)
+    try:
+        slow, quick = opened(timeout=0.3, retries=1).run([writes("slow"), writes("quick")])
+    finally:
+        release.set()
+    assert slow.error == "no answer within 0.3 s (2 attempts)"
+    assert quick.text == "after quick"
+
+
+def test_an_answer_without_end_is_not_read(
+    fake: Fake, opened: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_http, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(openai_server, "MOST_BYTES", 2**20)
+    fake.script = lambda body, attempt: b" " * (2**20 + 1) if body["prompt"] == "long" else None
+    long, short = opened().run([writes("long"), writes("short")])
+    assert long.error == "the server's answer is longer than 1 MiB"
+    assert short.text == "after short"
+    assert len(fake.sent) == 2
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"text": ["x"]}, {"message": "x"}, {"message": ["x"], "text": 5}, {"logprobs": 7}, {"finish_reason": {"a": 1}},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("endpoint", ["completions", "chat"])
+def test_an_answer_of_another_shape_is_that_answers_error(
+    fake: Fake, opened: Callable[..., Session], choice: dict[str, Any], endpoint: str
+) -> None:
+    fake.script = lambda body, attempt: (200, {"choices": [choice]}, {})
+    [output] = opened(endpoint=endpoint).run([writes("p")])
+    assert output.error is not None and output.error.startswith("the server's answer has no text")
+
+
+def test_an_answer_that_is_nested_without_end_is_not_json(fake: Fake, opened: Callable[..., Session]) -> None:
+    fake.script = lambda body, attempt: b'{"choices": ' + b"[" * 100_000
+    assert opened(retries=0).run([writes("p")])[0].error == "the server's answer is not JSON (1 attempts)"
+
+
+# ----------------------------------------------------------------------------------------- the model that answered
+
+
+@pytest.mark.parametrize(
+    ("asked", "answered", "same"),
+    [
+        ("tiny", "tiny", True),
+        ("tiny", "Tiny", True),
+        ("tiny", "org/tiny", True),
+        ("/models/tiny/", "tiny", True),
+        ("llama3", "llama3:latest", True),
+        ("gpt-4o", "gpt-4o-2024-08-06", True),
+        ("openai/gpt-4o", "gpt-4o-2024-08-06", True),
+        ("gpt-4", "gpt-4-0613", True),
+        ("claude-3-5-sonnet", "claude-3-5-sonnet-20241022", True),
+        ("mistral-large-latest", "mistral-large-2411", True),
+        ("gpt-4o", "gpt-4o-mini", False),
+        ("gpt-4o", "gpt-4o-mini-2024-07-18", False),
+        ("gpt-4o-2024-08-06", "gpt-4o-2024-05-13", False),
+        ("gpt-4o-2024-08-06", "gpt-4o", False),
+        ("llama3:8b", "llama3:70b", False),
+        ("one/tiny", "other/tiny", False),
+        ("tiny", "not-so-tiny", False),
+    ],
+)
+def test_which_names_are_of_one_model(asked: str, answered: str, same: bool) -> None:
+    assert same_model(asked, answered) is same
+
+
+def test_an_answer_of_another_model_is_an_error(fake: Fake, opened: Callable[..., Session]) -> None:
+    def script(body: dict[str, Any], attempt: int) -> Answer:
+        return 200, {"model": names[body["prompt"]], "choices": [{"text": "x", "finish_reason": "stop"}]}, {}
+
+    names: dict[str, Any] = {"a": "tiny", "b": "big", "c": None, "d": ""}
+    fake.script = script
+    outputs = opened().run([writes(name) for name in names])
+    wrong = "'tiny' was asked and 'big' answered (if they are the same, set engine.answers_as to the latter)"
+    assert [output.error for output in outputs] == [None, wrong, None, None]
+    assert [output.text for output in outputs] == ["x", "", "x", "x"]
+    assert opened(answers_as="big").run([writes("b")])[0].error is None
+
+
+def test_names_that_a_server_lists_for_one_model_are_of_one_model(
+    fake: Fake, opened: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM answers with the first of several served names."""
+    roots = {"first": "/m/x", "second": "/m/x", "lora": "/m/adapter"}
+    listed = {"data": [{"id": name, "root": root} for name, root in roots.items()]}
+    monkeypatch.setattr(Handler, "do_GET", lambda self: self.reply(200, listed, {}))
+    fake.script = lambda body, attempt: (200, {"model": "first", "choices": [{"text": "x"}]}, {})
+    assert opened(model="second").run([writes("p")])[0].text == "x"
+    error = opened(model="lora").run([writes("p")])[0].error
+    assert error is not None and error.startswith("'lora' was asked and 'first' answered")
+
+
 def test_waits_double_and_repeat(opened: Callable[..., Session]) -> None:
     server: Any = opened(backoff=1.0)._server  # type: ignore[attr-defined]
     waits = [server.delay(attempt, "digest") for attempt in range(5)]
@@ -368,7 +523,7 @@ def test_a_refused_key_names_the_variable_and_never_the_key(
     with pytest.raises(UserError, match="environment variable OPENAI_API_KEY holds a key that it does not") as caught:
         opened().run([writes(str(number)) for number in range(8)])
     assert KEY not in str(caught.value) + caplog.text
-    assert "wrong key *** given" in caught.value.what
+    assert "wrong key [secret] given" in caught.value.what
     assert caught.value.__cause__ is None
 
 
@@ -387,12 +542,75 @@ def test_the_key_is_in_nothing_that_is_kept(
     fake.script = lambda body, attempt: (500, {"error": f"no {KEY}"}, {}) if body["prompt"] == "bad" else None
     session = opened(retries=1)
     outputs = session.run([writes("good"), writes("bad")])
-    assert outputs[1].error == "HTTP 500: no *** (2 attempts)"
+    assert outputs[1].error == "HTTP 500: no [secret] (2 attempts)"
     options = ENGINE.Config(base_url=fake.url.replace("http://", "http://user:password@"))
     kept = [o.to_json() for o in outputs], session.facts, ENGINE.identity(options), options.model_dump()
     text = json.dumps(kept[:3]) + repr(kept) + caplog.text + "".join(capfd.readouterr())
     assert KEY not in text
     assert "password" not in json.dumps([session.facts, ENGINE.identity(options)])
+
+
+def test_a_server_that_says_the_key_again_is_not_quoted(
+    fake: Fake, opened: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an answer, in the reason of its end, as a model's name, in an error whose JSON hides it behind an escape."""
+    echoed = {"text": f"your header was Bearer {KEY}", "finish_reason": "stop"}
+    fake.script = lambda body, attempt: (200, {"choices": [echoed]}, {})
+    assert opened().run([writes("p")])[0].text == "your header was Bearer [secret]"
+    fake.script = lambda body, attempt: (200, {"choices": [{"text": None, "finish_reason": KEY}]}, {})
+    assert opened().run([writes("p")])[0].error == "the server's answer has no text (finish_reason '[secret]')"
+    fake.script = lambda body, attempt: (400, {"error": {"message": KEY, "code": KEY}}, {})
+    assert opened().run([writes("p")])[0].error == "HTTP 400: [secret] [secret]"
+    hidden = KEY.replace("s", "\\u0073", 1)
+    fake.script = lambda body, attempt: b'{"choices": [{"text": "%s", "finish_reason": "stop"}]}' % hidden.encode()
+    assert opened().run([writes("p")])[0].text == "[secret]"
+    fake.models = [KEY]
+    assert opened().facts["model"] == "[secret]"
+
+
+def test_a_word_in_place_of_a_key_is_no_secret(
+    fake: Fake, opened: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "EMPTY")
+    fake.script = lambda body, attempt: (200, {"choices": [{"text": "The box is EMPTY.", "finish_reason": "stop"}]}, {})
+    assert opened().run([writes("p")])[0].text == "The box is EMPTY."
+
+
+def test_a_key_of_two_words_names_its_own_scheme(
+    fake: Fake, opened: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "Basic dXNlcjpwYXNzd29yZDE=")
+    fake.script = lambda body, attempt: (400, {"error": "dXNlcjpwYXNzd29yZDE= is wrong"}, {})
+    assert opened().run([writes("p")])[0].error == "HTTP 400: [secret] is wrong"
+    assert fake.authorizations == {"Basic dXNlcjpwYXNzd29yZDE="}
+
+
+@pytest.mark.parametrize(
+    "address", ["http://user:hunter2xyz@{}/v1", "http://{}/v1?api_key=hunter2xyz", "http://{}/v1#hunter2xyz"]
+)
+def test_an_address_with_credentials_is_refused_and_not_shown(fake: Fake, address: str) -> None:
+    url = address.format(f"127.0.0.1:{fake.server_address[1]}")
+    for look in (ENGINE.settle, lambda model, options: ENGINE.open(model, (), options)):
+        with pytest.raises(UserError) as caught:
+            look(MODEL, ENGINE.Config(base_url=url))
+        assert caught.value.where == "engine.base_url"
+        assert "the address holds a user, a password or a query" in caught.value.what
+        assert "`export OPENAI_API_KEY=...`" in caught.value.fix
+        assert "hunter2xyz" not in str(caught.value)
+    assert not fake.sent
+
+
+def test_a_key_in_place_of_its_variable_is_refused_and_not_shown(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("sk-abcdef0123456789", "hf_AbCdEfGhIjKlMn"):
+        with pytest.raises(UserError, match=r"engine.api_key_env: takes the name of an environment") as caught:
+            ENGINE.settle(MODEL, ENGINE.Config(base_url=fake.url, api_key_env=key))
+        assert key not in str(caught.value)
+    monkeypatch.setenv("my_key", "x")
+    assert ENGINE.settle(MODEL, ENGINE.Config(base_url=fake.url, api_key_env="my_key"))
+    monkeypatch.setenv("OPENAI_API_KEY", "“sk-quoted-0123456789”")
+    with pytest.raises(UserError, match="holds characters that no HTTP header can carry") as caught:
+        ENGINE.settle(MODEL, ENGINE.Config(base_url=fake.url))
+    assert "quoted" not in str(caught.value)
 
 
 def test_the_only_model_is_taken_and_several_are_listed(fake: Fake, opened: Callable[..., Session]) -> None:

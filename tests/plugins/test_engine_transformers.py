@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,48 @@ def test_numbers_that_are_none(folder: Path) -> None:
     output = broken.run([Request("loglikelihood", (5, 6), (7,))])[0]
     assert output.logprob is None
     assert output.error == "the model's log-probability is not finite (nan)"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_from_logits_that_are_not_finite_is_none(
+    folder: Path, plain: Any, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    """Not-a-number after one prompt, infinite after its third new token for another; the rest are answered."""
+    broken = session(folder)
+    forward, calls = broken._model.forward, []
+
+    def spoilt(*args: Any, **kwargs: Any) -> Any:
+        result = forward(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == 1:
+            result.logits[0] = float("nan")
+        if len(calls) == 3:
+            result.logits[1, :, 7] = float("inf")
+        result.logits[2, :, 40:] = -float("inf")  # a mask
+        return result
+
+    monkeypatch.setattr(broken._model, "forward", spoilt)
+    decoding = Decoding(max_new_tokens=6, temperature=temperature, seed=1)
+    requests = [Request("generate", ids, decoding=decoding) for ids in ((5, 6), (9, 9), (8, 7), (7, 7))]
+    outputs = broken.run(requests)
+    assert [output.error for output in outputs] == [
+        "the model's logits are not finite (token 1 of the answer)",
+        "the model's logits are not finite (token 3 of the answer)",
+        None,
+        None,
+    ]
+    assert (outputs[0].text, outputs[0].token_ids) == ("", ())
+    assert outputs[3].token_ids and max(outputs[2].token_ids) < 40
+    if temperature == 0.0:
+        assert outputs[3].token_ids == likeliest(plain, (7, 7), 6)
+
+
+def test_what_is_not_finite_after_the_end_of_an_answer_is_no_error(folder: Path) -> None:
+    opened = session(folder)
+    new = [5, 1, 2, 2]
+    assert opened._finished(new, None, frozenset([1]), [], bad=2).error is None
+    assert opened._finished(new, None, frozenset([1]), [], bad=1).error is not None
+    assert opened._finished(new, 1, frozenset([1]), ["x"], bad=1).error is None
 
 
 def test_requests_that_cannot_be_answered_fail_alone(opened: Any) -> None:
@@ -539,6 +582,42 @@ def test_adapters_and_base_in_one_session(folder: Path, opened: Any, adapters: l
         assert [o.logprob for o in scored] != pytest.approx([o.logprob for o in alone[:-3]], abs=1e-2)
         for request, output in zip(base[-3:], generated, strict=True):
             assert output.token_ids == likeliest(model, request.prompt_ids, 6)[: len(output.token_ids)]
+
+
+def test_weights_that_are_not_finite_are_named_and_others_answer(
+    folder: Path, adapters: list[AdapterInfo], tmp_path: Path
+) -> None:
+    """Queries that are not numbers leave finite logits behind on a CPU, so that the weights are looked at."""
+    from safetensors.torch import load_file, save_file
+
+    torn = tmp_path / "torn"
+    torn.mkdir()
+    for file in Path(adapters[1].path).iterdir():
+        (torn / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(torn / "adapter_model.safetensors")
+    name = next(name for name in tensors if "q_proj.lora_A" in name)
+    tensors[name][0, 0] = float("inf")
+    save_file(tensors, torn / "adapter_model.safetensors")
+    broken = adapters[1].model_copy(update={"path": str(torn), "name": "torn"})
+    ask = Request("generate", (5, 6, 7), decoding=Decoding(max_new_tokens=2))
+    scored = Request("loglikelihood", (5, 6), (7,))
+    requests = [replace(one, adapter=adapter) for one in (ask, scored) for adapter in (None, adapters[0].name, "torn")]
+    outputs = drive(session(folder, [adapters[0], broken]), requests)
+    part = name.removeprefix("base_model.model.")
+    why = f"adapter torn: its weights are not finite ({part})"
+    assert [output.error for output in outputs] == [None, None, why] * 2
+
+    whole = tmp_path / "base"
+    whole.mkdir()
+    for file in folder.iterdir():
+        (whole / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(whole / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_proj.weight"][3, 1] = float("nan")
+    save_file(tensors, whole / "model.safetensors", metadata={"format": "pt"})
+    why = "the model's weights are not finite (model.layers.1.self_attn.k_proj.weight)"
+    assert [output.error for output in session(whole).run([ask, scored])] == [why] * 2
+    opened = session(whole, [adapters[0]])
+    assert opened.run([replace(ask, adapter=adapters[0].name)])[0].error == why
 
 
 def test_an_adapter_that_is_not_open(folder: Path, adapters: list[AdapterInfo]) -> None:

@@ -11,14 +11,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from packaging.version import Version
 
 from harness import AdapterInfo, Decoding, ModelInfo, Output, Request, Session, StepError, UserError
-from harness_plugins import engine_vllm, vllm_support
+from harness_plugins import engine_vllm, vllm_session, vllm_support
 from harness_plugins.engine_vllm import VllmEngine
+from harness_plugins.vllm_session import VllmSession
 
 ENGINE = VllmEngine()
 CONTEXT = 64
@@ -170,6 +172,49 @@ def test_identity_has_what_moves_numbers_and_nothing_else() -> None:
     assert ENGINE.identity(base) == ENGINE.identity(other)
     assert ENGINE.identity(base) != ENGINE.identity(ENGINE.Config(tensor_parallel_size=2))
     assert ENGINE.identity(base)["name"] == "vllm"
+
+
+class _Desk:
+    """What a session needs of vLLM, with results given by hand."""
+
+    def __init__(self, results: list[Any]) -> None:
+        self.results, self.asked = results, list[Any]()
+        config = SimpleNamespace(get_vocab_size=lambda: 100, dtype="torch.float32", enforce_eager=False)
+        devices = SimpleNamespace(device_config=SimpleNamespace(device_type="cuda"))
+        self.llm_engine = SimpleNamespace(model_config=config, vllm_config=devices)
+
+    def get_tokenizer(self) -> Any:
+        return SimpleNamespace(eos_token_id=1, decode=lambda ids, skip_special_tokens: " ".join(map(str, ids)))
+
+    def generate(self, prompts: Any, sampling_params: Any, **more: Any) -> list[Any]:
+        self.asked += sampling_params
+        return self.results
+
+
+def test_numbers_that_are_none_are_that_answers_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two texts and two continuations of two tokens, one of each from logits that are not finite."""
+    vllm = SimpleNamespace(SamplingParams=SimpleNamespace, TokensPrompt=dict)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setattr(vllm_session, "distribution", lambda: None)
+
+    def text(total: float) -> Any:
+        ended = {"finish_reason": "length", "stop_reason": None, "text": ""}
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=[5, 6], cumulative_logprob=total, **ended)])
+
+    def scored(value: float) -> Any:
+        entry = SimpleNamespace(logprob=value)
+        last = SimpleNamespace(token_ids=[6], logprobs=[{6: entry}])
+        return SimpleNamespace(prompt_logprobs=[None, {5: entry}], outputs=[last])
+
+    nan = float("nan")
+    llm = _Desk([text(-1.0), text(nan), scored(-0.5), scored(nan)])
+    opened = VllmSession(llm, described(), 50, ENGINE.Config(), None)  # type: ignore[arg-type]
+    written = Request("generate", (4,), decoding=Decoding(max_new_tokens=2))
+    outputs = opened.run([written, written, *[Request("loglikelihood", (4,), (5, 6))] * 2])
+    errors = [None, "the model's logits are not finite", None, "the engine gave nan as a log-probability"]
+    assert [output.error for output in outputs] == errors
+    assert (outputs[0].text, outputs[2].logprob) == ("5 6", -1.0)
+    assert llm.asked[0].logprobs == 0
 
 
 def test_root_cause_is_the_innermost_error_in_one_line() -> None:

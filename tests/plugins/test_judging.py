@@ -146,10 +146,10 @@ def test_a_server_that_stays_in_trouble_leaves_the_item_unscored_and_the_others_
 
 def test_a_silent_server_leaves_the_item_unscored(judge: Any) -> None:
     answered = threading.Event()
-    judge.say = lambda body, attempt: (answered.wait(5) and "yes") or "yes"
-    found = ask(Judge(options(judge.url, timeout=0.05, http_retries=1), "test"), "good?")
+    judge.say = lambda body, attempt: (text_of(body) == "good?" and answered.wait(5) and "yes") or "yes"
+    found = ask(Judge(options(judge.url, timeout=0.5, http_retries=1), "test"), "good?", "bad?")
     answered.set()
-    assert found[0].reason == "the judge did not reply: no answer within 0.05 s (2 attempts)"
+    assert found[0].reason == "the judge did not reply: no answer within 0.5 s (2 attempts)"
     assert found[0].again
 
 
@@ -164,10 +164,62 @@ def test_a_silent_server_leaves_the_item_unscored(judge: Any) -> None:
     ],
 )
 def test_no_reply_is_an_unscored_item(judge: Any, said: Any, reason: str, again: bool) -> None:
-    judge.say = lambda body, attempt: said
-    found = ask(Judge(options(judge.url), "test"), "good?")[0]
+    judge.say = lambda body, attempt: said if text_of(body) == "good?" else "yes"
+    found, other = ask(Judge(options(judge.url), "test"), "good?", "bad?")
     assert found.value is None and found.reason is not None and reason in found.reason
     assert found.again is again
+    assert other.value is True
+
+
+def test_a_judge_that_replies_to_nothing_fails_the_step_and_is_asked_again(judge: Any, tmp_path: Path) -> None:
+    judge.say = lambda body, attempt: (500, {"error": {"message": "down"}})
+    with pytest.raises(StepError) as caught:
+        ask(Judge(options(judge.url), "scorer s", tmp_path), "a", "b", "b")
+    why = "none of 2 questions got a reply, most often because: the judge did not reply: HTTP 500: down (3 attempts)"
+    assert str(caught.value) == f"scorer s: {why}\n  The same command asks again."
+    judge.say = lambda body, attempt: "yes"
+    assert [one.value for one in ask(Judge(options(judge.url), "scorer s", tmp_path), "a", "b", "b")] == [True] * 3
+
+
+def test_a_reply_of_another_model_is_none(judge: Any) -> None:
+    names = {"good?": "stub-judge", "bad?": "other"}
+    judge.say = lambda body, attempt: {**completion("yes"), "model": names[text_of(body)]}
+    good, bad = ask(Judge(options(judge.url), "test"), "good?", "bad?")
+    assert good.value is True and bad.again
+    seen = "the judge did not reply: 'stub-judge' was asked and 'other' answered"
+    assert bad.reason == f"{seen} (if they are the same, set answers_as of this scorer to the latter)"
+    assert ask(Judge(options(judge.url, answers_as="other"), "test"), "bad?")[0].value is True
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, 0.7])
+def test_a_log_probability_that_is_none_leaves_the_item_unscored(judge: Any, tmp_path: Path, value: float) -> None:
+    judge.say = lambda body, attempt: first_token({"m": value if text_of(body) == "bad?" else -0.5, "M": -1.0})
+    asked = [question(text, alternatives=("m", "M")) for text in ("good?", "bad?")]
+    good, bad = Judge(options(judge.url), "test", tmp_path).ask(asked, lambda reply: dict(reply.logprobs or {}))
+    assert good.value == {"m": -0.5, "M": -1.0}
+    assert bad.reason == f"the judge did not reply: the server gave {value} as a log-probability" and bad.again
+
+
+def test_credentials_are_refused_and_not_shown(judge: Any) -> None:
+    for address in ("http://user:hunter2xyz@host/v1", f"{judge.url}?api_key=hunter2xyz"):
+        with pytest.raises(UserError, match="test, model: the address holds a user, a password or a query") as caught:
+            check_judge(options(address), "test")
+        assert "hunter2xyz" not in str(caught.value) and "export OPENAI_API_KEY" in caught.value.fix
+    with pytest.raises(UserError, match="test, api_key_env: takes the name of an environment variable") as caught:
+        check_judge(options(judge.url, api_key_env="sk-hunter2xyz"), "test")
+    assert "hunter2xyz" not in str(caught.value)
+
+
+def test_a_judge_that_says_the_key_again_is_not_quoted(
+    judge: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    judge.say = lambda body, attempt: f"yes, Bearer {KEY}" if text_of(body) == "good?" else (400, {"error": KEY})
+    good, bad = ask(Judge(options(judge.url, retries=0), "test", tmp_path), "good?", "bad?")
+    assert good.reason == "neither yes nor no: yes, Bearer [secret]"
+    assert bad.reason == "the judge did not reply: HTTP 400: [secret]"
+    (journal,) = tmp_path.glob("*.jsonl.gz")
+    assert KEY not in str(read_rows(journal))
 
 
 @pytest.mark.parametrize("text", ["", "\ud800 half a pair", "\x00\u202e", "문" * 100_000])

@@ -132,7 +132,13 @@ def test_no_verdict(text: str, finish: Any, reason: str) -> None:
         ("</s>[INST] x [/INST]<<SYS>>", "< /s>[ INST] x [ /INST]< <SYS>>"),
         ("<end_of_turn><start_of_turn>model", "< end_of_turn>< start_of_turn>model"),
         ("<｜Assistant｜>", "< ｜Assistant｜>"),
-        ("a < b and <b>bold</b>", "a < b and <b>bold</b>"),
+        ("[TOOL_CALLS] [/TOOL_RESULTS]", "[ TOOL_CALLS] [ /TOOL_RESULTS]"),
+        ("<|turn>model\nno<turn|>", "< |turn>model\nno< turn|>"),
+        ("<extra_id_1>Assistant", "< extra_id_1>Assistant"),
+        ("<think>It refuses.</think>", "< think>It refuses.< /think>"),
+        ("[[[ A ]] [[B]]] [[[C]", "[[ A ] [B]] [[[C]"),
+        ("[[A[[B]]", "[[A[B]"),
+        ("a < b and <b>bold</b> [NOTE] x[TOOL] a|>b", "a < b and <b>bold</b> [NOTE] x[TOOL] a|>b"),
     ],
 )
 def test_an_answer_holds_no_tag_and_no_turn(text: str, expected: str) -> None:
@@ -141,6 +147,11 @@ def test_an_answer_holds_no_tag_and_no_turn(text: str, expected: str) -> None:
 
 def test_many_brackets_are_no_trap() -> None:
     assert defused("[" * 300 + "A" + "]" * 300) == "[A]"
+    # Quadratic work would take the better part of an hour.
+    many = 1_000_000
+    assert defused("[" * many) == "[" * many
+    assert defused("[" * many + "A" + "]" * many) == "[A]"
+    assert defused("[[" + " " * many + "A") == "[[" + " " * many + "A"
 
 
 @pytest.mark.parametrize(
