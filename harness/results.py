@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from harness.errors import CorruptionError, UserError, nearest
+from harness.provenance import digest_of_bytes
 from harness.records import Metric, Output, Row, StepKind, StepRecord
 from harness.store import RunStore, read_json, read_rows, rows_digest
 
@@ -138,6 +139,9 @@ class Step:
     def rows(self) -> tuple[Row, ...]:
         """The numbers of a scores step: one row per metric for the whole task, then one per leaf."""
         path = self.artifact / "scores.json"
+        recorded = self.record.files.get(path.name) if self.record is not None else None
+        if recorded is not None and path.is_file() and digest_of_bytes(path.read_bytes()) != recorded:
+            raise CorruptionError(f"{path}: does not hold what status.json recorded; run the same command again")
         try:
             return tuple(Row.model_validate(row) for row in read_json(path)["rows"])
         except (KeyError, TypeError, ValidationError, FileNotFoundError) as error:
