@@ -139,9 +139,6 @@ class Step:
     def rows(self) -> tuple[Row, ...]:
         """The numbers of a scores step: one row per metric for the whole task, then one per leaf."""
         path = self.artifact / "scores.json"
-        recorded = self.record.files.get(path.name) if self.record is not None else None
-        if recorded is not None and path.is_file() and digest_of_bytes(path.read_bytes()) != recorded:
-            raise CorruptionError(f"{path}: does not hold what status.json recorded; run the same command again")
         try:
             return tuple(Row.model_validate(row) for row in read_json(path)["rows"])
         except (KeyError, TypeError, ValidationError, FileNotFoundError) as error:
@@ -334,6 +331,10 @@ def _step(root: Path, kind: StepKind, step_id: str) -> Step:
             record = StepRecord.model_validate(read_json(status)) if status.is_file() else None
         except ValidationError as error:
             raise CorruptionError(f"{status}: damaged ({error.error_count()} problems); run it again") from None
+        for name, digest in record.files.items() if record is not None else ():
+            file = folder / "artifact" / name
+            if not file.is_file() or digest_of_bytes(file.read_bytes()) != digest:
+                raise CorruptionError(f"{file}: does not hold what status.json recorded; run the same command again")
         return Step(root, step_id, folder, info, record)
     return Step(root, step_id, None, {}, None)
 
