@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from harness import provenance
 from harness.arms import adapters_in
 from harness.checksums import differences, record_files, refuse_damaged
 from harness.errors import UserError
@@ -88,6 +90,24 @@ def test_a_folder_can_be_moved(recorded: Path) -> None:
     shutil.move(recorded / "arm", recorded / "elsewhere" / "renamed")
     base = inspect_model(ModelSpec(model="base"))
     assert inspect_adapter("elsewhere/renamed", base).name == "renamed"
+
+
+def test_weights_are_read_once_for_the_record_and_for_the_id(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A digest is remembered by what the file system says of a file that has settled, as any large one has."""
+    read: list[str] = []
+    plain = hashlib.file_digest
+
+    def file_digest(stream: Any, kind: str) -> Any:
+        read.append(Path(stream.name).name)
+        return plain(stream, kind)
+
+    monkeypatch.setattr(provenance, "_SETTLED_NS", 0)
+    monkeypatch.setattr(hashlib, "file_digest", file_digest)
+    base = inspect_model(ModelSpec(model="base"))
+    inspect_adapter("arm", base)
+    assert (read.count(MODEL_FILE), read.count(ADAPTER_FILE)) == (1, 1)
+    inspect_adapter("arm", inspect_model(ModelSpec(model="base")))
+    assert (read.count(MODEL_FILE), read.count(ADAPTER_FILE)) == (1, 1)
 
 
 EVAL = "eval --task sums.yaml --out out --model"
