@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import lineage
 from harness.align_plan import AlignPlan
+from harness.checksums import record_files
 from harness.policy import described_quantization
 from harness.store import StepFolder, write_bytes, write_json
 
@@ -35,7 +36,9 @@ def export(model: Any, target: Target) -> None:
         if (folder / TRAINABLE).is_file():
             final = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
             restore(model, folder / TRAINABLE)
-            write_adapter(model, target, target.out / f"step-{step}")
+            kept = target.out / f"step-{step}"
+            write_adapter(model, target, kept)
+            record_files(kept, kept.iterdir())
             for name, parameter in model.named_parameters():
                 if name in final:
                     parameter.data.copy_(final[name])

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UserError
+from harness.checksums import CHECKSUMS, differences, record_files, still_whole
+from harness.errors import CorruptionError, UserError
 from harness.provenance import files_digest
+from harness.records import StepRecord
 from harness.store import CHECKPOINT_COMPLETE, StepFolder, read_json
 
 WORK = "training"
@@ -18,7 +20,7 @@ WORK = "training"
 
 _OWN = re.compile(
     r"training|step-\d+|adapter_model\.safetensors|adapter_config\.json|chat_template\.jinja|lineage\.json|README\.md|"
-    r"model[\w.-]*\.(safetensors|json)|(generation_)?config\.json|tokenizer[\w.]*|special_tokens_map\.json|"
+    r"checksums\.json|model[\w.-]*\.(safetensors|json)|(generation_)?config\.json|tokenizer[\w.]*|special_tokens_map\.json|"
     r"added_tokens\.json|vocab\.\w+|merges\.txt|spiece\.model|\..*"
 )
 """Names that an alignment leaves in its folder."""
@@ -79,8 +81,35 @@ def clear(root: Path) -> None:
 
 
 def weights_digest(out: Path) -> str:
-    """Digest of what was trained: in ``status.json`` when the alignment ends, and held against it later."""
+    """Digest of what was trained: in ``status.json`` when the alignment ends."""
     return files_digest(out.glob("*.safetensors"), out)
+
+
+def record_alignment(root: Path) -> None:
+    """Write the record of all files but ``status.json``, which comes after it."""
+    own = [path for path in root.iterdir() if _OWN.fullmatch(path.name) and not path.name.startswith(".")]
+    files = [*own, *(file for folder in own if folder.is_dir() for file in folder.iterdir())]
+    record_files(root, [file for file in files if file != root / WORK / "status.json"])
+
+
+def check_whole(root: Path) -> str:
+    """Hold an alignment that has ended against its records; returns what is to be said of its pages.
+
+    Asked before whose folder it is, as damage may hide that.
+
+    Raises:
+        UserError: naming the files that are not as they were written.
+    """
+    status = root / WORK / "status.json"
+    # A kill just before the end leaves the record of files and the checkpoints.
+    if not status.is_file() and (_has_checkpoint(root) or not (root / CHECKSUMS).is_file()):
+        return ""
+    found = differences(root, everything=True)
+    try:
+        StepRecord.model_validate(read_json(status))
+    except (OSError, CorruptionError, ValueError):
+        found[f"{WORK}/{status.name}"] = "is damaged" if status.is_file() else "is missing"
+    return still_whole(found, f"--out {root}", "Delete it or pass --fresh to make it again, or give another --out.")
 
 
 def tidy(work: StepFolder) -> None:
@@ -91,8 +120,11 @@ def tidy(work: StepFolder) -> None:
 
 def _holds_training(root: Path) -> bool:
     """Whether there is anything that took training to make."""
-    work = root / WORK
-    return (work / "status.json").exists() or any(work.glob(f"checkpoints/checkpoint-*/{CHECKPOINT_COMPLETE}"))
+    return (root / WORK / "status.json").exists() or _has_checkpoint(root)
+
+
+def _has_checkpoint(root: Path) -> bool:
+    return any(root.glob(f"{WORK}/checkpoints/checkpoint-*/{CHECKPOINT_COMPLETE}"))
 
 
 def _different(old: Any, new: Any, key: str = "") -> list[str]:
@@ -110,7 +142,8 @@ def _different(old: Any, new: Any, key: str = "") -> list[str]:
 def _strange(root: Path) -> list[str]:
     """What is not an alignment's."""
     begun = root / WORK
-    if (begun / "step.json").exists():
+    # Of an alignment that has ended, the record of files is as good a sign: step.json may be what was lost.
+    if (begun / "step.json").exists() or (begun.is_dir() and (root / CHECKSUMS).exists()):
         return sorted(path.name for path in root.iterdir() if not _OWN.fullmatch(path.name))
     # A kill just after the folder was made leaves `training` without a record.
     ours = not any(path.is_file() and not path.name.startswith(".") for path in begun.rglob("*"))

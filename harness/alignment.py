@@ -16,7 +16,16 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from harness.align_export import Target, export, lineage_of
-from harness.align_folder import WORK, claim, clear, refuse_strangers, tidy, weights_digest
+from harness.align_folder import (
+    WORK,
+    check_whole,
+    claim,
+    clear,
+    record_alignment,
+    refuse_strangers,
+    tidy,
+    weights_digest,
+)
 from harness.align_plan import AlignPlan, plan_align
 from harness.contracts import Dataset, TrainingJob
 from harness.errors import Requeue, StepError, UserError
@@ -99,14 +108,12 @@ def run_align(
         work = StepFolder(store.root / WORK, plan.id, "align")
         if fresh:
             clear(store.root)
+        pages = check_whole(store.root)
         claim(store.root, plan.id, plan.identity)
         if (ended := work.status()) is not None and ended.status == "done":
-            if weights_digest(out) == ended.digest:
-                tidy(work)
-                reporter.note(f"{out} holds this adapter already")
-                return _load(out, plan, work)
-            reporter.note(f"{out}: the weights are not those that were recorded: training again")
-            work.reopen("the weights are not those that were recorded")
+            tidy(work)
+            reporter.note(f"{out} holds this adapter already{pages}")
+            return _load(out, plan, work)
         begun_before = (work.path / "step.json").exists()
         registry.announce("step_started", step={"id": plan.id, "kind": "align", "arm": plan.arm})
         try:
@@ -444,6 +451,7 @@ class _Run:
         write_json(self.work.path / "result.json", {"heldout": heldout, "rows": len(measured), "summaries": described})
         step = read_json(self.work.path / "step.json")
         write_bytes(self.out / "README.md", model_card(step, lineage_of(self.plan), heldout, history).encode())
+        record_alignment(self.out)
         ended = StepRecord(
             id=self.plan.id,
             kind="align",

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.checksums import is_recorded
 from harness.errors import UserError
 from harness.models import inspect_adapter, with_template_of
 from harness.records import AdapterInfo, ModelInfo
@@ -55,10 +56,14 @@ def find_arms(spec: EvalSpec, model: ModelInfo) -> list[Candidate]:
 def adapters_in(ref: str) -> list[str]:
     """The adapter folders that a reference stands for: itself, or those directly in a folder of adapters, sorted."""
     path = Path(ref).expanduser()
-    if not path.is_dir() or (path / ADAPTER_CONFIG).is_file():
+    if not path.is_dir() or _is_adapter(path):
         return [ref]
-    children = sorted(child for child in path.iterdir() if (child / ADAPTER_CONFIG).is_file())
-    return [str(child) for child in children] or [ref]
+    return [str(child) for child in sorted(path.iterdir()) if _is_adapter(child)] or [ref]
+
+
+def _is_adapter(path: Path) -> bool:
+    """One that lost its configuration counts, so that it is refused and not passed over."""
+    return (path / ADAPTER_CONFIG).is_file() or is_recorded(path, ADAPTER_CONFIG)
 
 
 def unique_names(adapters: Sequence[AdapterInfo]) -> list[str]:

@@ -56,9 +56,9 @@ class StepError(HarnessError):
 
 
 class CorruptionError(HarnessError):
-    """A stored file does not hold what was written to it."""
+    """A stored file does not hold what was written to it; the message says how it is made again."""
 
-    exit_code = ExitCode.STEPS_FAILED
+    exit_code = ExitCode.USER
 
 
 class Requeue(BaseException):

@@ -146,7 +146,7 @@ class _Run:
         if fresh:
             self.store.clear()
             run.forget_folders()
-        claim(self.store, self.plan)
+        claim(self.store, self.plan, self.reporter)
         remove_scratch(self.store.scratch)
         executor = run.registry.find(Executor, EXECUTOR, "executor")
         executor.carry_out(self._groups(pending), lambda group: group(), executor.Config())

@@ -174,8 +174,7 @@ class _Fold:
         probe: Callable[[Path], Mapping[str, Any]] = lambda folder: {},
     ) -> dict[str, Any]:
         """Write the folder, unless it holds this fold; returns its record."""
-        if (before := done_before(out, self.id, fresh=fresh)) is not None:
-            reporter.note(f"{out} holds this fold already")
+        if (before := done_before(out, self.id, fresh=fresh, reporter=reporter)) is not None:
             return before
         begun = time.perf_counter()
         plans = [self._plan(name) for name in self.names]

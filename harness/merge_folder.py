@@ -9,18 +9,20 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from harness.checksums import differences, is_recorded, record_files, still_whole
 from harness.errors import CorruptionError, UserError
+from harness.progress import Reporter
 from harness.store import RunStore, fsync_folder, read_json
 
 RECORD = "merge.json"
 """The record of how a folder came about; for a fold ``fold.json``."""
 FOLD = "fold.json"
 _OWN = re.compile(
-    r"merge\.json|merge_stats\.jsonl|merge\.html|fold\.json|lineage\.json|README\.md|config\.json|generation_config\.json|"
+    r"merge\.json|checksums\.json|merge_stats\.jsonl|merge\.html|fold\.json|lineage\.json|README\.md|config\.json|generation_config\.json|"
     r"adapter_model[\w.-]*\.(safetensors|json)|adapter_config\.json|model[\w.-]*\.(safetensors|json)|"
     r"chat_template\.(jinja|json)|tokenizer[\w.]*|special_tokens_map\.json|added_tokens\.json|vocab\.\w+|merges\.txt|"
     r"spiece\.model|(pre)?processor_config\.json|[\w.-]+\.py|\..*"
@@ -28,11 +30,11 @@ _OWN = re.compile(
 """Names that a merge leaves in its folder."""
 
 
-def done_before(out: Path, identity: str, *, fresh: bool) -> dict[str, Any] | None:
+def done_before(out: Path, identity: str, *, fresh: bool, reporter: Reporter) -> dict[str, Any] | None:
     """The record of a folder that holds this very merge, whole; None where there is work to do.
 
     Raises:
-        UserError: the folder holds anything else, and may not be replaced.
+        UserError: the folder is damaged, or holds anything else, and may not be replaced.
     """
     if not out.exists() and not out.is_symlink():
         return None
@@ -42,10 +44,14 @@ def done_before(out: Path, identity: str, *, fresh: bool) -> dict[str, Any] | No
     if not names:
         return None
     record = _record(out)
-    strange = names if record is None else [name for name in names if not _OWN.fullmatch(name)]
-    if record is not None and not fresh and record.get("id") == identity:
-        if problem := _damage(out, record):
-            raise UserError(f"--out {out}", problem, "Give another --out, or --fresh to make it again.")
+    # Its record may be what is damaged.
+    ours = record is not None or is_recorded(out, RECORD, FOLD)
+    strange = [name for name in names if not (ours and _OWN.fullmatch(name))]
+    if ours and not fresh and (record is None or record.get("id") == identity):
+        found = differences(out, everything=True)
+        pages = still_whole(found, f"--out {out}", "Give another --out, or --fresh to make it again.")
+        assert record is not None
+        reporter.note(f"{out} holds this {record['kind']} already{pages}")
         return record
     if strange:
         raise UserError(
@@ -72,17 +78,6 @@ def _record(out: Path) -> dict[str, Any] | None:
             if isinstance(found, dict):
                 return found
     return None
-
-
-def _damage(out: Path, record: Mapping[str, Any]) -> str:
-    """What of the recorded weight files is not there as it was."""
-    for name, size in record.get("files", {}).items():
-        file = out / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes, and {size} were written"
-    return ""
 
 
 class _Work(RunStore):
@@ -123,6 +118,7 @@ def appearing(out: Path) -> Iterator[Path]:
             model.mkdir()
             try:
                 yield model
+                record_files(model, model.iterdir())
                 fsync_folder(model)
                 if out.is_dir() and any(out.iterdir()):
                     out.rename(work / "replaced")

@@ -187,8 +187,7 @@ def run_merge(
     plan: MergePlan, out: Path, running: Running, *, fresh: bool, registry: Registry, reporter: Reporter
 ) -> Merging:
     """Carry out a plan; the folder appears at the end, or not at all."""
-    if (before := done_before(out, plan.id, fresh=fresh)) is not None:
-        reporter.note(f"{out} holds this merge already")
+    if (before := done_before(out, plan.id, fresh=fresh, reporter=reporter)) is not None:
         return Merging(out, plan.id, before, before=True)
     registry.announce("step_started", step={"id": plan.id, "kind": "merge", "arm": out.name})
     run = _Run(plan, running, reporter)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.adapter_keys import Base, check_keys, module_of
+from harness.checksums import refuse_damaged
 from harness.errors import UserError, nearest
 from harness.model_files import (
     IndexFile,
@@ -135,6 +136,7 @@ def _locate(ref: str, revision: str | None, where: str, wanted: str) -> tuple[Pa
         raise UserError(f"{where} {ref}", "is a file", f"Give the folder that holds it: {path.resolve().parent}.")
     if path.exists():
         check_folder(path, where)
+        refuse_damaged(path, f"{where} {ref}")
         if not (path / wanted).is_file():
             found = sorted(p.name for p in path.iterdir())[:8]
             other = "config.json" if wanted == "adapter_config.json" else "adapter_config.json"
@@ -150,7 +152,9 @@ def _locate(ref: str, revision: str | None, where: str, wanted: str) -> tuple[Pa
         return path, None
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", ref) or ref.startswith((".", "/")):
         raise _missing(ref, path, where)
-    return _snapshot(ref, revision, where, path)
+    folder, commit = _snapshot(ref, revision, where, path)
+    refuse_damaged(folder, f"{where} {ref}")
+    return folder, commit
 
 
 def _missing(ref: str, path: Path, where: str) -> UserError:

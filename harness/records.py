@@ -246,6 +246,7 @@ class StepRecord(Config):
     counts: dict[str, int] = Field(default_factory=dict)
     seconds: dict[str, float] = Field(default_factory=dict, description="import, load, compute (seconds)")
     notes: tuple[str, ...] = ()
+    checksum: str | None = Field(None, exclude=True, description="of the file; `read_json` checks it and takes it away")
 
 
 class Row(Config):

@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from harness.errors import CorruptionError, UserError, nearest
+from harness.provenance import digest_of_bytes
 from harness.records import Metric, Output, Row, StepKind, StepRecord
 from harness.store import RunStore, read_json, read_rows, rows_digest
 
@@ -330,6 +331,10 @@ def _step(root: Path, kind: StepKind, step_id: str) -> Step:
             record = StepRecord.model_validate(read_json(status)) if status.is_file() else None
         except ValidationError as error:
             raise CorruptionError(f"{status}: damaged ({error.error_count()} problems); run it again") from None
+        for name, digest in record.files.items() if record is not None else ():
+            file = folder / "artifact" / name
+            if not file.is_file() or digest_of_bytes(file.read_bytes()) != digest:
+                raise CorruptionError(f"{file}: does not hold what status.json recorded; run the same command again")
         return Step(root, step_id, folder, info, record)
     return Step(root, step_id, None, {}, None)
 

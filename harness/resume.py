@@ -7,6 +7,7 @@ from typing import Any
 
 from harness.errors import CorruptionError, UserError
 from harness.plan import EvalPlan
+from harness.progress import Reporter
 from harness.provenance import digest_of_bytes
 from harness.records import StepRecord
 from harness.store import RunStore, StepFolder, intact, read_json, read_members, rows_digest, write_json
@@ -50,9 +51,12 @@ def check_folder(root: Path, plan: EvalPlan) -> bool:
     )
 
 
-def claim(store: RunStore, plan: EvalPlan) -> None:
+def claim(store: RunStore, plan: EvalPlan, reporter: Reporter) -> None:
     """Write plan.json where it is missing, damaged, or asks for other scores of the same answers."""
     if check_folder(store.root, plan):
+        if _stored_plan(store.root) is None and _holds_steps_of(store.root, plan):
+            how = "damaged" if store.plan_file.exists() else "missing"
+            reporter.note(f"plan.json is {how}; it is written again")
         write_json(store.plan_file, plan.to_json())
 
 

@@ -90,6 +90,8 @@ class Running:
         for folder in [self.folder(unit), *(self.scores_folder(unit, step) for step in unit.task.scores)]:
             status = folder.status()
             if status is None or status.status != "done":
+                if status is None and (folder.path / "status.json").exists():
+                    self.reporter.note(f"{folder.path.name}: status.json is damaged; it is done again where needed")
                 whole = False
                 continue
             problem = damage(folder, status, self.store) or self._worth_another_try(status)

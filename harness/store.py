@@ -39,6 +39,9 @@ FSYNC_SECONDS = 1.0
 CHECKPOINT_COMPLETE = "complete.json"
 """Written into a checkpoint of training last: without it, it is not one."""
 
+CHECKSUM = "checksum"
+"""Last key of every JSON file that :func:`write_json` wrote: SHA-256 of the text before it."""
+
 _MEMBER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00"
 _PIECE = 16_384
 _OWN = re.compile(
@@ -69,21 +72,34 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON for people and machines (sorted keys, indented), with a schema version."""
-    data = {"schema_version": SCHEMA_VERSION, **value} if isinstance(value, dict) else value
-    write_bytes(path, (json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    """Write JSON for people and machines (sorted keys, indented); an object with a schema version and a checksum."""
+    data = value
+    if isinstance(value, dict):
+        data = {"schema_version": SCHEMA_VERSION, **{key: kept for key, kept in value.items() if key != CHECKSUM}}
+    text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False).encode()
+    write_bytes(path, _sealed(text.removesuffix(b"\n}")) if isinstance(value, dict) else text + b"\n")
+
+
+def _sealed(text: bytes) -> bytes:
+    """An object, its closing bracket left out, with the checksum of its text as the last key."""
+    return text + f',\n  "{CHECKSUM}": "{hashlib.sha256(text).hexdigest()}"\n}}\n'.encode()
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON that this module wrote.
+    """Read JSON that this module wrote; without a checksum (as earlier versions wrote it) it is taken as it is.
 
     Raises:
-        CorruptionError: the file is torn or not JSON.
+        CorruptionError: the file is torn, not JSON, or not what was written.
     """
+    data = path.read_bytes()
     try:
-        return json.loads(path.read_bytes())
-    except (ValueError, UnicodeDecodeError) as error:
+        value = json.loads(data)
+        text = data.rpartition(f',\n  "{CHECKSUM}"'.encode())[0]
+        if isinstance(value, dict) and value.pop(CHECKSUM, None) is not None and data != _sealed(text):
+            raise ValueError("it is not what was written")
+    except ValueError as error:
         raise CorruptionError(f"{path}: damaged ({error}); delete it or start over with --fresh") from None
+    return value
 
 
 def fsync_folder(folder: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from harness.provenance import file_digest
 from harness.records import Metric, Output, Row, StepRecord
 from harness.store import Journal, RunStore, rows_digest, write_json, write_rows
 
@@ -80,8 +81,9 @@ class RunFolder:
             full = [Row(**self._row(name, variant, scorer, scores_id, row)).model_dump(mode="json") for row in rows]
             write_json(scores.artifact / "scores.json", {"rows": full, "counts": {}})
             seconds = {"load": 1.5, "compute": 2.25}
+            files = {"scores.json": file_digest(scores.artifact / "scores.json")}
             ended = StepRecord(id=scores_id, kind="scores", status="done", digest=rows_digest(scored), seconds=seconds)
-            scores.finish(ended)
+            scores.finish(ended.model_copy(update={"files": files}))
         elif state == "failed":
             error = "the scorer's model /data/models/judge is gone"
             scores.finish(StepRecord(id=scores_id, kind="scores", status="failed", error=error))

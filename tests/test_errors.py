@@ -26,7 +26,7 @@ def test_the_exit_codes_are_those_that_the_documentation_promises() -> None:
             3,
             "answers-mmlu: the engine died\n  Run it again.",
         ),
-        (CorruptionError("plan.json: damaged"), 3, "plan.json: damaged"),
+        (CorruptionError("plan.json: damaged"), 2, "plan.json: damaged"),
         (HarnessError("a fault of ours"), 1, "a fault of ours"),
     ],
 )

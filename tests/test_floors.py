@@ -16,7 +16,7 @@ FLOORS = {
         "provenance store stats catalog expression annotations merge_methods merge_names merge_config merge_recipe"
     ),
     "work": (
-        "model_files regex_guard adapter_keys attaching "
+        "model_files regex_guard adapter_keys attaching checksums "
         "models arms choose_engine engines generation_config data machine prompts lmeval_load lmeval_collect "
         "lmeval generate evaluation rows plan resume templates separation selection tokenise token_cache reference "
         "lineage training heldout pairwise_trainer pairwise align_checks align_folder align_plan policy align_export "

@@ -184,7 +184,7 @@ def test_a_run_written_before_there_were_arms_still_reads(tiny: Path, sums: Path
     del plan["arms"]
     for task in plan["tasks"]:
         del task["arm"]
-    (root / "plan.json").write_text(json.dumps(plan))
+    harness.store.write_json(root / "plan.json", plan)
     found = open_run(root)
     assert found.arms == (found,) and found.label == "half"
     assert [row.mean for row in write_reports(root).rows] == [0.5]

@@ -24,6 +24,7 @@ from harness.report_html import SAMPLES_PER_TASK, block_html, choose_samples, pl
 from harness.report_text import escape_markdown, number
 from harness.results import clip, open_run, portable, visible
 from harness.store import write_json
+from tests.damage import HARMS
 
 _helper = runpy.run_path(str(Path(__file__).with_name("run_folder.py")))
 RunFolder, ACC, TOX = _helper["RunFolder"], _helper["ACC"], _helper["TOX"]
@@ -418,6 +419,38 @@ def test_damaged_records_are_named(run: Path) -> None:
     answers.write_bytes(answers.read_bytes()[:-9])
     with pytest.raises(CorruptionError, match=r"answers\.jsonl\.gz: damaged"):
         write_reports(run)
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_report_prints_no_number_of_a_damaged_record(cli: Any, run: Path, harm: str) -> None:
+    """Exit 2, the file named, and neither `report` nor `compare` prints anything."""
+    for pattern in ("steps/scores-*/artifact/scores.json", "steps/*/step.json", "steps/*/status.json", "plan.json"):
+        file = sorted(run.glob(pattern))[0]
+        before = file.read_bytes()
+        HARMS[harm](file)
+        for command in (["report", run], ["compare", run, run]):
+            ran = cli(*command)
+            if harm == "delete" and file.name in ("step.json", "status.json"):
+                # The step has not ended, and says so.
+                assert "not finished" in ran.out if command[0] == "report" else "unfinished" in ran.err
+            elif harm == "delete" and file.name == "plan.json":
+                assert (ran.code, ran.err[:7]) == (2, "error: ") and "it has no plan.json" in ran.err
+            else:
+                assert (ran.code, ran.out) == (2, ""), (file, command)
+                assert ran.err.startswith(f"error: {file}: ")
+        file.write_bytes(before)
+
+
+def test_a_changed_mean_is_not_printed_with_the_old_interval(cli: Any, run: Path) -> None:
+    """Also where the file's own checksum was mended, or is of a version that wrote none."""
+    file = next(run.glob("steps/scores-*/artifact/scores.json"))
+    stored = json.loads(file.read_text())
+    stored["rows"][0]["mean"] = 0.123
+    for text in (file.read_text().replace("}", "} ", 1), json.dumps(stored), None):
+        file.write_text(text) if text is not None else write_json(file, stored)
+        ran = cli("report", run)
+        assert (ran.code, ran.out) == (2, "")
+        assert ran.err == (f"error: {file}: does not hold what status.json recorded; run the same command again\n")
 
 
 def test_a_folder_that_is_no_run_is_refused_with_near_matches(run: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import hashlib
 import json
 import os
 import resource
@@ -22,7 +23,18 @@ from hypothesis import strategies as st
 from harness import store
 from harness.errors import CorruptionError, UserError
 from harness.records import StepRecord
-from harness.store import Journal, RunStore, StepFolder, read_members, read_rows, rows_digest, write_bytes, write_rows
+from harness.store import (
+    Journal,
+    RunStore,
+    StepFolder,
+    read_json,
+    read_members,
+    read_rows,
+    rows_digest,
+    write_bytes,
+    write_json,
+    write_rows,
+)
 
 BATCHES = [[{"id": f"{b}-{i}", "text": "naïve\n\u2028" * b, "p": 0.25} for i in range(3)] for b in range(3)]
 HEADER = 10
@@ -270,6 +282,40 @@ def test_rows_torn_at_any_byte_are_never_read_in_part(tmp_path: Path) -> None:
 def test_no_rows_are_not_a_lost_file(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl.gz", [])
     assert read_rows(tmp_path / "rows.jsonl.gz") == []
+
+
+def test_json_carries_the_checksum_of_its_own_text(tmp_path: Path) -> None:
+    """By hand: sha256sum of the lines before it, without the last line feed."""
+    path = tmp_path / "plan.json"
+    write_json(path, {"b": [1.5, None], "a": "ä"})
+    text = '{\n  "a": "ä",\n  "b": [\n    1.5,\n    null\n  ],\n  "schema_version": 1'
+    checksum = hashlib.sha256(text.encode()).hexdigest()
+    assert path.read_text(encoding="utf-8") == f'{text},\n  "checksum": "{checksum}"\n}}\n'
+    assert read_json(path) == {"a": "ä", "b": [1.5, None], "schema_version": 1}
+    # What was read as plain JSON is written with a checksum of its own.
+    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "a": "o"})
+    assert read_json(path)["a"] == "o"
+
+
+def test_no_byte_of_json_changes_unnoticed(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    write_json(path, {"mean": 0.25, "nested": {"checksum": "inner"}})
+    whole = path.read_bytes()
+    expected = read_json(path)
+    key = whole.rindex(b'"checksum"')
+    for place in range(len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        if key < place < key + 9:
+            # Under another name it is one key more, and the rest is whole.
+            assert read_json(path).items() > expected.items()
+            continue
+        with pytest.raises(CorruptionError, match=r"plan\.json: damaged"):
+            read_json(path)
+
+
+def test_json_of_earlier_versions_has_no_checksum(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{"mean": 0.25}')
+    assert read_json(tmp_path / "plan.json") == {"mean": 0.25}
 
 
 # --------------------------------------------------------------------------------------------------------- steps

@@ -8,12 +8,20 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from harness.catalog import load_catalog
+from harness.execute import run_plan
+from harness.plan import plan_eval
+from harness.progress import Reporter
+from harness.registry import load_plugins
+from harness.specs import EvalSpec, ModelSpec
 from harness.store import Journal, read_members, read_rows
+from tests.damage import HARMS, files_of, one_by_one
 
 BATCH, N = 4, 30
 FILES = {
@@ -171,6 +179,49 @@ def test_every_other_file_is_made_again_from_the_answers(
     report = json.loads((finished / "report" / "report.json").read_text(encoding="utf-8"))
     assert report["rows"][0]["n"] == N
     assert run(finished).err == "engine slow (asked for)\neverything was done before\n"
+
+
+PER_STEP = {"step.json", "provenance.json", "status.json", "log.jsonl"}
+IN_A_RUN = {
+    ".lock",
+    "plan.json",
+    "requests/*.jsonl.gz",
+    *(f"steps/answers-*/{name}" for name in (*PER_STEP, "artifact/answers.jsonl.gz")),
+    *(f"steps/scores-*/{name}" for name in (*PER_STEP, "artifact/scores.json", "artifact/samples.jsonl.gz")),
+    *(f"report/report.{kind}" for kind in ("json", "md", "html")),
+}
+UNHARMED = {
+    ".lock": "the id of the process that wrote last; a lock is held by the process, not by the file",
+    "log.jsonl": "a diary for people: no number and no decision is read from it",
+    "report/": "holds nothing of its own and is written anew from the records by every command",
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_every_file_of_a_run_is_named_when_it_is_damaged(slow_eval: list[str], finished: Path, harm: str) -> None:
+    """By the same evaluation again; which then makes it again, asking the model nothing that is stored."""
+    said: list[str] = []
+    reporter = Reporter()
+    reporter.note = said.append  # type: ignore[method-assign]
+    registry = load_plugins([slow_eval[slow_eval.index("--plugin") + 1]])
+    tasks = slow_eval[slow_eval.index("--tasks") + 1]
+    model = ModelSpec(model=slow_eval[slow_eval.index("--model") + 1])
+    spec = EvalSpec(model=model, tasks=("sums",), task_folders=(tasks,), engine="slow")
+    plan = plan_eval(spec, registry, load_catalog(registry, [tasks]))
+    before = numbers(finished)
+    names = files_of(finished)
+    patterns = {pattern: [name for name in names if fnmatch(name, pattern)] for pattern in IN_A_RUN}
+    assert sorted(found for one in patterns.values() for found in one) == sorted(names)
+    for name in one_by_one(finished, harm):
+        said.clear()
+        run_plan(plan, registry, finished, reporter=reporter)
+        assert numbers(finished) == before
+        file = Path(name).name
+        # A step without status.json has not ended, as after a kill: it is carried out from what is stored.
+        if any(name.startswith(one) or file == one for one in UNHARMED) or (file, harm) == ("status.json", "delete"):
+            assert not [line for line in said if "damaged" in line or "missing" in line]
+        else:
+            assert any(file in line and "again" in line for line in said), (name, said)
 
 
 def test_a_damaged_plan_of_another_run_is_refused(run: Any, finished: Path) -> None:

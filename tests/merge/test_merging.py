@@ -14,6 +14,7 @@ from harness.merging import MergePlan, Running, parse_input, plan_merge, run_mer
 from harness.progress import Reporter
 from harness.registry import load_plugins
 from harness.specs import MergeInput, MergeSpec, ModelSpec
+from harness.store import read_json
 from tests.merge.conftest import peft_state, tensor_bytes, weights
 
 ARMS = ("a0", "a1", "a2", "a3")
@@ -179,7 +180,7 @@ def test_the_record_is_whole_and_names_no_path(made: Path, tmp_path: Path) -> No
     given = [(path, weight) for path, weight in zip(arms(made, "a0", "a1"), (0.3, 0.7), strict=True)]
     options = {"density": 0.6}
     done = harness.merge("dare_ties", given, base=made / "base", out=tmp_path / "out", options=options, seed=9)
-    record = json.loads((tmp_path / "out" / "merge.json").read_text())
+    record = read_json(tmp_path / "out" / "merge.json")
     assert record == done.record
     assert [one["weight"] for one in record["inputs"]] == [0.3, 0.7]
     assert (record["options"]["density"], record["seed"], record["method"]) == (0.6, 9, "dare_ties")

@@ -261,7 +261,7 @@ def test_folders_of_others(cli: Any, models: Path) -> None:
     assert cli(*merge("--seed", "1", "--fresh"), "--out", "mine").code == 0
     Path("mine/model.safetensors").write_bytes(b"torn")
     ran = cli(*merge("--seed", "1"), "--out", "mine")
-    assert "model.safetensors has 4 bytes, and " in ran.err
+    assert "--out mine: model.safetensors has SHA-256 " in ran.err
     Path("file").write_text("")
     assert "--out file: is no folder" in cli(*merge(), "--out", "file").err
     Path(".new.merge").mkdir()
