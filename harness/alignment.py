@@ -152,10 +152,15 @@ class _Run:
         work.begin(described, record({}))
         work.log("data", read=data.read, tokenised=data.tokenised)
         prepared = time.perf_counter()
-        with self.signals():
-            measured, history, micro = self._train_all(train, held)
-        seconds = {"prepare": prepared - begun, "train": time.perf_counter() - prepared}
-        return self._finish(measured, history, {"rows": len(train.rows), "micro_batch_size": micro}, seconds)
+        try:
+            with self.signals():
+                measured, history, micro = self._train_all(train, held)
+                seconds = {"prepare": prepared - begun, "train": time.perf_counter() - prepared}
+                return self._finish(measured, history, {"rows": len(train.rows), "micro_batch_size": micro}, seconds)
+        finally:
+            if self._signal is not None:
+                # It came too late to stop this training, and was not meant for this training alone.
+                signal.raise_signal(self._signal)
 
     # ------------------------------------------------------------------------------------------------------- data
 
@@ -233,6 +238,7 @@ class _Run:
                 alone = self.plan.spec.processes == 1
                 measured = self.train(train, held, micro) if alone else self._train_apart(micro)
             except StoppedError as stopped:
+                self._signal = None
                 if stopped.number == signal.SIGINT:
                     raise KeyboardInterrupt from None
                 raise Requeue(signal.Signals(stopped.number).name) from None
@@ -412,7 +418,7 @@ class _Run:
                 # No step is in hand (or the user insists): what is on disk is what is kept.
                 raise KeyboardInterrupt if number == signal.SIGINT else Requeue(signal.Signals(number).name)
             self._signal = self._progress.stop = number
-            self.reporter.note("stopping after this step: a checkpoint is written")
+            self.reporter.note("stopping after this step: what is done is saved")
 
         before = {}
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
