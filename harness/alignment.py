@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from harness.align_export import Target, export, lineage_of
-from harness.align_folder import WORK, claim, clear, refuse_strangers, tidy, weights_digest
+from harness.align_folder import WORK, claim, clear, holds_training, refuse_strangers, tidy, weights_digest
 from harness.align_plan import AlignPlan, plan_align
 from harness.contracts import Dataset, TrainingJob
 from harness.errors import Requeue, StepError, UserError
@@ -32,7 +32,7 @@ from harness.registry import Registry, load_plugins
 from harness.selection import Selection, select
 from harness.specs import AlignSpec, ModelSpec
 from harness.stats import Summary
-from harness.store import RunStore, StepFolder, read_json, read_rows, slug, write_bytes, write_json, write_rows
+from harness.store import RunStore, StepFolder, read_json, read_rows, slug, write_bytes, write_json, write_rows, writing
 from harness.token_cache import Prepared, TokenCache, pinned
 from harness.tokenise import Tokenised, tokenise_demonstrations, tokenise_pairs
 
@@ -110,11 +110,18 @@ def run_align(
         begun_before = (work.path / "step.json").exists()
         registry.announce("step_started", step={"id": plan.id, "kind": "align", "arm": plan.arm})
         try:
-            return _Run(plan, registry, out, work, reporter).carry_out()
+            with writing(store.root):
+                return _Run(plan, registry, out, work, reporter).carry_out()
         except UserError:
-            # What is refused leaves nothing behind, so that the corrected command finds the folder as this one did.
-            if not begun_before and (work.path / "step.json").exists():
+            if holds_training(store.root):
+                reporter.note("the last checkpoint is kept: the same command goes on from there")
+            elif not begun_before and work.path.exists():
+                # What is refused leaves nothing behind, so that the corrected command finds the folder as this one did.
                 clear(store.root)
+            raise
+        except (KeyboardInterrupt, Requeue):
+            if not holds_training(store.root):
+                reporter.note("there is no checkpoint yet: the same command trains from the first step")
             raise
 
 
@@ -478,7 +485,7 @@ def train_in_rank(
     rank, micro = share
     run = _Run(plan, registry, *where, reporter, rank)
     data = run.prepare()
-    with run.signals():
+    with run.signals(), writing(where[1].path):
         run.train(data.train, data.heldout, micro)
 
 
