@@ -52,7 +52,7 @@ def write_adapter(model: Any, target: Target, out: Path) -> None:
             model.save_pretrained(str(fresh), selected_adapters=["default"])
         made = fresh / "default" if (fresh / "default").is_dir() else fresh
         config = json.loads((made / lineage.CONFIG).read_text())
-        config["base_model_name_or_path"] = plan.model.name
+        config.update(lineage.base_for_peft(plan.model, target.out))
         config["target_modules"] = sorted(config["target_modules"] or [])
         write_bytes(made / lineage.CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
         if plan.start is not None:
