@@ -19,6 +19,7 @@ from harness.errors import UserError, unknown
 from harness.expression import LISTING, OPTION, Part, parse_expression, trainable
 from harness.records import canonical, digest_of
 from harness.registry import Registry
+from harness.row_schema import settled
 
 HELDOUT_SHARE = 0.1
 """Share of prompts held out of a data set without an official held-out split."""
@@ -264,7 +265,7 @@ def _load(
         raise unknown(f"{OPTION} {part.label}", "data set to train on", part.name, trainable(registry), LISTING)
     official = dataset.heldout_split(job)
     schema = dataset.schema_of(job)
-    rows = [DatasetRow(f"{part.label}/{row.id}", row.data) for row in dataset.rows(job)]
+    rows = list(_read(part, dataset, job, schema))
     counts = {"rows": len(rows) + sum(job.dropped.values()), "dropped": sum(job.dropped.values()), "usable": len(rows)}
     _add(selection.dropped, job.dropped)
     if official is None:
@@ -273,7 +274,7 @@ def _load(
         rows = [row for row in rows if row.id not in kept]
     else:
         _, test = _open(part, registry, options, official)
-        held = [DatasetRow(f"{part.label}/{row.id}", row.data) for row in dataset.rows(test)]
+        held = list(_read(part, dataset, test, schema))
         _add(selection.heldout_dropped, test.dropped)
         job.notes += [note for note in test.notes if note not in job.notes]
         counts["held-out rows dropped"] = sum(test.dropped.values())
@@ -288,6 +289,13 @@ def _load(
             "Choose another subset, revision or data set (`harness data list`), or mend the data.",
         )
     return _Loaded(part, rows, held, counts, schema)
+
+
+def _read(part: Part, dataset: Dataset, job: DatasetJob, schema: Schema) -> Iterator[DatasetRow]:
+    """Rows in the form that training wants, with ids that are unique in a mixture."""
+    for row in dataset.rows(job):
+        named = DatasetRow(f"{part.label}/{row.id}", row.data)
+        yield settled(named, schema, f"{OPTION} {part.label}") if isinstance(schema, str) else named
 
 
 def _add(total: dict[str, int], more: Mapping[str, int]) -> None:

@@ -13,8 +13,8 @@ from harness.contracts import Adapter, Aligner, PairLogps, Stage, TrainingJob
 from harness.errors import StepError
 from harness.pairwise import PairwiseLoss
 from harness.recipes import Recipe
+from harness.row_schema import FIELDS
 from harness.testing.common import check_plugin, demand, options_of
-from harness.testing.data import FIELDS
 from harness.testing.tiny import SENTENCES, tiny_model
 
 
