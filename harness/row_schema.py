@@ -12,7 +12,7 @@ from typing import Any
 from harness.contracts import DatasetRow, RowSchema
 from harness.errors import UserError
 
-FIELDS: dict[RowSchema, tuple[str, ...]] = {
+FIELDS: dict[str, tuple[str, ...]] = {
     "prompts": (),
     "demonstrations": ("prompt", "completion"),
     "pairs": ("prompt", "chosen", "rejected"),
@@ -41,7 +41,7 @@ EXAMPLES: dict[RowSchema, Mapping[str, Any]] = {
 """One row of each schema (``DatasetRow.data``)."""
 
 
-def row_problem(schema: RowSchema, data: Mapping[str, Any]) -> str | None:
+def row_problem(schema: str, data: Mapping[str, Any]) -> str | None:
     """Why data cannot be a row of this schema; None where they can."""
     for name in FIELDS[schema]:
         value = data.get(name)
