@@ -11,7 +11,7 @@ from harness import lineage
 from harness.align_plan import AlignPlan
 from harness.checksums import record_files
 from harness.policy import described_quantization
-from harness.store import StepFolder, write_bytes, write_json
+from harness.store import StepFolder, write_bytes, write_json, writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,10 +51,11 @@ def write_adapter(model: Any, target: Target, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     fresh = target.work.path / "export"
     if hasattr(model, "peft_config"):
-        model.save_pretrained(str(fresh), selected_adapters=["default"])
+        with writing(fresh):
+            model.save_pretrained(str(fresh), selected_adapters=["default"])
         made = fresh / "default" if (fresh / "default").is_dir() else fresh
         config = json.loads((made / lineage.CONFIG).read_text())
-        config["base_model_name_or_path"] = plan.model.name
+        config.update(lineage.base_for_peft(plan.model, target.out))
         config["target_modules"] = sorted(config["target_modules"] or [])
         write_bytes(made / lineage.CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
         if plan.start is not None:
@@ -65,9 +66,10 @@ def write_adapter(model: Any, target: Target, out: Path) -> None:
     else:
         # Switched off for training; whoever generates with the exported model needs it.
         model.config.use_cache = True
-        model.save_pretrained(str(out))
+        with writing(out):
+            model.save_pretrained(str(out))
+            target.tokenizer.save_pretrained(str(out))
         model.config.use_cache = False
-        target.tokenizer.save_pretrained(str(out))
     write_bytes(out / "chat_template.jinja", plan.template.source.encode())
     write_json(out / lineage.LINEAGE, lineage_of(plan))
 

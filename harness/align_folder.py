@@ -37,7 +37,7 @@ def claim(root: Path, step_id: str, identity: Mapping[str, Any]) -> None:
         before = read_json(file)
         if before.get("id") == step_id:
             return
-        if not _holds_training(root):
+        if not holds_training(root):
             clear(root)
             return
         changed = _different(before.get("identity", {}), json.loads(json.dumps(identity)))
@@ -118,7 +118,7 @@ def tidy(work: StepFolder) -> None:
         shutil.rmtree(work.path / name, ignore_errors=True)
 
 
-def _holds_training(root: Path) -> bool:
+def holds_training(root: Path) -> bool:
     """Whether there is anything that took training to make."""
     return (root / WORK / "status.json").exists() or _has_checkpoint(root)
 

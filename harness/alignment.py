@@ -21,6 +21,7 @@ from harness.align_folder import (
     check_whole,
     claim,
     clear,
+    holds_training,
     record_alignment,
     refuse_strangers,
     tidy,
@@ -41,7 +42,7 @@ from harness.registry import Registry, load_plugins
 from harness.selection import Keep, Selection, select
 from harness.specs import AlignSpec, ModelSpec
 from harness.stats import Summary
-from harness.store import RunStore, StepFolder, read_json, read_rows, slug, write_bytes, write_json, write_rows
+from harness.store import RunStore, StepFolder, read_json, read_rows, slug, write_bytes, write_json, write_rows, writing
 from harness.token_cache import Prepared, TokenCache, pinned
 from harness.tokenise import Tokenised, Tokeniser
 
@@ -117,11 +118,18 @@ def run_align(
         begun_before = (work.path / "step.json").exists()
         registry.announce("step_started", step={"id": plan.id, "kind": "align", "arm": plan.arm})
         try:
-            return _Run(plan, registry, out, work, reporter).carry_out()
+            with writing(store.root):
+                return _Run(plan, registry, out, work, reporter).carry_out()
         except UserError:
-            # What is refused leaves nothing behind, so that the corrected command finds the folder as this one did.
-            if not begun_before and (work.path / "step.json").exists():
+            if holds_training(store.root):
+                reporter.note("the last checkpoint is kept: the same command goes on from there")
+            elif not begun_before and work.path.exists():
+                # What is refused leaves nothing behind, so that the corrected command finds the folder as this one did.
                 clear(store.root)
+            raise
+        except (KeyboardInterrupt, Requeue):
+            if not holds_training(store.root):
+                reporter.note("there is no checkpoint yet: the same command trains from the first step")
             raise
 
 
@@ -159,10 +167,15 @@ class _Run:
         work.begin(described, record({}))
         work.log("data", read=data.read, tokenised=data.tokenised)
         prepared = time.perf_counter()
-        with self.signals():
-            measured, history, micro = self._train_all(train, held)
-        seconds = {"prepare": prepared - begun, "train": time.perf_counter() - prepared}
-        return self._finish(measured, history, {"rows": len(train.rows), "micro_batch_size": micro}, seconds)
+        try:
+            with self.signals():
+                measured, history, micro = self._train_all(train, held)
+                seconds = {"prepare": prepared - begun, "train": time.perf_counter() - prepared}
+                return self._finish(measured, history, {"rows": len(train.rows), "micro_batch_size": micro}, seconds)
+        finally:
+            if self._signal is not None:
+                # It came too late to stop this training, and was not meant for this training alone.
+                signal.raise_signal(self._signal)
 
     # ------------------------------------------------------------------------------------------------------- data
 
@@ -242,6 +255,7 @@ class _Run:
                 alone = self.plan.spec.processes == 1
                 measured = self.train(train, held, micro) if alone else self._train_apart(micro)
             except StoppedError as stopped:
+                self._signal = None
                 if stopped.number == signal.SIGINT:
                     raise KeyboardInterrupt from None
                 raise Requeue(signal.Signals(stopped.number).name) from None
@@ -421,7 +435,7 @@ class _Run:
                 # No step is in hand (or the user insists): what is on disk is what is kept.
                 raise KeyboardInterrupt if number == signal.SIGINT else Requeue(signal.Signals(number).name)
             self._signal = self._progress.stop = number
-            self.reporter.note("stopping after this step: a checkpoint is written")
+            self.reporter.note("stopping after this step: what is done is saved")
 
         before = {}
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -482,7 +496,7 @@ def train_in_rank(
     rank, micro = share
     run = _Run(plan, registry, *where, reporter, rank)
     data = run.prepare()
-    with run.signals():
+    with run.signals(), writing(where[1].path):
         run.train(data.train, data.heldout, micro)
 
 

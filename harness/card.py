@@ -6,6 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
+def opening(adapter: bool, revision: str | None) -> list[str]:
+    """How an adapter is opened with its base; of a whole model there is nothing to say."""
+    if not adapter:
+        return []
+    if revision is not None:
+        return ["`AutoPeftModelForCausalLM.from_pretrained(THIS)` opens it with its base.", ""]
+    return [
+        "Its base is a local folder, which AutoPeft looks for from the working folder. From anywhere: "
+        "`PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), THIS)`.",
+        "",
+    ]
+
+
 def model_card(
     step: Mapping[str, Any],
     lineage: Mapping[str, Any],
@@ -37,6 +50,7 @@ def model_card(
         "",
         f"Base `{lineage['base']['name']}` (weights {lineage['base']['weights'][:12]}){before}.",
         "",
+        *opening(adapter["name"] != "none", lineage["base"]["revision"]),
         "## Data",
         "",
         *(

@@ -65,19 +65,18 @@ def main() -> NoReturn:
         _say(f"error: {error}")
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        _say("interrupted: what is done is kept; the same command goes on from here")
+        _say("interrupted: what is done is kept; run the same command again")
         code = ExitCode.INTERRUPTED
     except Requeue:
-        _say("stopped by a signal: what is done is kept; the same command goes on from here")
+        _say("stopped by a signal: what is done is kept; run the same command again")
         code = ExitCode.REQUEUE
     except OSError as error:
-        from harness.store import is_disk_full
+        from harness.store import is_disk_full, refusal
 
-        if not is_disk_full(error):
+        refused = refusal(error) if is_disk_full(error) else None
+        if refused is None:
             raise
-        _say(
-            f"error: {error.filename or 'a file'}: the disk is full\n  Free some space and run the same command again."
-        )
+        _say(f"error: {error.filename or 'a file'}: {refused[0]}\n  {refused[1]}")
         code = ExitCode.USER
     except Exception as error:
         code = _click_error(error)

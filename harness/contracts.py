@@ -276,6 +276,7 @@ class Scorer(Plugin):
 # --------------------------------------------------------------------------------------------------------- datasets
 
 RowSchema = Literal["prompts", "demonstrations", "pairs", "rated"]
+"""What rows hold; :mod:`harness.row_schema` has an example of each."""
 
 
 @dataclass(frozen=True)

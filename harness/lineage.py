@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import UserError
 from harness.model_files import LineageFile, read_checked
-from harness.records import AdapterInfo
+from harness.records import AdapterInfo, ModelInfo
 from harness.store import write_bytes
 
 if TYPE_CHECKING:
@@ -50,6 +51,26 @@ def ancestry(start: AdapterInfo | None) -> list[dict[str, str]]:
     file = Path(start.path) / LINEAGE
     before = read_checked(file, LineageFile).get("adapters", []) if file.is_file() else []
     return [*before, {"name": start.name, "digest": start.digest}]
+
+
+def base_for_peft(model: ModelInfo, out: Path) -> dict[str, str | None]:
+    """What adapter_config.json says of the base: never an absolute path, so that the adapter can be published.
+
+    peft and transformers take a path from the working folder of whoever loads. So a base under ours is named from
+    there; else one that lies beside the adapter, from the adapter's own folder. Of any other the name alone is left,
+    and a reader must say where it is.
+
+    Args:
+        model: the base.
+        out: folder of the adapter.
+    """
+    if model.revision is not None:
+        return {"base_model_name_or_path": model.ref, "revision": model.revision}
+    base, out, here = Path(model.path).resolve(), out.resolve(), Path.cwd()
+    for around, start in ((here, here), (out.parent, out)):
+        if around in base.parents:
+            return {"base_model_name_or_path": os.path.relpath(base, start), "revision": None}
+    return {"base_model_name_or_path": model.name, "revision": None}
 
 
 def refuse_unless_plain(config: dict[str, Any], where: str) -> None:

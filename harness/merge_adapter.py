@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import UserError
-from harness.lineage import CONFIG
+from harness.lineage import CONFIG, base_for_peft
 from harness.merge_compute import Maker
 from harness.merge_inputs import OpenModels
 from harness.merge_models import is_embedding
@@ -178,7 +178,7 @@ def write_adapter_config(out: Path, opened: OpenModels, recipes: Sequence[Tensor
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": opened.info.name,
+        **base_for_peft(opened.info, out),
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,

@@ -26,6 +26,13 @@ def seed_of(seed: int, tensor: str, model: int) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
 
 
+def _described(result: object) -> str:
+    """What a merger returned, as far as it is held to it: ``harness.Merged of shape [6, 4], torch.float32``."""
+    if not isinstance(result, Merged):
+        return f"{type(result).__name__}, not harness.Merged"
+    return f"harness.Merged of shape {list(result.tensor.shape)}, {result.tensor.dtype}"
+
+
 class Maker:
     """Makes the tensors of one merge, in any order and from any thread.
 
@@ -211,10 +218,11 @@ class Maker:
             config=recipe.options,
             generator=self.generator(recipe.name),
         )
-        if found.tensor.shape != values[0].shape:
+        seen, wanted = _described(found), _described(Merged(values[0]))
+        if seen != wanted:
             raise StepError(
                 f"merger {self.merger.name}, tensor {recipe.name}",
-                f"returned shape {list(found.tensor.shape)} for inputs of shape {list(values[0].shape)}",
+                f"returned {seen}, expected {wanted}",
                 "This is a fault of the merger: `harness.testing.check_merger` finds such.",
             )
         return found

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from harness.card import opening
 from harness.merge_compute import Maker
 from harness.merge_inputs import lineage_entry
 from harness.merge_recipe import TensorRecipe
@@ -124,6 +125,7 @@ def merge_card(found: Mapping[str, Any]) -> str:
         "",
         f"Base `{base['name']}` ({base['digest'][:12]})." if base is not None else "Without a base.",
         "",
+        *opening(adapter, base.get("revision") if base is not None else None),
         "| input | kind | digest | weight |",
         "| --- | --- | --- | --- |",
         *(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import UserError
 from harness.models import TOKENIZER_FILES, read_chat_template
 from harness.records import ModelInfo
-from harness.store import is_disk_full, write_bytes
+from harness.store import refusal, write_bytes
 from harness.tensor_files import STORED_NAMES, TORCH_NAMES
 
 if TYPE_CHECKING:
@@ -278,10 +278,8 @@ def target_dtype(stored: str, asked: str) -> str:
 
 
 def _disk_error(path: Path, error: OSError) -> Exception:
-    if not is_disk_full(error):
+    refused = refusal(error)
+    if refused is None:
         return error
-    return UserError(
-        str(path),
-        f"the disk is full ({error.strerror})",
-        "Nothing of the unfinished model is kept. Free some space and run the same command again.",
-    )
+    what, fix = refused
+    return UserError(str(path), what, f"Nothing of the unfinished model is kept. {fix}")

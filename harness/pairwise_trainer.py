@@ -17,6 +17,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from harness.contracts import PairLogps, TrainingJob
+from harness.errors import StepError
 from harness.heldout import ACCURACY, LOSS, MARGIN
 from harness.prefix_sharing import PrefixCollator, refuse_unless_exact, shared_logps
 
@@ -55,9 +56,10 @@ class PairwiseTrainer(DPOTrainer):
     ) -> Any:
         """Mean of the method's loss over the pairs of a micro batch; rewards go to the log."""
         policy, reference = self._both(model, inputs)
-        loss_B = self._method.loss(policy, reference, self._method_config)
+        trained = torch.is_grad_enabled()
+        loss_B = losses(self._method, policy, reference, self._method_config, trained=trained)
         with torch.no_grad():
-            chosen_B, rejected_B = self._method.rewards(policy, reference, self._method_config)
+            chosen_B, rejected_B = rewards(self._method, policy, reference, self._method_config)
             values = {
                 "rewards/chosen": chosen_B,
                 "rewards/rejected": rejected_B,
@@ -84,9 +86,9 @@ class PairwiseTrainer(DPOTrainer):
     def row_values(self, model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Loss and rewards of each held-out pair, (B,)."""
         policy, reference = self._both(model, inputs)
-        chosen_B, rejected_B = self._method.rewards(policy, reference, self._method_config)
+        chosen_B, rejected_B = rewards(self._method, policy, reference, self._method_config)
         return {
-            LOSS: self._method.loss(policy, reference, self._method_config),
+            LOSS: losses(self._method, policy, reference, self._method_config, trained=False),
             ACCURACY: (chosen_B > rejected_B).float(),
             MARGIN: chosen_B - rejected_B,
             "rewards/chosen": chosen_B,
@@ -128,6 +130,74 @@ def pair_logps(model: Any, inputs: dict[str, Any]) -> PairLogps:
     chosen, rejected = logps_B.chunk(2)
     chosen_tokens, rejected_tokens = tokens_B.chunk(2)
     return PairLogps(chosen, rejected, chosen_tokens, rejected_tokens)
+
+
+def losses(
+    method: PairwiseLoss, policy: PairLogps, reference: PairLogps | None, config: Any, *, trained: bool
+) -> torch.Tensor:
+    """What `PairwiseLoss.loss` returns, held to its contract: anything else would be averaged in silence.
+
+    Args:
+        method: the aligner.
+        policy: log-probabilities under the model in training.
+        reference: as the method is given it.
+        config: of the method.
+        trained: whether the mean is to be minimised, so that it must depend on the policy.
+
+    Returns:
+        (B,) loss per pair.
+
+    Raises:
+        StepError: no tensor, another shape (with both), no gradient, or a use of the reference that is not there.
+    """
+    (loss_B,) = _asked(method, "loss", 1, (policy, reference, config))
+    if trained and not loss_B.requires_grad:
+        raise _fault(
+            method, "`loss` returned a tensor without a gradient: it does not depend on the policy, or is detached"
+        )
+    return loss_B
+
+
+def rewards(
+    method: PairwiseLoss, policy: PairLogps, reference: PairLogps | None, config: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `PairwiseLoss.rewards` returns, held to its contract as :func:`losses` is."""
+    chosen_B, rejected_B = _asked(method, "rewards", 2, (policy, reference, config))
+    return chosen_B, rejected_B
+
+
+def _asked(
+    method: PairwiseLoss, name: str, count: int, given: tuple[PairLogps, PairLogps | None, Any]
+) -> tuple[torch.Tensor, ...]:
+    """One of a method's two functions: ``count`` tensors, each with one number per pair."""
+    policy, reference, config = given
+    try:
+        found = getattr(method, name)(*given)
+    except (AttributeError, TypeError, AssertionError):
+        if reference is None and _works(method, name, (policy, policy, config)):
+            raise _fault(method, f"`{name}` uses the reference, and `needs_reference` is False") from None
+        raise
+    tensors = found if isinstance(found, tuple) else (found,)
+    seen = [f"shape {list(t.shape)}" if isinstance(t, torch.Tensor) else type(t).__name__ for t in tensors]
+    wanted = [f"shape {list(policy.chosen.shape)}"] * count
+    if seen != wanted:
+        raise _fault(method, f"`{name}` returned {', '.join(seen)} for pairs of {', '.join(wanted)}")
+    return tensors
+
+
+def _works(method: PairwiseLoss, name: str, given: tuple[PairLogps, PairLogps, Any]) -> bool:
+    """Whether a function that failed without a reference works with one."""
+    try:
+        getattr(method, name)(*given)
+    except Exception:
+        return False
+    return True
+
+
+def _fault(method: PairwiseLoss, what: str) -> StepError:
+    return StepError(
+        f"aligner {method.name}", what, "This is a fault of the method: `harness.testing.check_aligner` finds such."
+    )
 
 
 def build(method: PairwiseLoss, job: TrainingJob) -> PairwiseTrainer:

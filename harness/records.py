@@ -169,12 +169,16 @@ class Score:
         return cls({metric.name: None for metric in metrics}, reason)
 
 
+_RANGES = {"proportion": (0.0, 1.0), "percent": (0.0, 100.0)}
+_ROUNDING = 1e-9
+
+
 class Metric(Config):
     """What a number means."""
 
     name: str
     higher_is_better: bool | None = Field(description="direction; None where neither is better")
-    unit: str = Field(description="'proportion', 'nats', 'logit', ...")
+    unit: str = Field(description="'proportion' (0 to 1), 'percent' (0 to 100), 'nats', 'logit', ...")
     low: float | None = Field(None, description="least possible value")
     high: float | None = Field(None, description="greatest possible value")
     chance: float | None = Field(None, description="expected value of guessing")
@@ -183,6 +187,24 @@ class Metric(Config):
         "mean", description="corpus: the scorer's own `aggregate`, bootstrapped"
     )
     threshold: float = Field(0.05, description="share of unscored samples above which the mean is withheld")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Least and greatest value: as declared, else what the unit implies, else infinite."""
+        low, high = _RANGES.get(self.unit, (-math.inf, math.inf))
+        return low if self.low is None else self.low, high if self.high is None else self.high
+
+    def problem(self, value: Any, *, whole: bool = False) -> str | None:
+        """Why this cannot be a sample's value; None where it can. Rounding may lead a hair over a bound.
+
+        ``whole``: the value is the aggregate of a corpus metric, to which alone the bounds of such a metric apply.
+        """
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return f"{value!r} is no finite number"
+        low, high = self.bounds
+        if low - _ROUNDING <= value <= high + _ROUNDING or (self.aggregate == "corpus" and not whole):
+            return None
+        return f"{value!r} is outside [{low:g}, {high:g}] ({self.unit})"
 
 
 class ModelInfo(Config):

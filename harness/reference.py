@@ -18,7 +18,7 @@ from typing import Any
 
 from harness.provenance import cache_folder
 from harness.records import digest_of
-from harness.store import Journal
+from harness.store import Journal, writing
 
 BATCH_TOKENS = 16_384
 """Padded tokens of one forward pass; the plan depends on the rows alone, so an interrupted pass meets it again."""
@@ -48,8 +48,10 @@ class ReferenceStore:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[Journal]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.with_suffix(".lock").open("w") as lock:
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            opened = self.path.with_suffix(".lock").open("w")
+        with opened as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             journal = Journal(self.path)
             try:

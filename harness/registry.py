@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import pluggy
+from pydantic import ValidationError
 
 from harness import hookspecs
+from harness.config import Config
 from harness.contracts import CONTRACT_VERSION, KINDS, Plugin, TaskFolder
 from harness.errors import UserError, nearest, unknown
 
@@ -205,11 +207,11 @@ def _admit(registry: Registry, origin: Origin, load: Callable[[], Any]) -> None:
             registry.manager.unregister(origin.module)
         _broken(origin, error)
         return
-    misspelt = _misspelt(registry.manager, origin)
-    if misspelt is not None:
-        registry.problems.append(misspelt)
+    mistake = _misspelt(registry.manager, origin) or _unmarked(registry.manager, origin)
+    if mistake is not None:
+        registry.problems.append(mistake)
         registry.manager.unregister(origin.module)
-        origin.error, origin.traceback = f"{misspelt.what} at {misspelt.where}", misspelt.fix
+        origin.error, origin.traceback = f"{mistake.what} at {mistake.where}", mistake.fix
         return
     callers = registry.manager.get_hookcallers(origin.module) or []
     origin.hooks = tuple(sorted(caller.name for caller in callers))
@@ -250,6 +252,21 @@ def _misspelt(manager: pluggy.PluginManager, origin: Origin) -> UserError | None
                 return UserError(where, f"unknown hook {caller.name!r}", fix)
         raise
     return None
+
+
+def _unmarked(manager: pluggy.PluginManager, origin: Origin) -> UserError | None:
+    """Functions that are named like hooks and not marked as such: pluggy passes them over in silence."""
+    hooks = (*hookspecs.REGISTRATION, *hookspecs.NOTIFICATION)
+    functions = [name for name in hooks if inspect.isfunction(getattr(origin.module, name, None))]
+    unmarked = [name for name in functions if manager.parse_hookimpl_opts(origin.module, name) is None]
+    if not unmarked:
+        return None
+    code = inspect.unwrap(getattr(origin.module, unmarked[0])).__code__
+    return UserError(
+        f"{code.co_filename}:{code.co_firstlineno}, plugin {origin.title}",
+        f"{', '.join(unmarked)}: named like a hook, but not marked as one",
+        "Write @hookimpl above it (from harness import hookimpl).",
+    )
 
 
 def _take(registry: Registry, origin: Origin, hook: str, offered: Iterable[Any] | None) -> None:
@@ -295,3 +312,22 @@ def _check_plugin(item: Any, kind: str, hook: str) -> None:
             f"{kind} {item.name!r} was written for contract {item.contract}; this harness has {CONTRACT_VERSION}. "
             + ("Update harness." if item.contract > CONTRACT_VERSION else "Update the plugin.")
         )
+    _check_config(item)
+
+
+def _check_config(item: Plugin) -> None:
+    """pydantic takes defaults as they stand: one of the wrong type would reach the plugin's code."""
+    model = item.Config
+    if not (inspect.isclass(model) and issubclass(model, Config)):
+        raise TypeError(f"{type(item).__name__}.Config is {model!r}, which is no subclass of harness.Config")
+    fields = model.model_fields.items()
+    defaults = {name: f.default for name, f in fields if not f.is_required() and f.default_factory is None}
+    try:
+        model.model_validate(defaults, by_name=True)
+    except ValidationError as error:
+        for problem in error.errors(include_url=False):
+            if problem["loc"] and problem["loc"][0] in defaults:
+                key = ".".join(map(str, problem["loc"]))
+                raise TypeError(
+                    f"{type(item).__name__}.Config: the default of {key} is {problem['input']!r}: {problem['msg']}"
+                ) from None

@@ -18,6 +18,8 @@ CORPUS_DRAWS = 1000
 REASON_LENGTH = 160
 """Most of a reason that is shown beside a withheld mean (characters)."""
 
+_FAULT = "This is a fault of the scorer: `harness.testing.check_scorer` finds such."
+
 
 @dataclass
 class Scored:
@@ -27,20 +29,24 @@ class Scored:
     scores: list[Score]
 
 
-def check_scores(scorer: Scorer, metrics: Sequence[Metric], scores: Sequence[Score], n: int) -> None:
-    """Hold a scorer to its contract: one score per sample, the declared metrics, a reason for every absence.
+def check_scores(scorer: Scorer, metrics: Sequence[Metric], scores: Sequence[Score], samples: Sequence[Sample]) -> None:
+    """Hold a scorer to its contract: one score per sample, the declared metrics, their ranges, a reason for absence.
 
     Raises:
         StepError: naming the scorer and what is wrong.
     """
-    if len(scores) != n:
-        raise StepError(scorer.name, f"returned {len(scores)} scores for {n} samples")
+    if len(scores) != len(samples):
+        raise StepError(scorer.name, f"returned {len(scores)} scores for {len(samples)} samples", _FAULT)
     names = {metric.name for metric in metrics}
-    for score in scores:
+    for sample, score in zip(samples, scores, strict=True):
         if set(score.values) != names:
-            raise StepError(scorer.name, f"returned metrics {sorted(score.values)}, declared {sorted(names)}")
+            raise StepError(scorer.name, f"returned metrics {sorted(score.values)}, declared {sorted(names)}", _FAULT)
         if None in score.values.values() and not score.reason:
-            raise StepError(scorer.name, "left a sample without a score and without a reason")
+            raise StepError(scorer.name, "left a sample without a score and without a reason", _FAULT)
+        for metric in metrics:
+            value = score.values[metric.name]
+            if value is not None and (problem := metric.problem(value)):
+                raise StepError(scorer.name, f"{metric.name} of sample {sample.id}: {problem}", _FAULT)
 
 
 def sample_rows(samples: Sequence[Sample], answers: Sequence[Answer], scores: Sequence[Score]) -> list[dict[str, Any]]:
@@ -180,6 +186,8 @@ def _corpus(
     if not present:
         return None, None, None
     whole = scorer.aggregate(metric, present)
+    if whole is not None and (problem := metric.problem(whole, whole=True)):
+        raise StepError(scorer.name, f"{metric.name} of {len(present)} samples: {problem}", _FAULT)
     generator = np.random.default_rng(int(digest_of([metric.name, len(present)])[:8], 16))
     draws = []
     for _ in range(CORPUS_DRAWS if len(present) > 1 else 0):

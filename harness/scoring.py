@@ -82,7 +82,7 @@ class Scoring:
             bar.fill()
             # lm-eval's metrics are known once its task is open.
             metrics = step.scorer.metrics_of(step.scorer.options, context)
-            check_scores(step.scorer, metrics, scores, len(opened.samples))
+            check_scores(step.scorer, metrics, scores, opened.samples)
             self._write(folder, unit, step, Scored(metrics, scores), answered)
             spent = time.perf_counter() - begun
         digest = rows_digest(sample_rows(opened.samples, answered.answers, scores))

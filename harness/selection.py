@@ -23,6 +23,7 @@ from harness.errors import UserError, unknown
 from harness.expression import LISTING, OPTION, Part, parse_expression, trainable
 from harness.records import canonical
 from harness.registry import Registry
+from harness.row_schema import settled
 from harness.separation import HeldOut, is_held_out, prompt_key
 
 RULES = 2
@@ -351,7 +352,7 @@ def _load(
     dataset, job = _open(part, registry, options, "train")
     official = dataset.heldout_split(job)
     schema = dataset.schema_of(job)
-    rows = [DatasetRow(f"{part.label}/{row.id}", row.data) for row in dataset.rows(job)]
+    rows = list(_read(part, dataset, job, schema))
     if len({row.id for row in rows}) < len(rows):
         twice = Counter(row.id for row in rows).most_common(1)[0][0]
         raise UserError(f"{OPTION} {part.label}", f"two of its rows have the id {twice!r}", "Ids of rows must differ.")
@@ -362,7 +363,7 @@ def _load(
         rows = [row for row in rows if row.id not in kept]
     else:
         _, test = _open(part, registry, options, official)
-        held = [DatasetRow(f"{part.label}/{row.id}", row.data) for row in dataset.rows(test)]
+        held = list(_read(part, dataset, test, schema))
         _add(selection.heldout_dropped, test.dropped)
         job.notes += [note for note in test.notes if note not in job.notes]
         counts["held-out rows dropped"] = sum(test.dropped.values())
@@ -379,6 +380,13 @@ def _none_left(one: _Loaded) -> UserError:
         + (f", held out {len(one.heldout):,}" if "held-out rows dropped" not in one.counts else ""),
         "Choose another subset, revision or data set (`harness data list`), or mend the data.",
     )
+
+
+def _read(part: Part, dataset: Dataset, job: DatasetJob, schema: Schema) -> Iterator[DatasetRow]:
+    """Rows in the form that training wants, with ids that are unique in a mixture."""
+    for row in dataset.rows(job):
+        named = DatasetRow(f"{part.label}/{row.id}", row.data)
+        yield settled(named, schema, f"{OPTION} {part.label}") if isinstance(schema, str) else named
 
 
 def _add(total: dict[str, int], more: Mapping[str, int]) -> None:

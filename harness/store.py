@@ -57,18 +57,19 @@ def slug(text: str) -> str:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a whole file atomically and durably: temporary name, fsync, rename, fsync of the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _disk_error(path, error) from error
-    fsync_folder(path.parent)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -111,19 +112,60 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+_ELSEWHERE = "Lift that limit, or write to another folder, and run the same command again."
+_REFUSALS = {
+    errno.ENOSPC: ("the disk is full", "Free some space and run the same command again."),
+    errno.EDQUOT: ("the disk quota is used up", "Free some space and run the same command again."),
+    errno.EFBIG: ("a file may not be so large here: see `ulimit -f`", _ELSEWHERE),
+    errno.EROFS: ("the disk is read-only", _ELSEWHERE),
+    errno.EACCES: ("access is refused", _ELSEWHERE),
+    errno.EPERM: ("access is refused", _ELSEWHERE),
+}
+_OF_RUST = re.compile(r"\(os error (\d+)\)")
+_OF_TORCH = re.compile(r"inline_container\.cc.*unexpected pos|PytorchStreamWriter failed|iostream error", re.DOTALL)
+
+
 def is_disk_full(error: OSError) -> bool:
-    """Whether the system refused to write for want of space."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    """Whether the system refused to write: for want of space, or because of a limit or a read-only disk."""
+    return error.errno in _REFUSALS and not isinstance(error, PermissionError)
 
 
-def _disk_error(path: Path, error: OSError) -> Exception:
-    if is_disk_full(error):
-        return UserError(
-            str(path),
-            f"the disk is full ({error.strerror})",
-            "What was written before is kept. Free some space and run the same command again.",
-        )
-    return error
+def refusal(error: Exception) -> tuple[str, str] | None:
+    """Why the system refused to write, and what to do; None: it did not. Libraries of Rust and C++ give text alone."""
+    found = _OF_RUST.search(str(error))
+    number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    if number in _REFUSALS:
+        what, fix = _REFUSALS[number]
+        return f"{what} ({os.strerror(number)})", fix
+    if isinstance(error, RuntimeError) and _OF_TORCH.search(str(error)):
+        return "the disk is full, or a file may not be so large here (torch does not say which)", _ELSEWHERE
+    return None
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Make one message of whatever is raised within because the system refuses to write.
+
+    Args:
+        path: the file that is written, or a folder: then the newest file in it is named, where the error names none.
+
+    Raises:
+        UserError: naming file, reason and remedy.
+    """
+    try:
+        yield
+    except Exception as error:
+        refused = refusal(error)
+        if refused is None:
+            raise
+        # Of a file the error knows the temporary name at best.
+        named = error.filename if isinstance(error, OSError) and path.is_dir() else None
+        raise UserError(str(named or _newest(path)), *refused) from error
+
+
+def _newest(path: Path) -> Path:
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else []
+    return max(files, key=lambda file: file.stat().st_mtime_ns, default=path)
 
 
 @dataclass
@@ -205,20 +247,21 @@ class Journal:
         """Append one batch. When it cannot be written whole, nothing of it stays."""
         text = b"".join(canonical(row) + b"\n" for row in rows)
         member = gzip.compress(text, compresslevel=3, mtime=0)
-        if self._stream is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = self.path.open("ab", buffering=0)
-        size = os.fstat(self._stream.fileno()).st_size
-        try:
-            written = self._stream.write(member)
-            if written != len(member):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if time.monotonic() - self._synced > FSYNC_SECONDS:
-                self.sync()
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._stream.fileno(), size)
-            raise _disk_error(self.path, error) from error
+        with writing(self.path):
+            if self._stream is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._stream = self.path.open("ab", buffering=0)
+            size = os.fstat(self._stream.fileno()).st_size
+            try:
+                while member:
+                    # Where a write is cut short, the next one says why.
+                    member = member[self._stream.write(member) :]
+                if time.monotonic() - self._synced > FSYNC_SECONDS:
+                    self.sync()
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._stream.fileno(), size)
+                raise
 
     def sync(self) -> None:
         """Force what was appended to the disk."""
@@ -297,7 +340,8 @@ class StepFolder:
     def log(self, event: str, **fields: Any) -> None:
         """Append one line to log.jsonl."""
         line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, ensure_ascii=False)
-        with (self.path / "log.jsonl").open("a", encoding="utf-8") as stream:
+        path = self.path / "log.jsonl"
+        with writing(path), path.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
     def status(self) -> StepRecord | None:

@@ -22,7 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from harness.errors import StepError
 from harness.heldout import means, measure
 from harness.recipes import Recipe
-from harness.store import CHECKPOINT_COMPLETE, fsync_folder, write_json
+from harness.store import CHECKPOINT_COMPLETE, fsync_folder, write_json, writing
 
 TRAINABLE = "trainable.safetensors"
 
@@ -237,7 +237,12 @@ class _Driven(Trainer):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(trainable(self.model), folder / TRAINABLE)
+        with writing(folder / TRAINABLE):
+            save_file(trainable(self.model), folder / TRAINABLE)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with writing(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         restore(self.model if model is None else model, Path(resume_from_checkpoint) / TRAINABLE)
@@ -293,7 +298,8 @@ class _Callback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         for path in [*(file for file in folder.rglob("*") if file.is_file()), folder]:
             # A file or a folder, it is the same call.
-            fsync_folder(path)
+            with writing(path):
+                fsync_folder(path)
         write_json(folder / CHECKPOINT_COMPLETE, {"step": state.global_step})
         keep = {f"checkpoint-{step}" for step in self.progress.keep} | {folder.name}
         for old in Path(args.output_dir).glob("checkpoint-*"):

@@ -148,13 +148,53 @@ def test_a_corpus_metric_is_the_scorers_own() -> None:
 
 def test_scorers_are_held_to_their_contract() -> None:
     good = [Score({"acc": 1.0}), Score({"acc": None}, "why")]
-    check_scores(Plain(), (ACC,), good, 2)
+    check_scores(Plain(), (ACC,), good, samples_of(2, "s"))
     with pytest.raises(StepError, match="plain: returned 2 scores for 3 samples"):
-        check_scores(Plain(), (ACC,), good, 3)
+        check_scores(Plain(), (ACC,), good, samples_of(3))
     with pytest.raises(StepError, match=r"returned metrics \['accuracy'\], declared \['acc'\]"):
-        check_scores(Plain(), (ACC,), [Score({"accuracy": 1.0})], 1)
+        check_scores(Plain(), (ACC,), [Score({"accuracy": 1.0})], samples_of(1))
     with pytest.raises(StepError, match="left a sample without a score and without a reason"):
-        check_scores(Plain(), (ACC,), [Score({"acc": None})], 1)
+        check_scores(Plain(), (ACC,), [Score({"acc": None})], samples_of(1))
+
+
+PERCENT = Metric(name="share", higher_is_better=True, unit="percent")
+LENGTH = Metric(name="length", higher_is_better=None, unit="characters", low=0.0)
+PPL = Metric(name="ppl", higher_is_better=False, unit="perplexity", low=1.0, aggregate="corpus")
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "problem"),
+    [
+        (ACC, 7.0, "acc of sample s1: 7.0 is outside [0, 1] (proportion)"),
+        (FAILED, -0.5, "failed of sample s1: -0.5 is outside [0, 1] (proportion)"),
+        (PERCENT, 100.5, "share of sample s1: 100.5 is outside [0, 100] (percent)"),
+        (LENGTH, -1, "length of sample s1: -1 is outside [0, inf] (characters)"),
+        (LOGIT, math.nan, "logit of sample s1: nan is no finite number"),
+        (LOGIT, math.inf, "logit of sample s1: inf is no finite number"),
+        (LOGIT, "3", "logit of sample s1: '3' is no finite number"),
+    ],
+    ids=str,
+)
+def test_values_outside_a_metrics_range_are_no_scores(metric: Metric, value: Any, problem: str) -> None:
+    """The unit implies a range where none is declared: 7.0 would have made a mean of 400 %."""
+    with pytest.raises(StepError) as caught:
+        check_scores(Plain(), (metric,), [Score({metric.name: 1.0}), Score({metric.name: value})], samples_of(2, "s"))
+    assert str(caught.value) == (
+        f"plain: {problem}\n  This is a fault of the scorer: `harness.testing.check_scorer` finds such."
+    )
+
+
+def test_rounding_leads_a_hair_over_a_bound() -> None:
+    check_scores(Plain(), (ACC,), [Score({"acc": 1 + 2**-52}), Score({"acc": -(2**-60)})], samples_of(2))
+
+
+def test_the_range_of_a_corpus_metric_is_that_of_the_whole() -> None:
+    """Log-likelihoods of samples are below a perplexity's least value, 1; their aggregate must not be."""
+    scores = [Score({"ppl": -math.log(2)})]
+    check_scores(Plain(), (PPL,), scores, samples_of(1))
+    answers = [Answer("None0", (Output("x"),))]
+    with pytest.raises(StepError, match=r"corpus: ppl of 1 samples: 0\.5 is outside \[1, inf\]"):
+        build_rows(CONTEXT, Corpus(), Scored((PPL,), scores), samples_of(1), answers)
 
 
 def test_sample_rows_keep_order_and_reasons() -> None:

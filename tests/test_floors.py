@@ -22,7 +22,7 @@ FLOORS = {
         "lineage training heldout pairwise_trainer pairwise align_checks align_folder align_plan policy align_export "
         "card packing prefix_sharing tensor_files merge_models merge_inputs merge_compute merge_write "
         "merge_folder merge_engine merge_stats merge_adapter merge_report fold fold_nf4 fold_probe alpaca "
-        "judge_figures"
+        "judge_figures row_schema"
     ),
     "flow": (
         "progress alignment running loading answering scoring execute parity parity_run results report "

@@ -10,7 +10,12 @@ from typing import Any
 
 import pytest
 
+from harness.contracts import ScorerContext
+from harness.lmeval import Processed
+from harness.records import Answer, Output, Sample
+from harness.rows import check_scores
 from harness.store import read_rows
+from harness_plugins.scorer_lmeval import LmEvalScorer
 
 # As lm-eval's own users write them: data files are named relative to where the YAML lies.
 CHOICE = """\
@@ -281,3 +286,40 @@ def test_real_tasks_as_simple_evaluate(alone: Path) -> None:
     for name, answers in zip(names, (8, 2), strict=True):
         assert same_numbers(ours, f"lm_eval:{name}", theirs) >= 1
         assert same_answers(ours, theirs, f"lm_eval-{name}", name) == answers
+
+
+class PercentRuntime:
+    """Two documents with one f1 each, per document or of the corpus, in percent."""
+
+    def __init__(self, aggregate: Any) -> None:
+        self._aggregate = aggregate
+
+    def narrowed(self, kept: Any) -> PercentRuntime:
+        return self
+
+    def process(self, answers: Any) -> list[Processed]:
+        return [Processed({"none": {"f1": value}}, {}) for value in (50.0, 100.0)]
+
+    def metrics(self) -> dict[str, Any]:
+        return {"f1": (True, self._aggregate)}
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def whole(values: list[float]) -> float:
+    return mean(values)
+
+
+@pytest.mark.parametrize("aggregate", [mean, whole])
+def test_a_range_that_only_its_name_suggests_gives_way_to_the_values(aggregate: Any) -> None:
+    """squad's f1 is in percent, glue's a proportion: the name alone must not make scores of the one a mistake."""
+    samples = [Sample(name, ()) for name in "ab"]
+    context = ScorerContext(task="t", seed=0, runtime=PercentRuntime(aggregate))
+    scorer = LmEvalScorer()
+    scores = scorer.score(samples, [Answer(name, (Output("x"),)) for name in "ab"], context)
+    (metric,) = scorer.metrics_of(scorer.options, context)
+    check_scores(scorer, (metric,), scores, samples)
+    assert (metric.unit, metric.low, metric.high) == ("score", None, None)
+    assert metric.aggregate == ("mean" if aggregate is mean else "corpus")

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from harness import execute
 from harness.contracts import KINDS as CONTRACTS
 from harness.errors import UserError
 from harness.scaffold import KINDS, write_package
+from tests.align.rows import write_pairs
 
 ROOT = Path(__file__).parents[1]
 
@@ -122,3 +126,47 @@ def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
             f"harness plugins new, {folder}: exists and is not an empty folder\n  Give another folder."
         )
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+# --------------------------------------------------------------------------------------------------- put to use
+
+TRAIN = ["--steps", "1", "--set", "batch_size=2", "--set", "eval_rows=0", "--out", "out"]
+
+
+def put_to_use(kind: str, tiny: Path, sums: Path, pairs: str) -> list[str | Path]:
+    """The command of somebody who has written the plugin ``made`` and changed nothing about it."""
+    align = ["align", "--model", tiny, *TRAIN]
+    evaluate = ["eval", "--model", tiny, "--tasks", sums, "--limit", "2", "--out", "out"]
+    if kind == "scorer":
+        text = (sums / "sums.yaml").read_text(encoding="utf-8")
+        (sums / "sums.yaml").write_text(text.replace("exact_match", "made"), encoding="utf-8")
+    return {
+        "dataset": [*align, "sft", "--dataset", "made"],
+        "aligner": [*align, "made", "--dataset", pairs],
+        "adapter": [*align, "sft", "--dataset", pairs, "--adapter", "made"],
+        "merger": ["merge", "made", "--inputs", tiny, tiny, "--out", "out"],
+        "scorer": [*evaluate, "--task", "sums", "--engine", "transformers"],
+        "engine": [*evaluate, "--task", "sums", "--engine", "made"],
+        "executor": [*evaluate, "--task", "sums", "--engine", "transformers"],
+        "task": [*evaluate, "--task", "made", "--engine", "transformers"],
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_is_trained_or_evaluated_with(
+    kind: str, cli: Any, tiny: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by its own kit alone: by the command that its author will type next."""
+    if kind == "executor":
+        # There is no option for it yet.
+        monkeypatch.setattr(execute, "EXECUTOR", "made")
+    write_package(kind, "made", "package")
+    pairs = write_pairs(Path(), count=12)
+    ran = cli(*put_to_use(kind, tiny, sums, pairs), "--plugin", "package/harness_made/__init__.py")
+    assert (ran.code, "Traceback" in ran.err) == (0, False), ran.err
+    made = {"adapter": "adapter_config.json", "aligner": "adapter_config.json", "dataset": "adapter_config.json"}
+    made["merger"] = "model.safetensors"
+    assert (Path("out") / made.get(kind, "report/report.json")).is_file()
+    if kind == "scorer":
+        (row,) = json.loads(Path("out/report/report.json").read_text(encoding="utf-8"))["rows"]
+        assert (row["metric"], row["n"], row["n_unscored"]) == ("brevity", 2, 0)

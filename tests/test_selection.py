@@ -8,17 +8,18 @@ import os
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from harness.contracts import Dataset, DatasetJob, DatasetRow
+from harness.contracts import Dataset, DatasetJob, DatasetRow, RowSchema
 from harness.errors import UserError
 from harness.expression import at_revisions, parse_expression, portable
 from harness.registry import Origin, Registered, Registry, load_plugins
+from harness.row_schema import EXAMPLES, row_problem
 from harness.selection import (
     Selection,
     add_converter,
@@ -29,6 +30,7 @@ from harness.selection import (
     select,
 )
 from harness.separation import NEAR, NearPrompts, is_held_out, prompt_key
+from harness.testing import check_dataset
 from tests.conftest import shared_revisions
 
 shared = pytest.mark.skipif("HARNESS_SHARED" not in os.environ, reason="HARNESS_SHARED is unset")
@@ -448,6 +450,60 @@ def test_empty_after_filtering_says_the_counts() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- conversions
+
+
+def registry_with(schema: str, *rows: dict[str, Any]) -> Registry:
+    """A registry with the data set `made`, whose rows have this schema, all of them for training."""
+
+    def read(self: Any, job: DatasetJob) -> Iterator[DatasetRow]:
+        yield from (DatasetRow(f"r{number}", row) for number, row in enumerate(rows if job.split == "train" else ()))
+
+    registry = registry_of()
+    made: Dataset = type("MadeHere", (Made,), {"schema": schema, "rows": read})()
+    registry.entries["dataset", "made"] = Registered("dataset", "made", made, Origin("test", "test", "0"))
+    return registry
+
+
+def test_a_prompt_that_is_text_is_one_user_turn() -> None:
+    turns = [{"role": "user", "content": "Name a colour."}]
+    for prompt in ("Name a colour.", turns):
+        registry = registry_with("demonstrations", {"prompt": prompt, "completion": "Red.", "more": 1})
+        (row,) = select("made", schema=None, registry=registry).train
+        assert row.data == {"prompt": turns, "completion": "Red.", "more": 1}
+
+
+def test_the_examples_of_the_schemas_are_rows_of_them() -> None:
+    assert set(EXAMPLES) == set(get_args(RowSchema))
+    for schema, example in EXAMPLES.items():
+        assert row_problem(schema, example) is None
+        registry = registry_with(schema, dict(example))
+        check_dataset(registry.find(Dataset, "made", "test"), split="train")
+        if schema != "prompts":
+            (row,) = select("made", schema=None, registry=registry).train
+            assert {turn["role"] for turn in row.data["prompt"]} <= {"system", "user", "assistant"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"completion": [{"role": "assistant", "content": "Red."}]}, "'completion' is no text: [{'role': 'assistant'"),
+        ({"completion": None}, "there is no 'completion'"),
+        ({"prompt": {"role": "user"}}, "'prompt' is neither text nor a list of messages with role and content: {"),
+        ({"prompt": [{"role": "user", "text": "x"}]}, "'prompt' is neither text nor a list of messages"),
+        ({"prompt": ["x"]}, "'prompt' is neither text nor a list of messages"),
+        ({"rating": "good"}, "'rating' is no number: 'good'"),
+    ],
+    ids=str,
+)
+def test_rows_of_another_form_are_refused(changed: dict[str, Any], problem: str) -> None:
+    """A list as the answer would be trained on as the text that Python prints for it. The kit says the same."""
+    registry = registry_with("rated", {**EXAMPLES["rated"], **changed})
+    with pytest.raises(UserError) as caught:
+        select("made", schema=None, registry=registry)
+    assert str(caught.value).startswith(f"--dataset made: row made/r0 is none of 'rated': {problem}")
+    assert caught.value.fix == "Mend the data set: `harness.testing.check_dataset` finds such."
+    with pytest.raises(AssertionError, match="A row of 'rated'"):
+        check_dataset(registry.find(Dataset, "made", "test"), split="train")
 
 
 def test_pairs_become_demonstrations_and_ratings_in_the_same_order() -> None:

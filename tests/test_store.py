@@ -34,6 +34,7 @@ from harness.store import (
     write_bytes,
     write_json,
     write_rows,
+    writing,
 )
 
 BATCHES = [[{"id": f"{b}-{i}", "text": "naïve\n\u2028" * b, "p": 0.25} for i in range(3)] for b in range(3)]
@@ -234,6 +235,56 @@ def test_a_whole_file_on_a_full_disk_keeps_its_old_content(tmp_path: Path, monke
     with pytest.raises(UserError, match="the disk is full"):
         write_bytes(path, b"new")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("plan.json", b"old")]
+
+
+RUST = "Error while serializing: I/O error: {} (os error {})"
+NO_SPACE = "Free some space and run the same command again."
+NOT_HERE = "Lift that limit, or write to another folder, and run the same command again."
+
+
+@pytest.mark.parametrize(
+    ("error", "what", "fix"),
+    [
+        (OSError(errno.ENOSPC, "x"), "the disk is full (No space left on device)", NO_SPACE),
+        (OSError(errno.EDQUOT, "x"), "the disk quota is used up (Disk quota exceeded)", NO_SPACE),
+        (OSError(errno.EFBIG, "x"), "a file may not be so large here: see `ulimit -f` (File too large)", NOT_HERE),
+        (OSError(errno.EROFS, "x"), "the disk is read-only (Read-only file system)", NOT_HERE),
+        (PermissionError(errno.EACCES, "x"), "access is refused (Permission denied)", NOT_HERE),
+        # As safetensors and tokenizers, and as torch hand it on.
+        (Exception(RUST.format("No space left on device", 28)), "the disk is full (No space left on device)", NO_SPACE),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+            "the disk is full, or a file may not be so large here (torch does not say which)",
+            NOT_HERE,
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_a_refusal_to_write_is_one_message_that_names_the_file(
+    tmp_path: Path, error: Exception, what: str, fix: str
+) -> None:
+    path = tmp_path / "optimizer.pt"
+    path.touch()
+    for where in (path, tmp_path):
+        with pytest.raises(UserError) as caught, writing(where):
+            raise error
+        assert str(caught.value) == f"{path}: {what}\n  {fix}"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "x"),
+        RuntimeError("[enforce fail at inline_container.cc:145] PytorchStreamReader failed reading zip archive"),
+        Exception(RUST.format("No such file or directory", 2)),
+        ValueError("28"),
+    ],
+    ids=repr,
+)
+def test_other_errors_are_left_as_they_are(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, writing(tmp_path):
+        raise error
+    assert caught.value is error
 
 
 # ------------------------------------------------------------------------------------------------ atomic writes

@@ -15,16 +15,9 @@ from harness.contracts import Dataset, DatasetJob, DatasetRow, Scorer
 from harness.errors import UserError
 from harness.records import canonical
 from harness.registry import Registry, load_plugins
+from harness.row_schema import FIELDS, row_problem
 from harness.specs import DatasetRef, ScorerRef
 from harness.testing.common import check_identity, check_plugin, demand, options_of
-
-FIELDS: dict[str, tuple[str, ...]] = {
-    "prompts": (),
-    "demonstrations": ("prompt", "completion"),
-    "pairs": ("prompt", "chosen", "rejected"),
-    "rated": ("prompt", "completion", "rating"),
-}
-"""What the rows of each schema hold at least; text is a string or a list of chat messages."""
 
 
 def check_dataset(
@@ -52,14 +45,19 @@ def check_dataset(
         AssertionError: names the rule and what was seen.
     """
     check_plugin(dataset, Dataset)
-    schema = getattr(dataset, "schema", None)
-    known = (isinstance(schema, type) and issubclass(schema, BaseModel)) or schema in FIELDS
-    demand(known, f"`schema` is one of {', '.join(FIELDS)}, or a pydantic model.", repr(schema))
+
+    def known(schema: Any) -> bool:
+        return (isinstance(schema, type) and issubclass(schema, BaseModel)) or schema in FIELDS
+
+    declared = getattr(dataset, "schema", None)
+    demand(known(declared), f"`schema` is one of {', '.join(FIELDS)}, or a pydantic model.", repr(declared))
     chosen = options_of(dataset, options)
 
     def job(of: str | None = subset) -> DatasetJob:
         return DatasetJob(subset=of, split=split, revision=revision, options=chosen)
 
+    schema = dataset.schema_of(job())
+    demand(known(schema), f"`schema_of` returns one of {', '.join(FIELDS)}, or a pydantic model.", repr(schema))
     check_identity(dataset.identity(job()), dataset.identity(job()))
     first_job, second_job = job(), job()
     rows = list(islice(dataset.rows(first_job), limit))
@@ -102,6 +100,8 @@ def _check_row(schema: Any, row: Any) -> None:
     holds = ", ".join(FIELDS[schema]) or "something"
     rule = f"A row of {schema!r} holds {holds}; a row without is dropped and counted."
     demand(bool(row.data) and not lacking, rule, f"row {row.id} has {sorted(row.data)}, nothing in {lacking}")
+    problem = row_problem(schema, row.data)
+    demand(problem is None, f"A row of {schema!r} is like harness.row_schema.EXAMPLES.", f"row {row.id}: {problem}")
 
 
 def _check_dropped(first: Mapping[str, int], second: Mapping[str, int]) -> None:

@@ -90,9 +90,8 @@ def _check_metrics(metrics: tuple[Metric, ...]) -> None:
     names = [metric.name for metric in metrics]
     demand(len(set(names)) == len(names), "Names of metrics are distinct.", repr(names))
     for metric in metrics:
-        low = -math.inf if metric.low is None else metric.low
-        high = math.inf if metric.high is None else metric.high
-        demand(low < high, f"The range of {metric.name!r} is not empty.", f"[{metric.low}, {metric.high}]")
+        low, high = metric.bounds
+        demand(low < high, f"The range of {metric.name!r} is not empty.", f"[{low:g}, {high:g}]")
         inside = metric.chance is None or low <= metric.chance <= high
         demand(inside, f"The chance level of {metric.name!r} lies in its range.", f"{metric.chance}")
 
@@ -125,8 +124,9 @@ def _check_value(metric: Metric, score: Score, index: int) -> None:
         return
     number = isinstance(value, int | float) and math.isfinite(value)
     demand(number, "A value is a finite number, or None.", f"{metric.name} of sample {index}: {value!r}")
-    inside = (metric.low is None or value >= metric.low) and (metric.high is None or value <= metric.high)
-    demand(inside, f"Values of {metric.name!r} lie in [{metric.low}, {metric.high}].", f"{value!r} of sample {index}")
+    low, high = metric.bounds
+    rule = f"Values of {metric.name!r} ({metric.unit}) lie in [{low:g}, {high:g}]."
+    demand(metric.problem(value) is None, rule, f"{value!r} of sample {index}")
 
 
 def _check_scoring(metrics: tuple[Metric, ...], score: Any, answers: Sequence[Answer], tolerance: float) -> None:

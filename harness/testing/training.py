@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness.contracts import Adapter, Aligner, Stage, TrainingJob
+from harness.contracts import Adapter, Aligner, PairLogps, Stage, TrainingJob
+from harness.errors import StepError
+from harness.pairwise import PairwiseLoss
 from harness.recipes import Recipe
+from harness.row_schema import FIELDS
 from harness.testing.common import check_plugin, demand, options_of
-from harness.testing.data import FIELDS
 from harness.testing.tiny import SENTENCES, tiny_model
 
 
@@ -95,6 +98,9 @@ def check_aligner(
     schema = getattr(aligner, "consumes", None)
     known = schema in FIELDS if isinstance(schema, str) else isinstance(schema, type)
     demand(known, f"`consumes` is one of {', '.join(FIELDS)}, or a row class.", repr(schema))
+    if isinstance(aligner, PairwiseLoss):
+        for count in (3, 1):
+            _check_loss(aligner, config, count)
     stages = aligner.stages(config)
     proper = isinstance(stages, tuple) and bool(stages) and all(isinstance(stage, Stage) for stage in stages)
     demand(proper, "`stages` returns a tuple of one or more harness.Stage.", repr(stages))
@@ -112,6 +118,25 @@ def check_aligner(
         second, repeated, _ = _train(aligner, stage, config, rows, steps)
         same = losses == repeated and first == second
         demand(same, "On a CPU the same seed gives the same bytes.", f"stage {stage.name}: {losses} and {repeated}")
+
+
+def _check_loss(aligner: PairwiseLoss, config: Any, count: int) -> None:
+    """The loss and the rewards of made-up pairs; the trainer would find the same faults once there is a model."""
+    import torch
+
+    from harness.pairwise_trainer import losses, rewards
+
+    lengths_B = torch.arange(2, 2 + count)
+    policy = PairLogps(
+        (-1.0 * lengths_B).requires_grad_(), (-1.5 * lengths_B).requires_grad_(), lengths_B, lengths_B + 1
+    )
+    reference = replace(policy, chosen=-1.1 * lengths_B, rejected=-1.4 * lengths_B) if aligner.needs_reference else None
+    try:
+        losses(aligner, policy, reference, config, trained=True)
+        rewards(aligner, policy, reference, config)
+    except StepError as error:
+        rule = "`loss` returns a loss for each pair, (B,), that depends on the policy; `rewards` two such tensors."
+        raise AssertionError(f"{rule}\n  seen: {error.what}") from None
 
 
 def _train(

@@ -112,7 +112,8 @@ class LmEvalScorer(Scorer):
             corpus = corpus or getattr(aggregate, "__name__", "mean") not in ("mean", "nanmean")
             if corpus and aggregate is not None:
                 self._aggregations[name] = aggregate
-            metrics.append(metric_of(name, direction, corpus))
+            seen = [r[f][m] for r in results if r.get(f, {}).get(m) is not None]
+            metrics.append(_fitting(metric_of(name, direction, corpus), seen, self._aggregations.get(name)))
         self._of_task = tuple(metrics)
         return names
 
@@ -137,6 +138,15 @@ class LmEvalScorer(Scorer):
     def aggregate(self, metric: Metric, scores: Sequence[Score]) -> float | None:
         """lm-eval's own aggregation over documents."""
         return float(self._aggregations[metric.name]([score.detail["items"][metric.name] for score in scores]))
+
+
+def _fitting(metric: Metric, values: list[Any], aggregate: Callable[[list[Any]], float] | None) -> Metric:
+    """The metric without the range that its name suggests where its values say otherwise: squad's f1 is in percent."""
+    if aggregate is None or not values:
+        fits = all(metric.problem(float(value)) is None for value in values)
+    else:
+        fits = metric.problem(float(aggregate([_plain(value) for value in values])), whole=True) is None
+    return metric if fits else metric.model_copy(update={"unit": "score", "low": None, "high": None})
 
 
 def _flexible(sample: Sample, answer: Answer, result: Processed, detail: dict[str, Any]) -> dict[str, float | None]:

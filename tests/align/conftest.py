@@ -52,7 +52,7 @@ def align(alone: Path, tiny: Path, pairs: Path) -> Callable[..., Alignment]:
         method: str,
         out: str | Path,
         *,
-        model: Path = tiny,
+        model: Path | str = tiny,
         data: Path = pairs,
         plugins: Sequence[Path] = (),
         **given: Any,

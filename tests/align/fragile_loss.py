@@ -45,7 +45,25 @@ class Hungry(Nan):
         return (policy.rejected - policy.chosen) / 100
 
 
+class Odd(Nan):
+    """Returns what is no loss per pair; ``ODD`` says what."""
+
+    name = "odd"
+
+    def loss(self, policy: PairLogps, reference: PairLogps | None, config: Any) -> Any:
+        """As above."""
+        margin = policy.rejected - policy.chosen
+        if os.environ["ODD"] == "seven":
+            return margin.sum().repeat(7)
+        if os.environ["ODD"] == "square":
+            return margin[:, None] - margin
+        if os.environ["ODD"] == "detached":
+            return margin.detach()
+        assert reference is not None
+        return margin
+
+
 @hookimpl
 def register_aligners() -> list[PairwiseLoss]:
-    """Both."""
-    return [Nan(), Hungry()]
+    """All."""
+    return [Nan(), Hungry(), Odd()]

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harness import training
 from harness.alignment import Alignment
+from harness.lineage import base_for_peft
+from harness.models import inspect_model
 from harness.provenance import digest_of_bytes
+from harness.specs import ModelSpec
 from harness.store import read_rows
 from harness.testing import tiny_model
 from tests.align.processes import N_PAIRS, log_of
@@ -85,6 +90,64 @@ def test_peft_takes_it(align: Align, tiny: Path) -> None:
     for path in files:
         assert str(Path.cwd()) not in path.read_text(encoding="utf-8"), path
         assert str(tiny) not in path.read_text(encoding="utf-8"), path
+
+
+def logits(model: Any) -> torch.Tensor:
+    """Of the same few tokens."""
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(IDS).logits
+    return found
+
+
+def by_hand(base: Path, adapter: Path) -> torch.Tensor:
+    """What the adapter on this base says."""
+    return logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter))
+
+
+def test_auto_peft_finds_a_local_base(align: Align, cli: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the folder in which it was trained; a base beside it, trained from elsewhere, from the adapter's own."""
+    shutil.copytree(tiny, "models/base")
+    made = align("orpo", "runs/arm", model=Path("models/base"), steps=1)
+    config = json.loads((made.folder / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("models/base", None)
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained("runs/arm")), by_hand(tiny, made.folder))
+    assert (
+        "PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), THIS)`"
+        in (made.folder / "README.md").read_text()
+    )
+    merge = ["merge", "linear", "--as", "adapter", "--base", "models/base", "--inputs", made.folder, made.folder]
+    assert cli(*merge, "--out", "merged").code == 0
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained("merged")), by_hand(tiny, Path("merged")))
+    Path("cwd").mkdir()
+    monkeypatch.chdir("cwd")
+    beside = align("orpo", "../models/arm", model=Path("../models/base"), steps=1)
+    monkeypatch.chdir(beside.folder)
+    assert json.loads(Path("adapter_config.json").read_text())["base_model_name_or_path"] == "../base"
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(".")), by_hand(tiny, Path()))
+
+
+def test_auto_peft_finds_a_base_of_the_hub(
+    align: Align, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From anywhere, at the commit it was trained on."""
+    repository, commit = tmp_path / "hub" / "models--some--base", "1" * 40
+    shutil.copytree(tiny, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    made = align("orpo", "out", model="some/base", steps=1)
+    config = json.loads((made.folder / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("some/base", commit)
+    # The branch has moved on since.
+    (repository / "refs" / "main").write_text("2" * 40)
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(made.folder)), by_hand(tiny, made.folder))
+    assert "`AutoPeftModelForCausalLM.from_pretrained(THIS)` opens it" in (made.folder / "README.md").read_text()
+
+
+def test_a_base_elsewhere_is_named_without_its_place(tmp_path: Path, tiny: Path) -> None:
+    """A path with .. up to the root would be an absolute one in disguise."""
+    info = inspect_model(ModelSpec(model=str(tiny)))
+    assert base_for_peft(info, tmp_path / "out") == {"base_model_name_or_path": "tiny", "revision": None}
 
 
 def test_template_and_lineage(align: Align, tiny: Path) -> None:

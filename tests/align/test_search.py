@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from harness import align_export, alignment, cli, training
 from harness.alignment import AlignPlan
-from harness.errors import StepError, UserError
+from harness.errors import Requeue, StepError, UserError
 from harness.heldout import ACCURACY, LOSS, summaries
 from harness.registry import load_plugins
-from harness.search import Cell, choose, full_grid, parse_grid, plan_cells, search
+from harness.search import Cell, Search, choose, full_grid, parse_grid, plan_cells, search
 from harness.specs import AlignSpec, ModelSpec
 from tests.align.rows import short, write_pairs
 
@@ -187,6 +191,73 @@ def test_a_search_from_the_command_line_stops_and_goes_on(
     table = (alone / "s" / "search.md").read_text()
     assert "| rank | alpha | learning_rate | held-out rows | accuracy [95 %] | loss [95 %] | p against best |" in table
     assert table.count("\n| 2 | ") == 4 and table in done.out
+
+
+@pytest.fixture
+def as_the_command_line() -> Iterator[None]:
+    """Signals as `harness` meets them outside of training."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, cli._requeue) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def two_cells(tiny: Path, alone: Path) -> Search:
+    """A search over two learning rates, each of one step."""
+    options = {key: value for key, value in short(steps=1).items() if key != "learning_rate"}
+    grid = {"learning_rate": [1e-3, 2e-3], "rank": [2], "alpha": [4]}
+    options["adapter"] = {"targets": ["q_proj"]}
+    return search("orpo", str(tiny), write_pairs(alone), out=alone / "s", grid=grid, options=options)
+
+
+@pytest.mark.usefixtures("as_the_command_line")
+@pytest.mark.parametrize(
+    ("module", "name", "number"),
+    [
+        (training._Callback, "on_step_end", signal.SIGTERM),
+        (training, "measure", signal.SIGUSR1),
+        (align_export, "lineage_of", signal.SIGINT),
+        (alignment, "tidy", signal.SIGTERM),
+    ],
+    ids=["last step", "held-out pass", "export", "after the end is on record"],
+)
+def test_a_signal_near_the_end_of_a_cell_stops_the_search(
+    tiny: Path, alone: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, number: int
+) -> None:
+    """It cannot stop that cell any more; the other is not begun. The same call goes on with it."""
+    real = getattr(module, name)
+
+    def signalled(*arguments: Any, **more: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return real(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, signalled)
+        with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else Requeue):
+            two_cells(tiny, alone)
+    (folder,) = [path for path in (alone / "s").iterdir() if path.is_dir()]
+    before = (folder / "adapter_model.safetensors").read_bytes()
+    assert json.loads((folder / "training" / "status.json").read_text())["status"] == "done"
+    found = two_cells(tiny, alone)
+    assert [bool(one.heldout) for one in found.cells] == [True, True]
+    assert (folder / "adapter_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.usefixtures("as_the_command_line")
+def test_a_signal_in_a_cell_that_fails_stops_the_search(
+    tiny: Path, alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failed cell is no reason to forget who asked to stop."""
+
+    def failing(*_: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise StepError("step 1", "the loss is nan")
+
+    monkeypatch.setattr(training, "measure", failing)
+    with pytest.raises(Requeue):
+        two_cells(tiny, alone)
+    assert len([path for path in (alone / "s").iterdir() if path.is_dir()]) == 1
 
 
 def test_search_wants_a_folder_of_its_own(cli: Any, tiny: Path, alone: Path) -> None:

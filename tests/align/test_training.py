@@ -52,6 +52,29 @@ def batches(out: str) -> list[list[str]]:
 # ------------------------------------------------------------------------------------------------ no number
 
 
+@pytest.mark.parametrize(
+    ("odd", "seen"),
+    [
+        ("seven", "`loss` returned shape [7] for pairs of shape [2]"),
+        ("square", "`loss` returned shape [2, 2] for pairs of shape [2]"),
+        ("detached", "`loss` returned a tensor without a gradient: it does not depend on the policy, or is detached"),
+        ("referring", "`loss` uses the reference, and `needs_reference` is False"),
+    ],
+)
+def test_what_is_no_loss_per_pair_stops_before_the_first_step(
+    cli: Any, command: list[str], monkeypatch: pytest.MonkeyPatch, alone: Path, odd: str, seen: str
+) -> None:
+    """The mean of any shape is a number, so the first two would train, on something else than the method says."""
+    monkeypatch.setenv("ODD", odd)
+    ran = cli(*command, "odd", "--plugin", FRAGILE, "--out", "out")
+    assert ran.code == 3
+    assert ran.err.endswith(
+        f"error: aligner odd: {seen}\n  This is a fault of the method: `harness.testing.check_aligner` finds such.\n"
+    )
+    assert "Traceback" not in ran.err
+    assert not log_of(alone / "out", "train")
+
+
 def test_nan_stops_with_step_rows_and_hint(
     cli: Any, command: list[str], monkeypatch: pytest.MonkeyPatch, alone: Path
 ) -> None:

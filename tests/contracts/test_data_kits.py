@@ -114,6 +114,16 @@ def test_a_row_that_vanishes_uncounted_fails() -> None:
         check_dataset(silent, source_rows=3)
 
 
+def test_the_schema_of_these_rows_is_what_counts() -> None:
+    """As for a data set whose files decide it: `schema` alone would ask for another one's fields."""
+    row = DatasetRow("r", {"prompt": "a", "chosen": "b", "rejected": "c"})
+    check_dataset(yields(row, subsets=(), schema_of=lambda self, job: "pairs"))
+    with pytest.raises(AssertionError, match="A row of 'pairs' holds prompt, chosen, rejected"):
+        check_dataset(yields(DatasetRow("r", GOOD), schema_of=lambda self, job: "pairs"))
+    with pytest.raises(AssertionError, match="`schema_of` returns one of prompts, demonstrations, pairs, rated"):
+        check_dataset(yields(row, schema_of=lambda self, job: "triples"))
+
+
 def test_an_unknown_subset_must_be_a_users_error() -> None:
     def read(self: Any, job: DatasetJob) -> Iterator[DatasetRow]:
         yield DatasetRow({None: "r"}[job.subset], GOOD)

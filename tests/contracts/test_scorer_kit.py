@@ -96,7 +96,13 @@ def by_position(found: list[Score], answers: Sequence[Answer]) -> list[Score]:
             "exactly the metrics that `metrics` names.\n  seen: ['size'], not ['length']",
         ),
         (one(lambda a: Score({})), "exactly the metrics that `metrics` names."),
-        (one(lambda a: Score({"length": -1.0})), "Values of 'length' lie in [0.0, None].\n  seen: -1.0"),
+        (one(lambda a: Score({"length": -1.0})), "Values of 'length' (characters) lie in [0, inf].\n  seen: -1.0"),
+        (
+            broken(
+                metrics=lambda self, options: (METRIC.model_copy(update={"unit": "proportion"}),),
+            ),
+            "Values of 'length' (proportion) lie in [0, 1].\n  seen: 5.0 of sample 0",
+        ),
         (one(lambda a: Score({"length": float("nan")})), "A value is a finite number, or None."),
         (one(lambda a: Score({"length": "3"})), "A value is a finite number, or None."),  # type: ignore[dict-item]
         (one(lambda a: Score({"length": None})), "A value of None comes with a `reason`."),
@@ -118,7 +124,7 @@ def by_position(found: list[Score], answers: Sequence[Answer]) -> list[Score]:
         (broken(metrics=lambda self, options: (METRIC, METRIC)), "Names of metrics are distinct."),
         (
             broken(metrics=lambda self, options: (METRIC.model_copy(update={"high": -1.0}),)),
-            "The range of 'length' is not empty.\n  seen: [0.0, -1.0]",
+            "The range of 'length' is not empty.\n  seen: [0, -1]",
         ),
         (
             broken(metrics=lambda self, options: (METRIC.model_copy(update={"chance": -0.5}),)),

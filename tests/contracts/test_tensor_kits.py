@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import Field
 
-from harness import Adapter, Aligner, Config, Factors, Merged, Merger, Stage, TrainingJob
+from harness import Adapter, Aligner, Config, Factors, Merged, Merger, PairwiseLoss, Stage, TrainingJob
 from harness.scaffold import write_package
 from harness.testing import check_adapter, check_aligner, check_merger
 
@@ -332,3 +332,49 @@ def test_the_rules_of_aligners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(AssertionError) as caught:
             check_aligner(aligner, steps=2)
         assert words in str(caught.value), words
+
+
+LOSSES: list[tuple[str, Any, str]] = [
+    ("constant", lambda p, r: 0 * p.chosen.sum().repeat(7), "`loss` returned shape [7] for pairs of shape [{n}]"),
+    (
+        "square",
+        lambda p, r: p.chosen - p.rejected[:, None],
+        "`loss` returned shape [{n}, {n}] for pairs of shape [{n}]",
+    ),
+    ("mean", lambda p, r: (p.rejected - p.chosen).mean(), "`loss` returned shape [] for pairs of shape [{n}]"),
+    ("number", lambda p, r: 0.5, "`loss` returned float for pairs of shape [{n}]"),
+    ("two", lambda p, r: (p.chosen, p.chosen), "`loss` returned shape [{n}], shape [{n}] for pairs of shape [{n}]"),
+    ("detached", lambda p, r: (p.rejected - p.chosen).detach(), "`loss` returned a tensor without a gradient"),
+    ("referring", lambda p, r: p.rejected - r.rejected, "`loss` uses the reference, and `needs_reference` is False"),
+]
+"""A method's name, its loss of policy and reference, and what is said of it for ``n`` pairs."""
+
+
+def pairwise(name: str, loss: Any, **overrides: Any) -> PairwiseLoss:
+    """A method without a reference."""
+    own = {"name": name, "summary": "breaks", "needs_reference": False}
+    method: PairwiseLoss = type(
+        "Odd", (PairwiseLoss,), {**own, "loss": lambda self, p, r, c: loss(p, r), **overrides}
+    )()
+    return method
+
+
+@pytest.mark.parametrize(("name", "loss", "seen"), LOSSES, ids=[name for name, _, _ in LOSSES])
+def test_the_rules_of_losses(name: str, loss: Any, seen: str) -> None:
+    """Found on made-up pairs, before a model is made."""
+    with pytest.raises(AssertionError) as caught:
+        check_aligner(pairwise(name, loss))
+    text = str(caught.value)
+    assert text.startswith("`loss` returns a loss for each pair, (B,), that depends on the policy; `rewards`")
+    assert f"\n  seen: {seen.format(n=3)}" in text
+
+
+def test_a_loss_that_forgets_its_shape_for_one_pair() -> None:
+    with pytest.raises(AssertionError, match=r"`loss` returned shape \[\] for pairs of shape \[1\]"):
+        check_aligner(pairwise("squeezed", lambda p, r: (p.rejected - p.chosen).squeeze()))
+
+
+def test_rewards_are_two_tensors_of_a_number_per_pair() -> None:
+    method = pairwise("one", lambda p, r: p.rejected - p.chosen, rewards=lambda self, p, r, c: p.chosen)
+    with pytest.raises(AssertionError, match=r"`rewards` returned shape \[3\] for pairs of shape \[3\], shape \[3\]"):
+        check_aligner(method)

@@ -86,7 +86,7 @@ def test_signals_that_ask_to_stop(
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == code
-    assert "what is done is kept; the same command goes on from here" in said
+    assert "what is done is kept; run the same command again" in said
     assert "Traceback" not in said
     assert cli(*command).code == 0
     assert what_is_left(out) == reference

@@ -251,6 +251,38 @@ def test_prepare_sees_whole_models(made: Path, tmp_path: Path) -> None:
     assert float((ours[name].double() - base[name].double() - 4 * delta).abs().max()) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("returned", "seen"),
+    [
+        ("Merged(tensors[0].bfloat16())", "harness.Merged of shape [{0}], torch.bfloat16"),
+        ("Merged(tensors[0].flatten()[:2] * 1)", "harness.Merged of shape [2], torch.float32"),
+        ("tensors[0] * 1", "Tensor, not harness.Merged"),
+    ],
+)
+def test_a_mergers_result_is_held_to_the_contract(cli: Any, made: Path, returned: str, seen: str) -> None:
+    """Half the bits would be written as if they were all; the kit finds the same."""
+    Path("odd.py").write_text(
+        "from harness import Merged, Merger, hookimpl\n"
+        "class Odd(Merger):\n"
+        "    name = 'odd'\n"
+        "    operates_on = 'deltas'\n"
+        "    def keeps_equal(self, weights, config):\n"
+        "        return True\n"
+        "    def merge(self, tensors, *, base, weights, config, generator):\n"
+        f"        return {returned}\n"
+        "@hookimpl\n"
+        "def register_mergers():\n"
+        "    yield Odd()\n"
+    )
+    arguments = ["merge", "odd", "--plugin", "odd.py", "--base", made / "base", "--inputs", made / "a0"]
+    ran = cli(*arguments, "--out", "out")
+    shape = next(", ".join(map(str, t.shape)) for n, t in weights(made / "base").items() if n.endswith("q_proj.weight"))
+    assert ran.code == 3, ran.err
+    assert f"returned {seen.format(shape)}, expected harness.Merged of shape [{shape}], torch.float32" in ran.err
+    assert "`harness.testing.check_merger` finds such." in ran.err and "Traceback" not in ran.err
+    assert not Path("out").exists()
+
+
 def test_inputs_as_a_user_writes_them(tmp_path: Path) -> None:
     assert parse_input("arm") == MergeInput(ref="arm")
     assert parse_input("arm:0.25") == MergeInput(ref="arm", weight=0.25)

@@ -56,7 +56,7 @@ def scored(
         found: list[Score] = bound.score(samples, answers, ScorerContext(task="t", seed=0, folder=folder))
     finally:
         bound.close()
-    check_scores(bound, bound.metrics(bound.options), found, len(texts))
+    check_scores(bound, bound.metrics(bound.options), found, samples)
     return found
 
 
