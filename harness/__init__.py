@@ -39,10 +39,12 @@ _HOME = {
     "errors": ("HarnessError", "StepError", "UserError"),
     "execute": ("Evaluation", "evaluate"),
     "hookspecs": ("hookimpl",),
+    "machine": ("torch_device",),
     "merging": ("Merging", "merge"),
     "models": ("inspect_model", "with_tokenizer"),
     "packing": ("PackingCollator",),
     "pairwise": ("PairwiseLoss", "PairwiseRecipe"),
+    "precision": ("settle_dtype",),
     "recipes": ("Recipe",),
     "provenance": ("NUMERICS", "file_digest", "files_digest"),
     "records": [
@@ -95,3 +97,5 @@ if TYPE_CHECKING:
     from harness.contracts import CONTRACT_VERSION as CONTRACT_VERSION
     from harness.contracts import Engine as Engine
     from harness.contracts import Scorer as Scorer
+    from harness.machine import torch_device as torch_device
+    from harness.precision import settle_dtype as settle_dtype

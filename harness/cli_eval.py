@@ -53,7 +53,9 @@ def eval_(
     max_judge_cost: Annotated[
         float | None, typer.Option(help="Most that a judge may cost in this run (in the currency of its prices).")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (fp32 on a CPU, else as stored), float32, bfloat16, float16.")
+    ] = "auto",
     plugin: PluginFiles = None,
     tasks: Folders = None,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load pickled weights (can run code).")] = False,

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from harness import StepError, UserError, serving
+from harness import ModelSpec, StepError, UserError, load_plugins, serve_check, serving
 from harness.provenance import digest_of_bytes
+from harness.specs import ServeSpec
 from harness.testing import tiny_adapter, tiny_model
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -112,6 +113,15 @@ def test_an_adapters_template_is_served_where_the_base_has_none(alone: Path, see
     with serving.serve(base, adapters=[made]) as server:
         assert fake_vllm.seen(seen)["template"] == "{{ bos_token }}Q: {{ messages[0]['content'] }} A:"
         assert server.facts["template_digest"] == digest_of_bytes(fake_vllm.seen(seen)["template"].encode())
+
+
+def test_a_half_precision_model_is_served_in_fp32_on_a_cpu(tiny: Path, seen: Path, alone: Path) -> None:
+    half = tiny_model(alone / "half")
+    config = json.loads((half / "config.json").read_text(encoding="utf-8"))
+    (half / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}), encoding="utf-8")
+    checked = serve_check.check(ServeSpec(model=ModelSpec(model=str(half)), port=0), load_plugins())
+    arguments = list(checked.command(1, None).arguments)
+    assert value(arguments, "--dtype") == "float32"
 
 
 def test_the_key_goes_from_environment_to_environment(

@@ -131,6 +131,10 @@ class VllmEngine(Engine):
         """What vLLM refuses, or would leave out."""
         return super().adapter_problem(model, adapter, options) or lora_problem(adapter.config)
 
+    def device(self, options: Any) -> str:
+        """The build decides."""
+        return "cpu" if is_cpu_build() else "cuda"
+
     def identity(self, options: Any) -> dict[str, Any]:
         """The version and whatever may change the order of additions or what fits."""
         found = distribution()
