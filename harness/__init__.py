@@ -38,6 +38,7 @@ _HOME = {
     "data": ("load_hub_dataset", "resolve_revision"),
     "errors": ("HarnessError", "StepError", "UserError"),
     "execute": ("Evaluation", "evaluate"),
+    "generation_config": ("end_tokens", "generation_identity"),
     "hookspecs": ("hookimpl",),
     "machine": ("torch_device",),
     "merging": ("Merging", "merge"),
@@ -97,5 +98,7 @@ if TYPE_CHECKING:
     from harness.contracts import CONTRACT_VERSION as CONTRACT_VERSION
     from harness.contracts import Engine as Engine
     from harness.contracts import Scorer as Scorer
+    from harness.generation_config import end_tokens as end_tokens
+    from harness.generation_config import generation_identity as generation_identity
     from harness.machine import torch_device as torch_device
     from harness.precision import settle_dtype as settle_dtype

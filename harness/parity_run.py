@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from harness import generate
 from harness.choose_engine import choose_engine, needs_of
 from harness.errors import CorruptionError, UserError
+from harness.generation_config import end_tokens
 from harness.loading import Loaded, groups_of
 from harness.parity import FULL, LOW, Bound, ParityRecord, Tally, TaskParity, Turn, choose, probe_of, turn_of
 from harness.plan import EvalPlan
@@ -210,12 +209,3 @@ def _tally(unit: Unit, items: Sequence[_Item], bound: Bound) -> TaskParity:
 def _bound(model: ModelInfo) -> Bound:
     asked = asked_dtype(model)
     return FULL if (model.dtype if asked == "auto" else asked) == "float32" else LOW
-
-
-def end_tokens(model: ModelInfo) -> list[int]:
-    """The tokens that end an answer: those of generation_config.json, else of config.json."""
-    value = model.config.get("eos_token_id")
-    path = Path(model.path) / "generation_config.json"
-    if path.is_file():
-        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id", value)
-    return sorted({int(one) for one in (value if isinstance(value, list) else [value]) if one is not None})

@@ -14,6 +14,7 @@ from harness.config import Config, parse_options
 from harness.contracts import Dataset, Engine, Scorer
 from harness.errors import UserError
 from harness.evaluation import dataset_of, resolve_variant
+from harness.generation_config import generation_identity
 from harness.models import inspect_model, is_url
 from harness.precision import asked_dtype, settle_dtype, with_dtype
 from harness.provenance import NUMERICS, code_digest
@@ -231,6 +232,8 @@ class _Planner:
         chat_only = self._engine.capabilities(model, self._options).chat_only
         variant = resolve_variant(chosen, model, chat_only=chat_only)
         config = {**base, "task": task, "variant": variant, "limit": chosen.limit, "data": data}
+        if not self._engine.remote and "generate" in needs_of([chosen]):
+            config |= generation_identity(model, sampling=chosen.spec.decoding_of == "model")
         answers_id = digest_of({"kind": "answers", **config})
         refs = chosen.spec.scorers
         if chosen.spec.lm_eval is not None and not any(ref.name == LM_EVAL_SCORER for ref in refs):

@@ -209,3 +209,29 @@ def test_the_cost_of_judges_is_set_wherever_a_scorer_has_one() -> None:
 def test_fields_that_came_later_are_no_part_of_an_id_while_they_stand_at_their_default(plan: Planner) -> None:
     (task,) = plan().tasks
     assert not set(task.config["task"]) & set(LATER)
+
+
+def test_where_a_model_ends_its_answers_makes_another_step(sums: Path, tiny: Path, tmp_path: Path) -> None:
+    """Its generation_config.json does; a copy of what config.json says anyway does not."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    own = model / "generation_config.json"
+    registry = load_plugins()
+
+    def planned() -> str:
+        spec = EvalSpec(
+            model=ModelSpec(model=str(model)), tasks=("sums",), engine="transformers", task_folders=(str(sums),)
+        )
+        (task,) = plan_eval(spec, registry, load_catalog(registry, spec.task_folders)).tasks
+        return task.answers_id
+
+    found = []
+    for ends in (1, [1], [1, 7], 7):
+        own.write_text(json.dumps({"eos_token_id": ends}), encoding="utf-8")
+        found.append(planned())
+    assert found[0] == found[1] and len(set(found)) == 3
+    own.unlink()
+    assert planned() == found[0]
+    own.write_text('{"eos_token_id": ', encoding="utf-8")
+    with pytest.raises(UserError, match=r"generation_config\.json: cannot be read: .*\n  Mend it, or delete it"):
+        planned()

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field
 
-from harness import config, settle_dtype, torch_device
+from harness import config, generation_identity, settle_dtype, torch_device
 from harness.errors import UserError
 from harness.models import inspect_model, is_url
 from harness.records import ModelInfo
@@ -119,7 +119,9 @@ def judge_identity(options: JudgeOptions, where: str) -> dict[str, Any]:
         options = settled(options, where)
         return {"url": shown_url(str(options.model)), "model": options.served_model, **drawn}
     local = options.model_dump(mode="json", include={"engine", "engine_options"})
-    return {"model": _inspected(options, where).identity(), **local, "dtype": judge_dtype(options, where), **drawn}
+    info = _inspected(options, where)
+    ends = generation_identity(info, sampling=False)
+    return {"model": info.identity(), **ends, **local, "dtype": judge_dtype(options, where), **drawn}
 
 
 def judge_dtype(options: JudgeOptions, where: str) -> str:
