@@ -39,11 +39,14 @@ _HOME = {
     "data": ("load_hub_dataset", "resolve_revision"),
     "errors": ("HarnessError", "StepError", "UserError"),
     "execute": ("Evaluation", "evaluate"),
+    "generation_config": ("end_tokens", "generation_identity"),
     "hookspecs": ("hookimpl",),
+    "machine": ("torch_device",),
     "merging": ("Merging", "merge"),
     "models": ("adapter_modules", "inspect_model", "with_tokenizer"),
     "packing": ("PackingCollator",),
     "pairwise": ("PairwiseLoss", "PairwiseRecipe"),
+    "precision": ("settle_dtype",),
     "recipes": ("Recipe",),
     "provenance": ("NUMERICS", "file_digest", "files_digest"),
     "records": [
@@ -96,3 +99,7 @@ if TYPE_CHECKING:
     from harness.contracts import CONTRACT_VERSION as CONTRACT_VERSION
     from harness.contracts import Engine as Engine
     from harness.contracts import Scorer as Scorer
+    from harness.generation_config import end_tokens as end_tokens
+    from harness.generation_config import generation_identity as generation_identity
+    from harness.machine import torch_device as torch_device
+    from harness.precision import settle_dtype as settle_dtype

@@ -19,6 +19,7 @@ from harness.contracts import Adapter, Aligner, Dataset
 from harness.data import COMMIT
 from harness.errors import UserError
 from harness.expression import at_revisions, parse_expression, portable
+from harness.machine import torch_device
 from harness.models import inspect_model
 from harness.provenance import NUMERICS, code_digest
 from harness.recipes import Recipe
@@ -83,6 +84,10 @@ def plan_align(spec: AlignSpec, registry: Registry) -> AlignPlan:
     check_data_options(data_given, [part.name for part in parts])
     check_is_folder(spec)
     model = inspect_model(spec.model)
+    if spec.model.dtype == "auto":
+        # On a CPU fp32 is exact and repeatable; on CUDA bf16 is what the recipe's memory is counted in.
+        dtype = "bfloat16" if torch_device() == "cuda" else "float32"
+        spec = spec.model_copy(update={"model": spec.model.model_copy(update={"dtype": dtype})})
     start = find_start(spec, model, adapter_options)
     check_checkpoints(spec.checkpoints, recipe.steps)
     template = template_of(spec, model, start)

@@ -33,7 +33,7 @@ from harness.errors import Requeue, StepError, UserError
 from harness.expression import parse_expression
 from harness.heldout import HELDOUT, means, summaries
 from harness.models import open_tokenizer
-from harness.policy import described_quantization, dtype_of, open_policy, release, starting_policy
+from harness.policy import described_quantization, open_policy, release, starting_policy
 from harness.processes import ALONE, Children, Rank, plugin_files, train_apart
 from harness.progress import Reporter
 from harness.provenance import NUMERICS, code_digest, record
@@ -383,7 +383,7 @@ class _Run:
             "model": plan.model.identity()["weights"],
             "from": plan.start.digest if plan.start is not None else None,
             "quantization": described_quantization(plan.adapter.quantization(plan.adapter_options)),
-            "dtype": str(dtype_of(plan.spec.model.dtype, bool(torch.cuda.is_available()))),
+            "dtype": str(getattr(torch, plan.spec.model.dtype)),
             # Full fine-tuning computes in fp32 whatever the weights were opened in.
             "computes": sorted({str(p.dtype) for n, p in model.named_parameters() if ".default." not in n}),
             "autocast": bf16,

@@ -62,7 +62,9 @@ def eval_(
         float | None, typer.Option(help="Most that a judge may cost in this run (in the currency of its prices).")
     ] = None,
     data_revision: DataRevisions = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (fp32 on a CPU, else as stored), float32, bfloat16, float16.")
+    ] = "auto",
     plugin: PluginFiles = None,
     tasks: Folders = None,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load pickled weights (can run code).")] = False,

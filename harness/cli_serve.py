@@ -25,7 +25,9 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on; 0: a free one.", min=0, max=65535)] = 8000,
     name: Annotated[str | None, typer.Option(help="What requests call the model; by default its own name.")] = None,
     revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (fp32 on a CPU, else as stored), float32, bfloat16, float16.")
+    ] = "auto",
     set_: Annotated[list[str] | None, typer.Option("--set", help="engine.KEY=V: an option of the engine.")] = None,
     engine: Annotated[str, typer.Option(help="Engine that brings the server.")] = "vllm",
     api_key_env: Annotated[

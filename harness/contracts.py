@@ -161,6 +161,14 @@ class Engine(Plugin):
         """
         return model, options
 
+    def device(self, options: Any) -> str | None:
+        """The kind of device that it computes on (cpu, cuda, mps), found out without loading; None: it does not say.
+
+        It decides what dtype ``auto`` means: ``model.spec["dtype"]`` is a type's name when :meth:`open` is called, and
+        ``auto`` only where no kind is known.
+        """
+        return None
+
     def adapter_problem(self, model: ModelInfo, adapter: AdapterInfo, options: Any) -> str | None:
         """Why this adapter cannot be served beside the base, found out without loading; None: it can be.
 

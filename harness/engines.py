@@ -11,6 +11,7 @@ from harness.choose_engine import choose_engine
 from harness.contracts import Session
 from harness.errors import UserError
 from harness.models import inspect_model, open_tokenizer
+from harness.precision import settle_dtype
 from harness.records import Message, ModelInfo
 from harness.registry import Registry
 from harness.specs import ModelSpec
@@ -78,5 +79,6 @@ def open_engine(
         chosen, settings, _ = choose_engine(engine, dict(options or {}), info, set(needs), registry)
     except UserError as error:
         raise UserError(f"{where}, engine", error.what, error.fix) from None
+    info, _ = settle_dtype(info, chosen.device(settings))
     tokenizer = open_tokenizer(info, f"{where}, model")
     return OpenedEngine(chosen.open(info, [], settings), info, tokenizer)

@@ -138,6 +138,8 @@ class _Run:
         """
         run = self.run
         self.reporter.note(f"engine {self.plan.engine.name} ({self.plan.engine_reason})")
+        if self.plan.dtype_note is not None:
+            self.reporter.note(f"note: {self.plan.dtype_note}")
         for task in {task.name: task for task in self.plan.tasks}.values():
             if task.chosen.asked is not None:
                 self.reporter.note(f"{task.name} ({task.variant}) {task.chosen.spec.notes[-1]}")

@@ -5,6 +5,7 @@ Reads a few files and asks nvidia-smi; imports nothing heavy.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import re
@@ -60,11 +61,7 @@ class Machine:
 
 def look_at_machine() -> Machine:
     """Look at the machine and the environment this process runs in."""
-    memory = dict(re.findall(r"^(\w+):\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE))
-    total, available = (int(memory.get(key, 0)) * 1024 for key in ("MemTotal", "MemAvailable"))
-    limit = _read("/sys/fs/cgroup/memory.max").strip()  # a container's own limit; "max" if it has none
-    if limit.isdigit():
-        total, available = min(total, int(limit)), min(available, int(limit))
+    total, available = memory_bytes()
     flags = re.search(r"^(?:flags|Features)\s*:(.*)$", _read("/proc/cpuinfo"), re.MULTILINE)
     present = set(flags[1].split()) if flags else set()
     caches = {"HF_HUB_CACHE": str(hub_cache()), "HF_DATASETS_CACHE": str(prepared_cache())}
@@ -84,6 +81,32 @@ def look_at_machine() -> Machine:
         offline={name: os.environ.get(name) for name in OFFLINE_FLAGS},
         allocator={name: os.environ.get(name) for name in ALLOCATOR},
     )
+
+
+def memory_bytes() -> tuple[int, int]:
+    """The memory that there is and what of it is free (bytes); 0 where the system does not say."""
+    memory = dict(re.findall(r"^(\w+):\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE))
+    total, available = (int(memory.get(key, 0)) * 1024 for key in ("MemTotal", "MemAvailable"))
+    limit = _read("/sys/fs/cgroup/memory.max").strip()  # a container's own limit; "max" if it has none
+    if limit.isdigit():
+        total, available = min(total, int(limit)), min(available, int(limit))
+    return total, available
+
+
+def torch_device() -> str:
+    """The device that torch would compute on, found out without importing torch: step ids depend on it.
+
+    It is an accelerator where this torch was built for one and the machine shows its device files.
+    """
+    spec = importlib.util.find_spec("torch")
+    version = Path(spec.origin).parent / "version.py" if spec is not None and spec.origin else None
+    built = version.read_text(encoding="utf-8") if version is not None and version.is_file() else ""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    nvidia = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+    for name, present in (("cuda", nvidia), ("hip", Path("/dev/kfd").exists())):
+        if present and not hidden and re.search(rf"^{name}\b[^=]*=\s*['\"]", built, re.MULTILINE):
+            return "cuda"
+    return "mps" if sys.platform == "darwin" and platform.machine() == "arm64" else "cpu"
 
 
 def _read(file: str) -> str:

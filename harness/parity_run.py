@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from harness import generate
 from harness.choose_engine import choose_engine, needs_of
 from harness.errors import CorruptionError, UserError
+from harness.generation_config import end_tokens
 from harness.loading import Loaded, groups_of
 from harness.parity import FULL, LOW, Bound, ParityRecord, Tally, TaskParity, Turn, choose, probe_of, turn_of
 from harness.plan import EvalPlan
+from harness.precision import asked_dtype, settle_dtype, with_dtype
 from harness.records import ModelInfo, Output, Request, digest_of
 from harness.registry import Registry
 from harness.resume import ANSWERS_FILE
@@ -64,8 +64,14 @@ def second_plan(plan: EvalPlan, registry: Registry) -> EvalPlan | None:
         engine, options, _ = choose_engine(spec.parity_engine, given, plan.model, needs, registry)
     except UserError as error:
         raise UserError(where, error.what, error.fix) from None
+    # The run's own type, where its engine has named one.
+    dtype = asked_dtype(settle_dtype(plan.model, engine.device(options))[0])
     arms = tuple(
-        replace(arm, folded=None if arm.adapter is None else engine.adapter_problem(arm.model, arm.adapter, options))
+        replace(
+            arm,
+            model=with_dtype(arm.model, dtype),
+            folded=None if arm.adapter is None else engine.adapter_problem(arm.model, arm.adapter, options),
+        )
         for arm in plan.arms
     )
     return replace(plan, engine=engine, engine_options=options, arms=arms)
@@ -201,14 +207,5 @@ def _tally(unit: Unit, items: Sequence[_Item], bound: Bound) -> TaskParity:
 
 
 def _bound(model: ModelInfo) -> Bound:
-    asked = model.spec.get("dtype") or "auto"
+    asked = asked_dtype(model)
     return FULL if (model.dtype if asked == "auto" else asked) == "float32" else LOW
-
-
-def end_tokens(model: ModelInfo) -> list[int]:
-    """The tokens that end an answer: those of generation_config.json, else of config.json."""
-    value = model.config.get("eos_token_id")
-    path = Path(model.path) / "generation_config.json"
-    if path.is_file():
-        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id", value)
-    return sorted({int(one) for one in (value if isinstance(value, list) else [value]) if one is not None})

@@ -16,7 +16,9 @@ from harness.contracts import Dataset, Engine, Scorer
 from harness.data import OtherRevisionError, read_all, resolve_revision
 from harness.errors import UserError
 from harness.evaluation import dataset_of, resolve_variant
+from harness.generation_config import generation_identity
 from harness.models import inspect_model, is_url
+from harness.precision import asked_dtype, settle_dtype, with_dtype
 from harness.provenance import NUMERICS, code_digest
 from harness.records import AdapterInfo, ModelInfo, digest_of
 from harness.registry import Registry
@@ -80,6 +82,8 @@ class EvalPlan:
     engine_options: Any
     engine_reason: str
     arms: tuple[ArmPlan, ...]
+    dtype_note: str | None = None
+    """Why the weights are in a type that a reader would not expect."""
 
     @property
     def arm(self) -> str:
@@ -172,8 +176,13 @@ def plan_eval(spec: EvalSpec, registry: Registry, catalog: Catalog) -> EvalPlan:
     settled, options = engine.settle(model, options)
     if settled is not model:  # a remote engine, which has learnt tokenizer and template elsewhere
         candidates = [replace(one, model=settled) for one in candidates]
+    settled, note = settle_dtype(settled, engine.device(options))
+    # From here on nobody needs to know that it was `auto`: asked for by name it is the same evaluation.
+    dtype = asked_dtype(settled)
+    spec = spec.model_copy(update={"model": spec.model.model_copy(update={"dtype": dtype})})
+    candidates = [replace(one, model=with_dtype(one.model, dtype)) for one in candidates]
     planner = _Planner(spec, registry, engine, options, chosen)
-    return EvalPlan(spec, settled, engine, options, reason, tuple(planner.arm(one) for one in candidates))
+    return EvalPlan(spec, settled, engine, options, reason, tuple(planner.arm(one) for one in candidates), note)
 
 
 class _Planner:
@@ -227,6 +236,8 @@ class _Planner:
         chat_only = self._engine.capabilities(model, self._options).chat_only
         variant = resolve_variant(chosen, model, chat_only=chat_only)
         config = {**base, "task": task, "variant": variant, "limit": chosen.limit, "data": data}
+        if not self._engine.remote and "generate" in needs_of([chosen]):
+            config |= generation_identity(model, sampling=chosen.spec.decoding_of == "model")
         answers_id = digest_of({"kind": "answers", **config})
         refs = chosen.spec.scorers
         if chosen.spec.lm_eval is not None and not any(ref.name == LM_EVAL_SCORER for ref in refs):

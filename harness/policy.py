@@ -8,6 +8,8 @@ from typing import Any
 
 from harness.align_plan import AlignPlan
 from harness.attaching import attach_adapter
+from harness.errors import UserError
+from harness.machine import torch_device
 
 
 def open_policy(plan: AlignPlan, device: int) -> tuple[Any, bool, bool]:
@@ -19,8 +21,14 @@ def open_policy(plan: AlignPlan, device: int) -> tuple[Any, bool, bool]:
     # The harness shows progress itself.
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     cuda = torch.cuda.is_available()
+    if torch_device() == "cuda" and not cuda:
+        raise UserError(
+            "harness align",
+            f"torch {torch.__version__} cannot use the GPU that is here",
+            "Mend the driver or torch's build (`harness doctor`), or hide it: CUDA_VISIBLE_DEVICES=-1.",
+        )
     quantization = plan.adapter.quantization(plan.adapter_options)
-    dtype = dtype_of(plan.spec.model.dtype, cuda)
+    dtype = getattr(torch, plan.spec.model.dtype)
     set_seed(plan.spec.seed)
     base = AutoModelForCausalLM.from_pretrained(
         plan.model.path,
@@ -55,13 +63,6 @@ def starting_policy(model: Any, continued: bool) -> Iterator[None]:
             yield
     else:
         yield
-
-
-def dtype_of(name: str, cuda: bool) -> Any:
-    """On a CPU fp32 is exact and repeatable; on CUDA bf16 is what the recipe's memory is counted in."""
-    import torch
-
-    return getattr(torch, name) if name != "auto" else torch.bfloat16 if cuda else torch.float32
 
 
 def without_dropout(model: Any) -> None:

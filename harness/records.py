@@ -278,6 +278,7 @@ class Row(Config):
     adapter: str | None = None
     task: str
     variant: str = Field("raw", description="prompt variant: raw or chat")
+    dtype: str | None = Field(None, description="type that the model's weights were in; None: not ours to say")
     leaf: str | None = Field(None, description="leaf task; None for the whole task")
     scorer: str
     metric: str

@@ -103,7 +103,8 @@ def render(report: Report, run: RunResult) -> str:
 
 def _summary(report: Report) -> list[str]:
     """What a reader wants to know first, in a few words each."""
-    words = [report.model.get("architecture"), report.model.get("dtype")]
+    loaded = report.rows[0].dtype if report.rows else None
+    words = [report.model.get("architecture"), loaded or report.model.get("dtype")]
     size = report.model.get("size_bytes")
     if size:
         words.append(f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB")

@@ -75,6 +75,7 @@ class RowContext:
     variant: PromptKind
     scorer: str
     step: str
+    dtype: str | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -126,6 +127,7 @@ def _row(
         adapter=context.adapter,
         task=context.task,
         variant=context.variant,
+        dtype=context.dtype,
         leaf=leaf,
         scorer=context.scorer,
         metric=metric.name,

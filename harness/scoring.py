@@ -12,6 +12,7 @@ from harness.contracts import ScorerContext
 from harness.errors import CorruptionError
 from harness.evaluation import OpenTask
 from harness.plan import ScoresStep
+from harness.precision import asked_dtype
 from harness.progress import Bar
 from harness.provenance import record
 from harness.records import Score
@@ -115,7 +116,9 @@ class Scoring:
             variant=task.variant,
             scorer=step.ref.name,
             step=folder.id,
+            dtype=None if self.run.plan.engine.remote else asked_dtype(arm.model),
             notes=(
+                *((self.run.plan.dtype_note,) if self.run.plan.dtype_note is not None else ()),
                 *task.chosen.spec.notes,
                 *opened.notes,
                 *step.scorer.notes(),

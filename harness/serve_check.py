@@ -15,16 +15,15 @@ from harness.arms import adapters_in, unique_names
 from harness.config import parse_options
 from harness.contracts import Engine, ServerCommand, Serving
 from harness.errors import UserError
-from harness.machine import Gpu, look_at_machine
+from harness.machine import GIB, Gpu, look_at_machine
 from harness.models import inspect_adapter, inspect_model, is_url, read_chat_template
+from harness.precision import BYTES, asked_dtype, settle_dtype
 from harness.provenance import digest_of_bytes
 from harness.records import AdapterInfo, ModelInfo
 from harness.registry import Registry
 from harness.secrecy import read_secret
 from harness.specs import ServeSpec
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-GIB = 1024**3
 TAKEN = "address already in use"
 
 
@@ -78,10 +77,11 @@ def check(spec: ServeSpec, registry: Registry) -> Checked:
         if is_url(spec.model.model):
             what = "is the address of a server, and not a model's folder"
             raise UserError(f"--model {spec.model.model}", what, "Give what that server would serve.")
-        checked.model = inspect_model(spec.model)
+        checked.model, note = settle_dtype(inspect_model(spec.model), checked.engine.device(checked.options))
     except UserError as error:
         checked.problems.append(error)
         return checked
+    checked.limits += [note] if note is not None else []
     checked.name = spec.name or checked.model.name
     checked.problems += checked.engine.server_problems(checked.model, checked.options)
     _adapters(checked)
@@ -185,7 +185,7 @@ def _template(checked: Checked) -> None:
 
 def weights_gib(model: ModelInfo) -> float:
     """The weights in memory, in the type that they are loaded in (GiB)."""
-    asked, stored = str(model.spec.get("dtype") or "auto"), str(model.dtype or "")
+    asked, stored = asked_dtype(model), str(model.dtype or "")
     factor = BYTES[asked] / BYTES[stored] if asked in BYTES and stored in BYTES else 1.0
     return model.size_bytes * factor / GIB
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from harness.contracts import ServerCommand
 from harness.errors import StepError, UserError
+from harness.precision import asked_dtype
 from harness.progress import PLAIN_SECONDS, Reporter
 from harness.records import SCHEMA_VERSION
 from harness.registry import Registry, load_plugins
@@ -254,7 +255,12 @@ def _facts(checked: Checked, port: int, child: Child) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "url": _url(checked.spec.host, port),
         "models": [checked.name, *checked.adapters],
-        "base": {"name": checked.name, "weights_digest": model.weights_digest, "max_length": model.max_length},
+        "base": {
+            "name": checked.name,
+            "weights_digest": model.weights_digest,
+            "max_length": model.max_length,
+            "dtype": asked_dtype(model),
+        },
         "adapters": [{"name": name, "digest": one.digest, "rank": one.rank} for name, one in adapters],
         "template_digest": checked.template_digest,
         "engine": engine.identity(checked.options),

@@ -126,7 +126,9 @@ class ModelSpec(Config):
     revision: str | None = Field(None, description="hub revision")
     adapter: str | None = Field(None, description="folder or hub id of a peft adapter")
     control: str | None = Field(None, description="value of the adapter's conditioning")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="weights' type in the engine")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="weights' type in the engine; auto: float32 on a CPU, else as they are stored"
+    )
     allow_pickle: bool = Field(False, description="load pickled weights (they can run code)")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
     allow_template_mismatch: bool = Field(False, description="go on when adapter and model disagree on the template")

@@ -223,6 +223,9 @@ install_torch_$build
 install_harness
 "$python" -c 'import harness' 2>"$venv/install.log" ||
   die "trying the result" "import harness said: $(tail -n 1 "$venv/install.log")" "rm -rf $venv, then the same command again"
+# Many container images forbid Python to keep bytecode. What every command imports is compiled here, once, instead of by each of them.
+env -u PYTHONDONTWRITEBYTECODE "$python" -c 'import harness_plugins.engine_transformers, lm_eval.tasks, peft, transformers.models.llama.modeling_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer' >"$venv/install.log" 2>&1 || true
 
 printf '%s %s %s\n' "$key" "$profile" "$build" >"$state.new"
 mv "$state.new" "$state"

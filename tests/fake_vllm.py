@@ -35,7 +35,7 @@ if behaviour == "taken" and first:
     print("OSError: [Errno 98] Address already in use", flush=True)
     sys.exit(1)
 if behaviour == "stubborn":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: open(seen + ".told", "w").close())
 if behaviour == "never":
     time.sleep(600)
 names = [arguments[arguments.index("--served-model-name") + 1]]

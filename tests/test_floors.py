@@ -20,7 +20,7 @@ FLOORS = {
         "models arms choose_engine engines generation_config data machine prompts lmeval_load lmeval_collect "
         "lmeval generate evaluation rows plan resume templates separation selection tokenise token_cache reference "
         "lineage training heldout pairwise_trainer pairwise align_checks align_folder align_plan policy align_export "
-        "card packing prefix_sharing tensor_files merge_models merge_inputs merge_compute merge_write "
+        "card packing precision prefix_sharing tensor_files merge_models merge_inputs merge_compute merge_write "
         "merge_folder merge_engine merge_stats merge_adapter merge_report fold fold_nf4 fold_probe alpaca "
         "judge_figures row_schema"
     ),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from harness.errors import UserError
-from harness.generation_config import TOP_K, decoding_of_model
+from harness.generation_config import TOP_K, decoding_of_model, end_tokens, generation_identity
 from harness.records import ModelInfo
 from harness.specs import Decoding
 
@@ -64,3 +64,90 @@ def test_an_endpoint_has_none() -> None:
     model = ModelInfo(ref="http://h/v1", path="", name="m", weights_digest="w", tokenizer_digest="t")
     with pytest.raises(UserError, match="http://h/v1 is an endpoint, and those do not hand out"):
         decoding_of_model(GIVEN, model, 0, print)
+
+
+@pytest.mark.parametrize(
+    ("own", "what"),
+    [
+        ({"temperature": "hot"}, "temperature: 'hot' is no number above 0"),
+        ({"temperature": -1}, "temperature: -1 is no number above 0"),
+        ({"top_p": 1.5}, "top_p: 1.5 is no number above 0 and at most 1"),
+        ('{"do_sample": true, "top_p": NaN}', "top_p: nan is no number above 0 and at most 1"),
+    ],
+)
+def test_settings_that_are_none(tmp_path: Path, own: Any, what: str) -> None:
+    with pytest.raises(UserError) as refused:
+        read(tmp_path, own if isinstance(own, str) else {"do_sample": True, **own})
+    assert (refused.value.where, refused.value.what) == (str(tmp_path / "generation_config.json"), what)
+
+
+# ------------------------------------------------------------------------------------------------- where answers end
+
+
+def ending(folder: Path, own: Any, config: Any = 2) -> ModelInfo:
+    if own is not None:
+        (folder / "generation_config.json").write_text(own if isinstance(own, str) else json.dumps(own))
+    written = {"eos_token_id": config} if config is not None else {}
+    return ModelInfo(ref="m", path=str(folder), name="m", weights_digest="w", tokenizer_digest="t", config=written)
+
+
+@pytest.mark.parametrize(
+    ("own", "ends", "entered"),
+    [
+        (None, [2], {}),
+        ({"eos_token_id": 2}, [2], {}),
+        ({"eos_token_id": [2]}, [2], {}),
+        ({"eos_token_id": [7, 2]}, [2, 7], {"end_tokens": [2, 7]}),
+        ({"eos_token_id": 7}, [7], {"end_tokens": [7]}),
+        # As transformers reads it.
+        ({}, [], {"end_tokens": []}),
+        ({"eos_token_id": None}, [], {"end_tokens": []}),
+    ],
+)
+def test_end_tokens_enter_an_id_where_config_json_does_not_say_them(
+    tmp_path: Path, own: Any, ends: list[int], entered: dict[str, Any]
+) -> None:
+    model = ending(tmp_path, own)
+    assert end_tokens(model) == ends
+    assert generation_identity(model, sampling=False) == entered
+
+
+def test_how_answers_are_drawn_enters_where_the_file_decides_it(tmp_path: Path) -> None:
+    model = ending(tmp_path, {"eos_token_id": 2, "do_sample": True, "temperature": 0.6})
+    assert generation_identity(model, sampling=True) == {"drawn_as": (0.6, 1.0)}
+    assert generation_identity(model, sampling=False) == {}
+    assert generation_identity(ending(tmp_path, {"eos_token_id": 2, "temperature": 0.6}), sampling=True) == {}
+
+
+def test_an_endpoint_ends_where_it_likes() -> None:
+    model = ModelInfo(ref="http://h/v1", path="", name="m", weights_digest="w", tokenizer_digest="t")
+    assert generation_identity(model, sampling=True) == {}
+
+
+@pytest.mark.parametrize("value", ["</s>", [2, "x"], True, -1, 2.0, {"a": 1}])
+def test_end_tokens_that_are_none(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(UserError) as refused:
+        end_tokens(ending(tmp_path, {"eos_token_id": value}))
+    assert refused.value.what == f"eos_token_id: {value!r} is no token id"
+    assert refused.value.where == str(tmp_path / "generation_config.json")
+
+
+def test_transformers_reads_the_same(tiny: Path, tmp_path: Path) -> None:
+    """The file's ids alone, where there is a file; else those of config.json."""
+    import shutil
+
+    from transformers import AutoModelForCausalLM
+
+    from harness.models import inspect_model
+    from harness.specs import ModelSpec
+
+    folder = tmp_path / "m"
+    shutil.copytree(tiny, folder)
+    for own in ({"eos_token_id": [1, 5]}, {"do_sample": False}, None):
+        if own is None:
+            (folder / "generation_config.json").unlink()
+        else:
+            (folder / "generation_config.json").write_text(json.dumps(own))
+        theirs = AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id
+        theirs = theirs if isinstance(theirs, list) else [theirs]
+        assert end_tokens(inspect_model(ModelSpec(model=str(folder)))) == [one for one in theirs if one is not None]

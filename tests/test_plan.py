@@ -268,3 +268,29 @@ def test_the_commit_of_lm_evals_data_can_be_named(plan: Planner, other_commits: 
     )
     assert main.answers_id == named.answers_id != other.answers_id
     assert other.config["data"]["revision"] == "c" * 40
+
+
+def test_where_a_model_ends_its_answers_makes_another_step(sums: Path, tiny: Path, tmp_path: Path) -> None:
+    """Its generation_config.json does; a copy of what config.json says anyway does not."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    own = model / "generation_config.json"
+    registry = load_plugins()
+
+    def planned() -> str:
+        spec = EvalSpec(
+            model=ModelSpec(model=str(model)), tasks=("sums",), engine="transformers", task_folders=(str(sums),)
+        )
+        (task,) = plan_eval(spec, registry, load_catalog(registry, spec.task_folders)).tasks
+        return task.answers_id
+
+    found = []
+    for ends in (1, [1], [1, 7], 7):
+        own.write_text(json.dumps({"eos_token_id": ends}), encoding="utf-8")
+        found.append(planned())
+    assert found[0] == found[1] and len(set(found)) == 3
+    own.unlink()
+    assert planned() == found[0]
+    own.write_text('{"eos_token_id": ', encoding="utf-8")
+    with pytest.raises(UserError, match=r"generation_config\.json: cannot be read: .*\n  Mend it, or delete it"):
+        planned()

@@ -7,17 +7,12 @@ continuation; a generation is decoded without special tokens and cut at the firs
 from __future__ import annotations
 
 import importlib.util
-import os
-import platform
-import re
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, PositiveInt
 
-from harness import AdapterInfo, Availability, Capabilities, Engine, ModelInfo, Session
+from harness import AdapterInfo, Availability, Capabilities, Engine, ModelInfo, Session, torch_device
 from harness.errors import UserError
 from harness_plugins.transformers_plan import Limits
 
@@ -92,13 +87,17 @@ class TransformersEngine(Engine):
             generate=True, loglikelihood=True, max_adapters=MOST_ADAPTERS, max_adapter_rank=1_000_000, reasons=embeds
         )
 
+    def device(self, options: Any) -> str:
+        """The kind of device: cpu, cuda or mps."""
+        return resolve_device(options.device).partition(":")[0]
+
     def identity(self, options: Any) -> dict[str, Any]:
         """Device kind and everything that shapes a batch may move last bits; ``auto`` is resolved, without torch."""
         rows, tokens = _budget(options)
         return {
             "name": self.name,
             "version": VERSION,
-            "device": resolve_device(options.device).partition(":")[0],
+            "device": self.device(options),
             "batch_size": rows,
             "max_batch_tokens": tokens,
             "attention": options.attention,
@@ -135,21 +134,8 @@ def _budget(options: Any) -> tuple[int, int]:
 
 
 def resolve_device(option: str) -> str:
-    """The device that ``auto`` means here, found out without importing torch: step ids depend on it.
-
-    It is an accelerator where this torch was built for one and the machine shows its device files.
-    """
-    if option != "auto":
-        return option
-    spec = importlib.util.find_spec("torch")
-    version = Path(spec.origin).parent / "version.py" if spec is not None and spec.origin else None
-    built = version.read_text(encoding="utf-8") if version is not None and version.is_file() else ""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    nvidia = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
-    for name, present in (("cuda", nvidia), ("hip", Path("/dev/kfd").exists())):
-        if present and not hidden and re.search(rf"^{name}\b[^=]*=\s*['\"]", built, re.MULTILINE):
-            return "cuda"
-    return "mps" if sys.platform == "darwin" and platform.machine() == "arm64" else "cpu"
+    """The device that ``auto`` means here; step ids depend on it."""
+    return torch_device() if option == "auto" else option
 
 
 def _checked_device(option: str) -> str:

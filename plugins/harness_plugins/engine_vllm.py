@@ -134,6 +134,10 @@ class VllmEngine(Engine):
             adapter.config, adapter_modules(adapter)
         )
 
+    def device(self, options: Any) -> str:
+        """The build decides."""
+        return "cpu" if is_cpu_build() else "cuda"
+
     def identity(self, options: Any) -> dict[str, Any]:
         """The version and whatever may change the order of additions or what fits."""
         found = distribution()

@@ -10,7 +10,7 @@ from typing import Any
 from harness.errors import UserError
 from harness.records import Output, Request, digest_of
 from harness_plugins.engine_openai import FINISH, OpenAIEngine
-from harness_plugins.judge_options import JudgeOptions
+from harness_plugins.judge_options import JudgeOptions, judge_dtype
 from harness_plugins.judging import Ask, Budget, Reply, Spent
 from harness_plugins.openai_server import Names, Refused, Server, complete_url, mapping, nats
 
@@ -224,7 +224,7 @@ class Local:
             options.model,
             options.engine,
             options.engine_options,
-            dtype=options.dtype,
+            dtype=judge_dtype(options, where),
             revision=options.revision,
             needs=tuple(needs),
             where=where,

@@ -9,11 +9,12 @@ from urllib.parse import urlsplit
 
 from pydantic import Field
 
-from harness import config
+from harness import config, generation_identity, settle_dtype, torch_device
 from harness.errors import UserError
 from harness.models import inspect_model, is_url
 from harness.records import ModelInfo
 from harness.specs import ModelSpec
+from harness_plugins.engine_vllm import VllmEngine
 from harness_plugins.openai_server import check_address, complete_url, shown_url
 
 MILLION = 1_000_000
@@ -121,8 +122,21 @@ def judge_identity(options: JudgeOptions, where: str) -> dict[str, Any]:
     if options.remote:
         options = settled(options, where)
         return {"url": shown_url(str(options.model)), "model": options.served_model, **drawn}
-    local = options.model_dump(mode="json", include={"engine", "engine_options", "dtype"})
-    return {"model": _inspected(options, where).identity(), **local, **drawn}
+    local = options.model_dump(mode="json", include={"engine", "engine_options"})
+    info = _inspected(options, where)
+    ends = generation_identity(info, sampling=False)
+    return {"model": info.identity(), **ends, **local, "dtype": judge_dtype(options, where), **drawn}
+
+
+def judge_dtype(options: JudgeOptions, where: str) -> str:
+    """The type that a local judge is loaded in; an engine that is not one of ours makes of ``auto`` what it likes."""
+    device = None
+    if options.engine == "vllm":
+        device = VllmEngine().device(None)
+    elif options.engine in ("auto", "transformers"):
+        given = str(options.engine_options.get("device", "auto"))
+        device = torch_device() if given == "auto" else given.partition(":")[0]
+    return str(settle_dtype(_inspected(options, where), device)[0].spec["dtype"])
 
 
 def judge_label(options: JudgeOptions) -> str:

@@ -111,8 +111,8 @@ def not_finite(model: Any, adapters: Iterable[str]) -> dict[str | None, str]:
             found.setdefault(owner, f"weights are not finite ({shown.replace(f'.{owner}', '')})")
     for module in model.modules():
         scales = getattr(module, "scaling", None)
-        for one in names if isinstance(scales, dict) else ():
-            if not math.isfinite(scales.get(one, 1.0)):
+        for one in names:
+            if isinstance(scales, dict) and not math.isfinite(scales.get(one, 1.0)):
                 found.setdefault(one, f"scale is not finite ({scales[one]})")
     return found
 

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
-from harness import AdapterInfo, Decoding, ModelInfo, Output, Request, Session, StepError
+from harness import AdapterInfo, Decoding, ModelInfo, Output, Request, Session, StepError, end_tokens
 from harness_plugins.vllm_support import Environment, distribution, hint, root
 
 MOST_TOKEN_IDS = 128
@@ -40,7 +38,7 @@ class VllmSession(Session):
         self._refused: dict[str, StepError] = {}
         config = llm.llm_engine.model_config
         self._vocabulary = int(config.get_vocab_size())
-        self._eos = eos_ids(model) | {int(i) for i in (self._tokenizer.eos_token_id,) if i is not None}
+        self._eos = {*end_tokens(model), *(int(i) for i in (self._tokenizer.eos_token_id,) if i is not None)}
         self._device = str(llm.llm_engine.vllm_config.device_config.device_type)
         self.facts = {
             "engine": "vllm",
@@ -310,12 +308,3 @@ def _total(scored: Sequence[tuple[float, bool]]) -> Output:
         is_greedy=all(greedy for _, greedy in scored),
         batch_dependent=True,
     ).checked()
-
-
-def eos_ids(model: ModelInfo) -> set[int]:
-    """The tokens at which generation ends, as transformers reads them: generation_config.json, else config.json."""
-    value = model.config.get("eos_token_id")
-    path = Path(model.path) / "generation_config.json"
-    if path.is_file():
-        value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id", value)
-    return {int(i) for i in (value if isinstance(value, list) else [value]) if i is not None}

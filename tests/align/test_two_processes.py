@@ -52,6 +52,8 @@ def assert_same(one: Path, two: Path) -> None:
 @pytest.fixture(autouse=True)
 def compiled_once(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every child imports torch and trl: where bytecode is not kept, compiling them costs ten times the training."""
+    if not sys.dont_write_bytecode:
+        return
     folder = tmp_path_factory.getbasetemp() / "bytecode"
     monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(folder))
     monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)

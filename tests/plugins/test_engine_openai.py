@@ -308,17 +308,35 @@ def test_what_it_cannot_honour_is_an_error(opened: Callable[..., Session]) -> No
 # ------------------------------------------------------------------------------------------------- failure and retry
 
 
-def test_a_busy_server_is_waited_for_as_long_as_it_says(fake: Fake, opened: Callable[..., Session]) -> None:
-    busy = (429, {"error": {"message": "slow down"}}, {"Retry-After": "1"})
+class Patient(threading.Event):
+    """Notes how long it is waited for, and does not wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[float | None] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.waits.append(timeout)
+        return False
+
+
+@pytest.mark.parametrize(("max_wait", "waited"), [(60.0, 30.0), (0.05, 0.05)])
+def test_a_busy_server_is_waited_for_as_long_as_it_says_and_is_allowed(
+    fake: Fake, opened: Callable[..., Session], max_wait: float, waited: float
+) -> None:
+    busy = (429, {"error": {"message": "slow down"}}, {"Retry-After": "30"})
     fake.script = lambda body, attempt: busy if attempt == 1 else None
-    start = time.monotonic()
+    server: Any = opened(max_wait=max_wait)._server  # type: ignore[attr-defined]
+    patient = Patient()
+    answer = server.post("completions", {"prompt": "p"}, patient, "digest")
+    assert answer["choices"][0]["text"] == "after p"
+    assert patient.waits == [waited]
+
+
+def test_a_busy_server_is_asked_again(fake: Fake, opened: Callable[..., Session]) -> None:
+    fake.script = lambda body, attempt: (429, {}, {"Retry-After": "0.01"}) if attempt == 1 else None
     assert opened().run([writes("p")])[0].text == "after p"
-    assert 1.0 <= time.monotonic() - start < 4.0
-    # ... but no longer than max_wait.
-    fake.attempts.clear()
-    fake.script = lambda body, attempt: (429, {}, {"Retry-After": "600"}) if attempt == 1 else None
-    assert opened(max_wait=0.05).run([writes("p")])[0].text == "after p"
-    assert time.monotonic() - start < 5.0
+    assert len(fake.sent) == 2
 
 
 def test_retry_after_is_a_number_or_a_date() -> None:
@@ -360,16 +378,16 @@ def test_a_server_that_stays_silent_times_out(fake: Fake, opened: Callable[..., 
 
     def script(body: dict[str, Any], attempt: int) -> Answer | None:
         if body["prompt"] == "slow":
-            release.wait(10)
+            release.wait(60)
         return None
 
     fake.script = script
-    start = time.monotonic()
-    slow, quick = opened(timeout=0.3, retries=1).run([writes("slow"), writes("quick")])
+    slow, quick = opened(timeout=1.0, retries=1).run([writes("slow"), writes("quick")])
+    # Had it waited for the answer, there would be one.
+    assert not release.is_set()
     release.set()
-    assert slow.error == "no answer within 0.3 s (2 attempts)"
+    assert slow.error == "no answer within 1 s (2 attempts)"
     assert quick.text == "after quick"
-    assert time.monotonic() - start < 5
 
 
 def dripping(server: Fake, where: str, release: threading.Event) -> None:
@@ -687,8 +705,13 @@ def test_addresses() -> None:
 
 
 def test_interrupt_stops_promptly(fake: Fake) -> None:
-    """A real SIGINT in a real process, while the server holds every request for a minute."""
-    fake.script = lambda body, attempt: time.sleep(60)
+    """A real SIGINT in a real process, while the server holds every request until that has ended."""
+    release = threading.Event()
+
+    def script(body: dict[str, Any], attempt: int) -> None:
+        release.wait(300)
+
+    fake.script = script
     code = (
         "import sys; from harness import ModelInfo, Request; from harness_plugins.engine_openai import OpenAIEngine\n"
         "m = ModelInfo(ref='m', path='', name='m', weights_digest='w', tokenizer_digest='t'); e = OpenAIEngine()\n"
@@ -698,14 +721,13 @@ def test_interrupt_stops_promptly(fake: Fake) -> None:
     process = subprocess.Popen([sys.executable, "-c", code, fake.url], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"open\n"
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while fake.in_flight < 16 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert fake.in_flight == 16
-    start = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
-    assert time.monotonic() - start < 5
+    _, errors = process.communicate(timeout=60)
+    release.set()
     assert b"KeyboardInterrupt" in errors
     assert len(fake.sent) == 16
 

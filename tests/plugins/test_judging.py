@@ -6,6 +6,7 @@ import functools
 import importlib
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -579,3 +580,14 @@ def test_identity_is_who_judges_and_how_not_what_it_costs(judge: Any) -> None:
 def test_labels(tiny: Path) -> None:
     assert judge_label(JudgeOptions(model=str(tiny) + "/")) == "tiny"
     assert judge_label(JudgeOptions(model="http://h/v1", served_model="org/gpt-x")) == "gpt-x"
+
+
+def test_where_a_local_judge_ends_its_replies_is_part_of_it(tiny: Path, cache: Path, tmp_path: Path) -> None:
+    from harness_plugins.judge_options import judge_identity
+
+    folder = tmp_path / "judge"
+    shutil.copytree(tiny, folder)
+    options_ = JudgeOptions(model=str(folder), engine="transformers")
+    before = judge_identity(options_, "test")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 7]}', encoding="utf-8")
+    assert judge_identity(options_, "test") == {**before, "end_tokens": [1, 7]}
