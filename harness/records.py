@@ -173,6 +173,9 @@ class Metric(Config):
         "mean", description="corpus: the scorer's own `aggregate`, bootstrapped"
     )
     threshold: float = Field(0.05, description="share of unscored samples above which the mean is withheld")
+    resolution: float | None = Field(
+        None, gt=0, description="smallest difference worth naming (in the unit); None: any that is significant"
+    )
 
 
 class ModelInfo(Config):
@@ -245,6 +248,7 @@ class Row(Config):
     adapter: str | None = None
     task: str
     variant: str = Field("raw", description="prompt variant: raw or chat")
+    template: str | None = Field(None, description="SHA-256 of the chat template; None: raw, or an endpoint's own")
     leaf: str | None = Field(None, description="leaf task; None for the whole task")
     scorer: str
     metric: str

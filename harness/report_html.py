@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from harness.compare_text import p_text, signed
-from harness.leaderboard import differences_by_row, row_key
+from harness.compare_text import p_text, signed, verdict_text
+from harness.leaderboard import arm_text, differences_by_row, digits_by_row, row_key
 from harness.records import Metric, Row
 from harness.report_text import (
     ARROWS,
+    DIGITS,
     HOW_TO_READ,
     MINUS,
     interval_text,
@@ -47,6 +48,7 @@ from harness.results import (
 )
 
 if TYPE_CHECKING:
+    from harness.compare import Difference
     from harness.report import Report, TaskReport
 
 ASSETS = Path(__file__).with_name("assets")
@@ -194,9 +196,11 @@ def plot(row: Row, domain: tuple[float, float] | None) -> Markup:
 def _row_views(rows: Sequence[Row], report: Report) -> list[dict[str, Any]]:
     metrics = {(step, metric.name): metric for task in report.tasks for step in task.steps for metric in task.metrics}
     against = differences_by_row(report)
+    decimals = digits_by_row(report.rows, against)
     views = []
     for row in rows:
         metric = metrics.get((row.step, row.metric))
+        digits = decimals.get((row.step, row.metric), DIGITS)
         difference = against.get(row_key(row))
         alike = [other for other in rows if other.unit == row.unit and other.metric == row.metric]
         views.append(
@@ -204,11 +208,11 @@ def _row_views(rows: Sequence[Row], report: Report) -> list[dict[str, Any]]:
                 "task": row.task,
                 "variant": row.variant,
                 "label": task_label(row.task, row.variant),
-                "arm": row.adapter or "base",
+                "arm": arm_text(row, report),
                 "step": row.step,
-                "difference": "" if difference is None else signed(difference.difference).replace("-", MINUS),
+                "difference": "" if difference is None else _difference_text(difference),
                 "difference_value": "" if difference is None else repr(difference.difference),
-                "verdict": "" if difference is None else difference.verdict,
+                "verdict": "" if difference is None else verdict_text(difference),
                 "p": "" if difference is None else p_text(difference.p_adjusted),
                 "leaf": row.leaf,
                 "metric": row.metric,
@@ -216,9 +220,9 @@ def _row_views(rows: Sequence[Row], report: Report) -> list[dict[str, Any]]:
                 "scorer": row.scorer,
                 "arrow": ARROWS[row.higher_is_better],
                 "direction": {True: "higher is better", False: "lower is better", None: ""}[row.higher_is_better],
-                "mean": mean_text(row, minus=MINUS),
+                "mean": mean_text(row, minus=MINUS, digits=digits),
                 "mean_value": "" if row.mean is None or row.withheld is not None else repr(row.mean),
-                "interval": interval_text(row, minus=MINUS),
+                "interval": interval_text(row, minus=MINUS, digits=digits),
                 "width": "" if row.ci95 is None or row.withheld is not None else repr(row.ci95[1] - row.ci95[0]),
                 "plot": plot(row, _domain(alike, metric)),
                 "chance": number(row.chance, minus=MINUS),
@@ -230,6 +234,10 @@ def _row_views(rows: Sequence[Row], report: Report) -> list[dict[str, Any]]:
             }
         )
     return views
+
+
+def _difference_text(one: Difference) -> str:
+    return one.verdict if one.difference is None else signed(one.difference).replace("-", MINUS)
 
 
 def _task_view(

@@ -69,6 +69,7 @@ class RowContext:
     variant: PromptKind
     scorer: str
     step: str
+    template: str | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -120,6 +121,7 @@ def _row(
         adapter=context.adapter,
         task=context.task,
         variant=context.variant,
+        template=context.template,
         leaf=leaf,
         scorer=context.scorer,
         metric=metric.name,

@@ -132,16 +132,63 @@ def test_samples_of_one_run_only_and_unscored_ones_are_counted_and_said(pair: Pa
     )
 
 
-def test_raw_and_chat_are_paired_and_noted_and_the_rest_is_listed(pair: Pair) -> None:
-    pair.task("quiz", *flips(1, 1, 2), variant=("raw", "chat"))
+def test_raw_and_chat_are_paired_but_not_compared_and_the_rest_is_listed(pair: Pair) -> None:
+    pair.task("quiz", *flips(0, 8, 2), variant=("raw", "chat"))
     pair.a.task("old", {"s": {"value": 1.0}}, [])
     pair.b.task("new", {"s": {"value": 1.0}}, [], variant="chat")
-    report = compare_runs(*pair.write())
+    runs = pair.write()
+    report = compare_runs(*runs)
     (one,) = report.differences
-    assert one.label == "quiz (raw → chat)" and one.notes == ("prompts differ: raw in A, chat in B",)
+    assert one.label == "quiz (raw → chat)" and one.notes == ("not comparable: raw in A, chat in B",)
+    assert (one.verdict, one.p_value, one.mean_a, one.difference) == ("not comparable", None, None, None)
+    assert report.regressions == () and report.asked_differently == (one,) and changed_samples(*runs) == []
     assert (report.only_a, report.only_b) == (("old:raw",), ("new:chat",))
     text = shown(comparison_table(report))
     assert "only in A: old:raw" in text and "only in B: new:chat" in text
+    assert "quiz (raw → chat) acc: not comparable: raw in A, chat in B" in " ".join(text.split())
+
+
+def test_prompts_that_differ_are_compared_on_demand_and_marked(pair: Pair) -> None:
+    pair.task("quiz", *flips(0, 8, 2), variant=("raw", "chat"))
+    runs = pair.write()
+    report = compare_runs(*runs, allow_prompt_mismatch=True)
+    (one,) = report.differences
+    # 8 of 8 one way: 2 * (1/2)^8.
+    assert (one.verdict, one.p_value, one.difference) == ("worse", 2 / 256, pytest.approx(-0.8))
+    assert one.notes == ("prompts differ: raw in A, chat in B (--allow-prompt-mismatch)",)
+    assert len(changed_samples(*runs, allow_prompt_mismatch=True)) == 8
+    assert "worse (prompts differ)" in comparison_markdown(report)
+    assert "(prompts" in shown(comparison_table(report))
+
+
+@pytest.mark.parametrize(("recorded", "refused"), [("tasks", True), ("model", True), ("nowhere", False)])
+def test_two_chat_templates_are_two_prompts(pair: Pair, recorded: str, refused: bool) -> None:
+    """Plans written before tasks named their template have it at the model; of an endpoint's nothing is known."""
+    templates = ("a" * 64, "b" * 64)
+    info = {"template": templates} if recorded == "tasks" else {}
+    pair.task("quiz", *flips(0, 8, 2), variant="chat", **info)
+    if recorded == "model":
+        for folder, digest in zip((pair.a, pair.b), templates, strict=True):
+            folder.plan["model"]["template_digest"] = digest
+    (one,) = compare_runs(*pair.write()).differences
+    assert one.verdict == ("not comparable" if refused else "worse")
+    said = "not comparable: chat template aaaaaaaaaaaa in A, bbbbbbbbbbbb in B"
+    assert one.notes == ((said,) if refused else ())
+
+
+def test_a_gate_does_not_pass_what_was_asked_differently(pair: Pair, cli: Any) -> None:
+    pair.task("quiz", *flips(0, 8, 2), variant=("raw", "chat"))
+    a, b = pair.write()
+    assert cli("compare", a, b).code == 0
+    ran = cli("compare", a, b, "--fail-if-worse")
+    assert ran.code == 2 and "not comparable" in ran.out
+    assert ran.err == (
+        "error: --fail-if-worse: 1 of the primary metrics cannot be judged, as A and B were asked differently "
+        "(quiz (raw → chat) acc: raw in A, chat in B)\n"
+        "  Ask both alike (NAME:raw, or base and adapters in one run: harness eval --with-base), or pass "
+        "--allow-prompt-mismatch.\n"
+    )
+    assert cli("compare", a, b, "--fail-if-worse", "--allow-prompt-mismatch").code == 4
 
 
 def test_the_same_variant_is_preferred_over_a_mixed_pair(pair: Pair) -> None:
@@ -295,7 +342,7 @@ def test_rendering(pair: Pair) -> None:
     markdown = comparison_markdown(report)
     assert markdown.startswith("# tuned against base\n")
     rows = [line for line in markdown.splitlines() if line.startswith("|")]
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in rows} == {13}
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in rows} == {14}
     assert rows[2].startswith("| quiz:raw | acc ↑ | worse | 1.000 | 0.250 | -0.750 |")
     again = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert again["differences"][0]["verdict"] == "worse" and again["alpha"] == 0.05
