@@ -159,6 +159,12 @@ class Score:
         return cls({metric.name: None for metric in metrics}, reason)
 
 
+SHARE_RESOLUTION = 0.005
+"""Of a share: half a point. Tables print no less, and another wording of the prompts moves it by more."""
+LOGIT_RESOLUTION = 0.05
+"""Of a classifier's logit: a probability moves by a quarter of it at most, so by hardly more than one point."""
+
+
 class Metric(Config):
     """What a number means."""
 

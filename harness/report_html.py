@@ -288,6 +288,7 @@ def choose_samples(
 ) -> list[tuple[str, str]]:
     """(id, why it is shown) of at most ``limit`` samples: worst, best, unscored, and a spread over the others.
 
+    Nothing is worst that no sample beats, nor best that beats none: of a perfect run there is only a spread.
     Ties are broken by the digest of the id: neither by chance nor by the order of the data set, whose first leaf would
     otherwise be all that is seen of a 0/1 metric.
     """
@@ -302,8 +303,9 @@ def choose_samples(
         return [*((name, "") for name in first), *((name, "unscored") for name in unscored)]
     words = ("lowest", "highest") if higher_is_better is None else ("worst", "best")
     part = max(1, limit * 3 // 10)
-    chosen = dict.fromkeys(first[:part], words[0])
-    chosen.update((name, words[1]) for name in second[:part] if name not in chosen)
+    ends = [values[side[0]] if side else None for side in (first, second)]
+    chosen = {name: words[0] for name in first[:part] if values[name] != ends[1]}
+    chosen.update((name, words[1]) for name in second[:part] if name not in chosen and values[name] != ends[0])
     chosen.update(dict.fromkeys(unscored[: limit // 5], "unscored"))
     rest = [name for name in ids if name not in chosen]
     chosen.update(dict.fromkeys(rest[: limit - len(chosen)], "spread"))
