@@ -74,6 +74,7 @@ class Scoring:
                 folder=folder.artifact,
                 shared=run.store.judge,
                 progress=bar.advance,
+                stored=bar.stored,
                 open_engine=_opener(run),
                 runtime=opened.runtime,
             )

@@ -134,7 +134,7 @@ class AlpacaEvalScorer(Scorer):
         verdicts: Mapping[int, Judged[float]] = {}
         if questions:
             judge = self._judge(options, context)
-            found = judge.ask(questions, annotator.preference, context.progress)
+            found = judge.ask(questions, annotator.preference, context.progress, context.stored)
             verdicts = {index: verdict for (index, _), verdict in zip(asked, found, strict=True)}
         scores = [
             self._score(pair, answer, verdicts.get(index))

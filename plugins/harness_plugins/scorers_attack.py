@@ -261,9 +261,8 @@ class AttackLlm(AttackScorer):
         questions = [
             options.question(question_of(samples[index]), text) for index, (text, _) in zip(asked, judged, strict=True)
         ]
-        for index, (_, detail), one in zip(
-            asked, judged, self._judge(context).ask(questions, read_verdict, context.progress), strict=True
-        ):
+        verdicts = self._judge(context).ask(questions, read_verdict, context.progress, context.stored)
+        for index, (_, detail), one in zip(asked, judged, verdicts, strict=True):
             said = {"attempts": one.attempts, **detail}
             found[index] = Verdict(one.value, one.reason, said, one.again)
         return found

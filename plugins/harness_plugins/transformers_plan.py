@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +110,27 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     """``text`` up to the first occurrence of any stop string (without it), and whether there was one."""
     found = [at for at in (text.find(stop) for stop in stops if stop) if at >= 0]
     return (text[: min(found)], True) if found else (text, False)
+
+
+class Pace:
+    """A stopping criterion of transformers that stops nothing: it tells how far a batch has got, in requests.
+
+    A row's share of the work is taken to be its share of the token budget, so that the last requests are told of at
+    the end.
+    """
+
+    def __init__(self, tell: Callable[[int], None], requests: int, budget: int) -> None:
+        self._tell, self._requests, self._budget = tell, requests, budget
+        self._steps = self._told = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Bool [rows], all False."""
+        self._steps += 1
+        reached = self._requests * self._steps // self._budget
+        if reached > self._told:
+            self._tell(reached - self._told)
+            self._told = reached
+        return input_ids.new_zeros(input_ids.shape[0]).bool()
 
 
 class StopText:
