@@ -12,11 +12,12 @@ import pytest
 from rich.console import Console
 
 import harness
-from harness.compare import compare_runs
+from harness.compare import Difference, compare_runs
 from harness.errors import UserError
-from harness.leaderboard import terminal_table
+from harness.leaderboard import markdown_lines, terminal_table
+from harness.records import Row
 from harness.registry import load_plugins
-from harness.report import load_report, write_reports
+from harness.report import Report, load_report, write_reports
 from harness.results import open_run
 from harness.testing import tiny_adapter
 
@@ -146,6 +147,31 @@ def test_two_runs_are_paired_by_arm(tiny: Path, sums: Path, plugin: Path, adapte
     # The other way round the same arms, named by the side that has several.
     back = compare_runs(run, alone)
     assert [(one.arm, one.difference) for one in back.differences][1] == ("bad", 1.0)
+
+
+def test_a_claimed_difference_shows_in_the_means_and_no_verdict_hides_that_prompts_differ() -> None:
+    common: dict[str, Any] = {"task": "story", "metric": "reward", "unit": "logit"}
+    rows = [
+        Row(model="m", adapter=label, scorer="s", n=9, mean=mean, ci95=(3.0, 4.0), step=label or "base", **common)
+        for label, mean in ((None, 3.9931), ("a", 3.993103), ("b", 3.9931))
+    ]
+    sides = {"variant_a": "raw", "variant_b": "raw", "higher_is_better": True, "primary": True}
+    better = {"arm": "a", "difference": 3e-6, "ci_adjusted": (1e-6, 5e-6), "ci95": (2e-6, 4e-6), "p_adjusted": 0.01}
+    allowed = {"arm": "b", "difference": 0.0, "p_adjusted": 1.0, "prompts_differ": "raw in A, chat in B"}
+    report = Report(
+        harness="0",
+        rows=tuple(rows),
+        arms=({"label": None}, {"label": "a"}, {"label": "b"}),
+        differences=(
+            Difference(verdict="better", **better, **common, **sides),
+            Difference(verdict="no difference shown", **allowed, **common, **sides),
+        ),
+    )
+    lines = [line.replace("\\", "") for line in markdown_lines(report)]
+    # At five decimals 3.9931 and 3.993103 are one number; the interval is the one that goes with the adjusted p.
+    assert "| base | – | 3.993100 |" in lines[2] and "| a | better | 3.993103 |" in lines[3]
+    assert "| +3.0e-06 | [1.0e-06, 5.0e-06] | 0.010 |" in lines[3] and "| interval (Holm) | p (Holm) |" in lines[0]
+    assert "| b | no difference shown (prompts differ) |" in lines[4]
 
 
 def test_what_cannot_be_compared_is_refused(tiny: Path, sums: Path, plugin: Path, adapters: Path) -> None:
