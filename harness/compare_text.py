@@ -22,8 +22,6 @@ STYLES = {
     "no difference shown": "dim",
     "not comparable": "yellow",
 }
-
-
 CLAIMS = ("better", "worse")
 """Verdicts that name a difference."""
 
