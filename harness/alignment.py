@@ -35,7 +35,7 @@ from harness.heldout import HELDOUT, means, summaries
 from harness.models import open_tokenizer
 from harness.policy import described_quantization, open_policy, release, starting_policy
 from harness.processes import ALONE, Children, Rank, plugin_files, train_apart
-from harness.progress import Reporter
+from harness.progress import Reporter, stored
 from harness.provenance import NUMERICS, code_digest, record
 from harness.records import StepRecord
 from harness.registry import Registry, load_plugins
@@ -521,9 +521,11 @@ def _stepper(
     def report(step: int, values: dict[str, float]) -> None:
         nonlocal last, spoken, since
         if step > last:
-            advance(step - last)
             # A resumed run starts in the middle: what was done before is not part of its speed.
-            spoken = step - 1 if last == 0 else spoken
+            if last == 0 and step > 1:
+                stored(advance, step - 1)
+                spoken = last = step - 1
+            advance(step - last)
             last = step
         shown = [f"{n} {values[k]:.4g}" for k, n in _SHOWN.items() if k in values]
         now = time.monotonic()

@@ -29,6 +29,15 @@ class Candidate:
     adapter: AdapterInfo | None
     label: str | None
     control: str | None
+    template_of: str | None = None
+    """Of the base, asked in a chat template that it does not have: label of an arm that brings it."""
+
+    @property
+    def name(self) -> str:
+        """What folders and tables call it; rich would read square brackets as markup."""
+        name = self.model.name if self.adapter is None else f"{self.model.name}+{self.label}"
+        name = name if self.template_of is None else f"{name} (template of {self.template_of})"
+        return name if self.control is None else f"{name}@{self.control}"
 
 
 def find_arms(spec: EvalSpec, model: ModelInfo) -> list[Candidate]:

@@ -195,6 +195,6 @@ def _judged(
     ]
     answers = [Answer(one.id, (Output(text=pair.output_2 or ""),)) for one, pair in zip(samples, pairs, strict=True)]
     bar = Bar(reporter.start(f"judging ({name.replace('_', ' ')})", len(pairs)), len(pairs))
-    scores = scorer.score(samples, answers, replace(context, progress=bar.advance))
+    scores = scorer.score(samples, answers, replace(context, progress=bar.advance, stored=bar.stored))
     bar.fill()
     return scores

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from harness.errors import ExitCode, UserError
+
+if TYPE_CHECKING:
+    from harness.compare import ComparisonReport
 
 PluginFiles = Annotated[list[str] | None, typer.Option("--plugin", help="Loose plugin file to load (repeatable).")]
 Folders = Annotated[list[str] | None, typer.Option("--tasks", help="Folder of task YAML files (repeatable).")]
@@ -165,13 +168,23 @@ def compare(
     allow_engine_mismatch: Annotated[
         bool, typer.Option("--allow-engine-mismatch", help="Compare runs of engines that no parity record joins.")
     ] = False,
+    allow_prompt_mismatch: Annotated[
+        bool, typer.Option("--allow-prompt-mismatch", help="Compare what was asked raw or in another chat template.")
+    ] = False,
     as_json: Json = False,
 ) -> int:
     """Paired differences between two runs, or between the arms and the base of one, with the samples that changed."""
     from harness import compare as comparing
     from harness import compare_text
 
-    result = comparing.compare_runs(run_a, run_b, seed=seed, alpha=alpha, allow_engine_mismatch=allow_engine_mismatch)
+    result = comparing.compare_runs(
+        run_a,
+        run_b,
+        seed=seed,
+        alpha=alpha,
+        allow_engine_mismatch=allow_engine_mismatch,
+        allow_prompt_mismatch=allow_prompt_mismatch,
+    )
     if as_json:
         import json
 
@@ -181,8 +194,33 @@ def compare(
 
         console = Console()
         console.print(compare_text.comparison_table(result, everything=every))
-        changed = comparing.changed_samples(run_a, run_b, limit=show, everything=every) if show else []
+        changed = (
+            comparing.changed_samples(
+                run_a, run_b, limit=show, everything=every, allow_prompt_mismatch=allow_prompt_mismatch
+            )
+            if show
+            else []
+        )
         console.print(compare_text.changed_text(changed, result), markup=False, highlight=False, soft_wrap=True)
-    if fail_if_worse and result.regressions:
-        return ExitCode.REGRESSION
+    if fail_if_worse:
+        if result.regressions:
+            return ExitCode.REGRESSION
+        _refuse_unjudged(result)
     return ExitCode.STEPS_FAILED if result.failed else ExitCode.DONE
+
+
+def _refuse_unjudged(result: ComparisonReport) -> None:
+    """A gate must not pass what it could not judge because A and B were asked differently.
+
+    Raises:
+        UserError: a primary metric is of that kind.
+    """
+    found = result.asked_differently
+    if found:
+        shown = "; ".join(f"{one.label} {one.metric}: {one.prompts_differ}" for one in found[:3])
+        raise UserError(
+            "--fail-if-worse",
+            f"{len(found)} of the primary metrics cannot be judged, as A and B were asked differently ({shown})",
+            "Ask both alike (NAME:raw, or base and adapters in one run: harness eval --with-base), or pass "
+            "--allow-prompt-mismatch.",
+        )

@@ -6,7 +6,7 @@ every other arm. Nothing is generated or scored here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,14 +15,25 @@ from pydantic import Field
 
 from harness.config import Config
 from harness.errors import UserError
-from harness.pairing import Side, base_of, match_metrics, match_tasks, obstacle, open_ended, pair_arms
+from harness.pairing import (
+    Side,
+    as_asked,
+    asked_differently,
+    base_of,
+    match_metrics,
+    match_tasks,
+    obstacle,
+    open_ended,
+    pair_arms,
+)
 from harness.parity import check_engines
 from harness.records import SCHEMA_VERSION
 from harness.report_text import task_label
 from harness.results import RunResult, Texts, clip, visible
-from harness.stats import compare_paired, holm
+from harness.stats import Interval, compare_paired, holm, holm_levels
 
-Verdict = Literal["better", "worse", "no difference shown", "not comparable"]
+Verdict = Literal["better", "worse", "no difference of size", "no difference shown", "not comparable"]
+_AtLevel = Callable[[float], Interval | None]
 TEXT_LIMIT = 2_000
 """Longest prompt or answer that a changed sample shows (characters)."""
 
@@ -48,6 +59,12 @@ class Difference(Config):
     ci95: tuple[float, float] | None = None
     p_value: float | None = Field(None, description="two-sided, as it stands")
     p_adjusted: float | None = Field(None, description="Holm over the primary metrics (others: over the others)")
+    ci_adjusted: tuple[float, float] | None = Field(None, description="interval that goes with p_adjusted")
+    level_adjusted: float | None = Field(
+        None, description="its level: 1 - alpha / metrics tested at its step of Holm's"
+    )
+    resolution: float | None = Field(None, description="smallest difference worth naming, in the metric's unit")
+    prompts_differ: str | None = Field(None, description="how A and B were asked differently")
     test: str = "none"
     n_better: int = Field(0, description="samples with the better score in B (the higher one if neither is better)")
     n_worse: int = 0
@@ -82,6 +99,13 @@ class ComparisonReport(Config):
     def regressions(self) -> tuple[Difference, ...]:
         """Primary metrics that are significantly worse in run B: what `--fail-if-worse` acts on."""
         return tuple(one for one in self.differences if one.primary and one.verdict == "worse")
+
+    @property
+    def asked_differently(self) -> tuple[Difference, ...]:
+        """Primary metrics that were not compared because A and B were asked in different ways."""
+        return tuple(
+            one for one in self.differences if one.primary and one.prompts_differ and one.verdict == "not comparable"
+        )
 
     def shown(self, *, everything: bool = False) -> tuple[Difference, ...]:
         """The primary metrics, or all."""
@@ -122,12 +146,14 @@ def compare_runs(
     seed: int = 0,
     alpha: float = 0.05,
     allow_engine_mismatch: bool = False,
+    allow_prompt_mismatch: bool = False,
 ) -> ComparisonReport:
     """Compare run B with run A, or every arm of run A with its base, paired by sample id.
 
     Arms are paired by name; a run with one arm is the reference of every arm of the other. Holm's correction is taken
     over all primary metrics of the table (the others among themselves), so what is shown does not depend on what else
-    is shown. Verdicts follow the metric's direction at adjusted p < ``alpha``.
+    is shown. Verdicts follow the metric's direction at adjusted p < ``alpha``; below its resolution a difference has no
+    size. What was asked differently (raw and chat, or two templates) is compared only with ``allow_prompt_mismatch``.
 
     Raises:
         UserError: a folder is not a run, a run has not ended, there is nothing to compare, or the runs come from
@@ -135,17 +161,19 @@ def compare_runs(
     """
     a = open_ended(run_a)
     if run_b is None:
-        return compare_arms(a, seed=seed, alpha=alpha)
+        return compare_arms(a, seed=seed, alpha=alpha, allow_prompt_mismatch=allow_prompt_mismatch)
     b = open_ended(run_b)
     paired, only_a, only_b = pair_arms(a, b)
     notes = (*check_engines(a, b, allowed=allow_engine_mismatch), *_notes(a, b))
-    report = _compared(paired, (a.name, b.name), seed=seed, alpha=alpha)
+    report = _compared(paired, (a.name, b.name), seed, alpha, allow_prompt_mismatch)
     lost = {"only_a": report.only_a + only_a, "only_b": report.only_b + only_b}
     return report.model_copy(update={**lost, "notes": notes})
 
 
-def compare_arms(run: RunResult, *, seed: int = 0, alpha: float = 0.05) -> ComparisonReport:
-    """Compare every arm of a run with its base.
+def compare_arms(
+    run: RunResult, *, seed: int = 0, alpha: float = 0.05, allow_prompt_mismatch: bool = False
+) -> ComparisonReport:
+    """Compare every arm of a run with its base, as the base was asked the same.
 
     Raises:
         UserError: the run has no base, or nothing besides it.
@@ -156,13 +184,18 @@ def compare_arms(run: RunResult, *, seed: int = 0, alpha: float = 0.05) -> Compa
         fix = "Give a second run, or evaluate the base too: harness eval --with-base --adapter A --adapter B."
         raise UserError(str(run.root), f"{what}, so there is nothing to compare within it", fix)
     name = others[0].name if len(others) == 1 else f"{len(others)} arms"
-    return _compared([(base, arm) for arm in others], (base.name, name), seed=seed, alpha=alpha)
+    paired = [(as_asked(base, arm), arm) for arm in others]
+    return _compared(paired, (base.name, name), seed, alpha, allow_prompt_mismatch)
 
 
 def _compared(
-    paired: Sequence[tuple[RunResult, RunResult]], names: tuple[str, str], *, seed: int, alpha: float
+    paired: Sequence[tuple[RunResult, RunResult]],
+    names: tuple[str, str],
+    seed: int,
+    alpha: float,
+    allow_prompt_mismatch: bool,
 ) -> ComparisonReport:
-    found: list[Difference] = []
+    found: list[tuple[Difference, _AtLevel]] = []
     failed: list[str] = []
     only: tuple[list[str], list[str]] = ([], [])
     for arm, (a, b) in zip(_arms(paired), paired, strict=True):
@@ -173,19 +206,22 @@ def _compared(
                 failed.append(before + task_label(left.name, left.variant))
                 continue
             for sides in match_metrics(left, right):
-                found.append(_difference(*sides, seed=seed).model_copy(update={"arm": arm}))
+                one, at = _difference(*sides, seed=seed, allow_prompt_mismatch=allow_prompt_mismatch)
+                found.append((one.model_copy(update={"arm": arm}), at))
         for names_of, tasks in zip(only, alone, strict=True):
             names_of += [before + task_label(task.name, task.variant) for task in tasks]
-    adjusted: dict[int, float | None] = {}
+    judged = [one for one, _ in found]
     for primary in (True, False):
-        family = [index for index, one in enumerate(found) if one.primary is primary]
-        adjusted.update(zip(family, holm([found[index].p_value for index in family]), strict=True))
+        family = [index for index, (one, _) in enumerate(found) if one.primary is primary]
+        p_values = [found[index][0].p_value for index in family]
+        for index, p, level in zip(family, holm(p_values), holm_levels(p_values, alpha=alpha), strict=True):
+            judged[index] = _judged(*found[index], p, level, alpha)
     return ComparisonReport(
         name_a=names[0],
         name_b=names[1],
         alpha=alpha,
         seed=seed,
-        differences=tuple(_judged(one, adjusted[index], alpha) for index, one in enumerate(found)),
+        differences=tuple(judged),
         only_a=tuple(only[0]),
         only_b=tuple(only[1]),
         failed=tuple(failed),
@@ -199,7 +235,13 @@ def _arms(paired: Sequence[tuple[RunResult, RunResult]]) -> list[str | None]:
 
 
 def changed_samples(
-    run_a: Path, run_b: Path | None = None, *, limit: int = 10, tasks: Sequence[str] = (), everything: bool = False
+    run_a: Path,
+    run_b: Path | None = None,
+    *,
+    limit: int = 10,
+    tasks: Sequence[str] = (),
+    everything: bool = False,
+    allow_prompt_mismatch: bool = False,
 ) -> list[ChangedSample]:
     """The samples whose score changed most, at most ``limit`` per task and metric, those that got worse first.
 
@@ -208,6 +250,7 @@ def changed_samples(
         limit: most samples per arm, task and metric.
         tasks: only these tasks, by name without variant; all when empty.
         everything: also the metrics that are not primary.
+        allow_prompt_mismatch: also where both were asked differently.
 
     Raises:
         UserError: a folder is not a run, or a run has not ended.
@@ -215,7 +258,7 @@ def changed_samples(
     a = open_ended(run_a)
     if run_b is None:
         base, others = base_of(a)
-        paired = [(base, arm) for arm in others] if base is not None else []
+        paired = [(as_asked(base, arm), arm) for arm in others] if base is not None else []
     else:
         paired, _, _ = pair_arms(a, open_ended(run_b))
     found: list[ChangedSample] = []
@@ -225,12 +268,13 @@ def changed_samples(
             continue
         for left, right in match_metrics(left_task, right_task):
             wanted = left.metric.primary or right.metric.primary or everything
-            if wanted and obstacle(left, right) is None:
+            if wanted and obstacle(left, right, allow_prompt_mismatch=allow_prompt_mismatch) is None:
                 found += _changes(arm, left, right, limit)
     return found
 
 
-def _difference(a: Side, b: Side, *, seed: int) -> Difference:
+def _difference(a: Side, b: Side, *, seed: int, allow_prompt_mismatch: bool) -> tuple[Difference, _AtLevel]:
+    """The difference as it stands, and its interval by level."""
     values_a, values_b = a.values, b.values
     shared = values_a.keys() & values_b.keys()
     unscored = sum(values_a[key] is None or values_b[key] is None for key in shared)
@@ -242,36 +286,37 @@ def _difference(a: Side, b: Side, *, seed: int) -> Difference:
         "unit": a.metric.unit,
         "higher_is_better": a.metric.higher_is_better,
         "primary": a.metric.primary or b.metric.primary,
+        "resolution": max((one.resolution for one in (a.metric, b.metric) if one.resolution is not None), default=None),
+        "prompts_differ": asked_differently(a.task, b.task),
         "n": len(shared) - unscored,
         "n_only_a": len(values_a) - len(shared),
         "n_only_b": len(values_b) - len(shared),
         "n_unscored": unscored,
     }
     notes = []
-    if a.task.variant != b.task.variant:
-        notes.append(f"prompts differ: {a.task.variant} in A, {b.task.variant} in B")
+    if base["prompts_differ"] and allow_prompt_mismatch:
+        notes.append(f"prompts differ: {base['prompts_differ']} (--allow-prompt-mismatch)")
     if base["n_only_a"] or base["n_only_b"]:
         limits = [side.task.info.get("limit") for side in (a, b)]
         said = f" (limits {limits[0] or 'none'} and {limits[1] or 'none'})" if limits[0] != limits[1] else ""
         notes.append(f"left out: {base['n_only_a']:,} samples only in A, {base['n_only_b']:,} only in B{said}")
     if unscored:
         notes.append(f"left out: {unscored:,} samples unscored in A or B")
-    reason = obstacle(a, b)
+    reason = obstacle(a, b, allow_prompt_mismatch=allow_prompt_mismatch)
     if reason is None and not base["n"]:
         reason = "no sample is scored in both runs"
     if reason is not None:
-        return Difference(**base, verdict="not comparable", notes=(reason, *notes))
+        return Difference(**base, verdict="not comparable", notes=(reason, *notes)), lambda level: None
     # B first, so that differences and intervals are B minus A.
     result = compare_paired(values_b, values_a, seed=seed)
     up, down = result.wins, result.losses
     better, worse = (down, up) if a.metric.higher_is_better is False else (up, down)
-    interval = (result.interval.low, result.interval.high) if result.interval is not None else None
-    return Difference(
+    one = Difference(
         **base,
         mean_a=result.mean_b,
         mean_b=result.mean_a,
         difference=result.difference,
-        ci95=interval,
+        ci95=_ends(result.interval),
         p_value=result.p_value,
         test=result.test,
         n_better=better,
@@ -280,19 +325,28 @@ def _difference(a: Side, b: Side, *, seed: int) -> Difference:
         verdict="no difference shown",
         notes=tuple(notes),
     )
+    return one, result.at
 
 
-def _judged(one: Difference, p_adjusted: float | None, alpha: float) -> Difference:
-    """The same difference with its corrected p-value and verdict."""
+def _ends(interval: Interval | None) -> tuple[float, float] | None:
+    return None if interval is None else (interval.low, interval.high)
+
+
+def _judged(one: Difference, at: _AtLevel, p_adjusted: float | None, level: float | None, alpha: float) -> Difference:
+    """The same difference with its corrected p-value, the interval beside it, and its verdict."""
     verdict, notes = one.verdict, one.notes
     if verdict != "not comparable":
         if p_adjusted is None:
             verdict, notes = "not comparable", ("one pair of samples shows nothing", *notes)
+        elif p_adjusted < alpha and abs(one.difference or 0.0) < (one.resolution or 0.0):
+            verdict = "no difference of size"
+            notes = (f"significant, but below {one.resolution:g}, the smallest difference worth naming", *notes)
         elif p_adjusted < alpha and one.higher_is_better is None:
             verdict, notes = "not comparable", ("they differ, but this metric has no better direction", *notes)
         elif p_adjusted < alpha and one.difference:
             verdict = "better" if (one.difference > 0) is one.higher_is_better else "worse"
-    return one.model_copy(update={"verdict": verdict, "p_adjusted": p_adjusted, "notes": notes})
+    interval = {"ci_adjusted": None if level is None else _ends(at(level)), "level_adjusted": level}
+    return one.model_copy(update={"verdict": verdict, "p_adjusted": p_adjusted, "notes": notes, **interval})
 
 
 def _notes(a: RunResult, b: RunResult) -> tuple[str, ...]:

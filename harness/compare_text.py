@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from harness.report_text import ARROWS, escape_markdown, figures_table, markdown_table, number
+from harness.report_text import ARROWS, digits_apart, escape_markdown, figures_table, markdown_table, number
 from harness.results import visible
 
 if TYPE_CHECKING:
@@ -15,7 +15,15 @@ if TYPE_CHECKING:
 
     from harness.compare import ChangedSample, ComparisonReport, Difference
 
-STYLES = {"better": "green", "worse": "bold red", "no difference shown": "dim", "not comparable": "yellow"}
+STYLES = {
+    "better": "green",
+    "worse": "bold red",
+    "no difference of size": "dim",
+    "no difference shown": "dim",
+    "not comparable": "yellow",
+}
+CLAIMS = ("better", "worse")
+"""Verdicts that name a difference."""
 
 
 def comparison_table(report: ComparisonReport, *, everything: bool = False) -> Table:
@@ -29,14 +37,13 @@ def comparison_table(report: ComparisonReport, *, everything: bool = False) -> T
         counts = f"+{one.n_better:,} -{one.n_worse:,}" if one.test != "none" else ""
         table.add_row(
             Text.assemble(one.label, "\n", (f"  {_metric(one)}", "dim")),
-            Text(number(one.mean_a)),
-            Text(number(one.mean_b)),
-            Text.assemble(signed(one.difference), "\n", (_interval(one), "dim")),
+            *map(Text, _means(one)),
+            Text.assemble(signed(one.difference), "\n", (_interval(one.ci_adjusted), "dim")),
             Text.assemble(f"{one.n:,}", "\n", (counts, "dim")),
-            Text.assemble((one.verdict, STYLES[one.verdict]), "\n", (f"p {p_text(one.p_adjusted)}", "dim")),
+            Text.assemble((verdict_text(one), STYLES[one.verdict]), "\n", (f"p {p_text(one.p_adjusted)}", "dim")),
         )
     lines = [visible(line) for line in remarks(report, everything=everything)]
-    lines.append("Under n: samples that got better (+) and worse (-). p: after Holm.")
+    lines.append("Under n: samples that got better (+) and worse (-). p and interval: after Holm.")
     table.caption = Text("\n".join(lines), justify="left")
     return table
 
@@ -68,23 +75,24 @@ def comparison_markdown(
         f"A: {escape_markdown(report.name_a)}. B: {escape_markdown(report.name_b)}. Differences are B minus A.",
         "",
     ]
-    header = ("task", "metric", "verdict", "A", "B", "B - A", "95 % interval", "n", "better", "worse", "p", "p (Holm)")
+    words, counted = ("task", "metric", "verdict"), ("n", "better", "worse")
+    figures = ("A", "B", "B - A", "95 % interval", "p", "interval (Holm)", "p (Holm)")
     rows = [
         (
             one.label,
             _metric(one),
-            one.verdict,
-            number(one.mean_a),
-            number(one.mean_b),
+            verdict_text(one),
+            *_means(one),
             signed(one.difference),
-            _interval(one) or "–",
-            *(f"{count:,}" for count in (one.n, one.n_better, one.n_worse)),
+            _interval(one.ci95) or "–",
             p_text(one.p_value),
+            _interval(one.ci_adjusted) or "–",
             p_text(one.p_adjusted),
+            *(f"{count:,}" for count in (one.n, one.n_better, one.n_worse)),
         )
         for one in report.shown(everything=everything)
     ]
-    lines += markdown_table(header, rows, words=3)
+    lines += markdown_table((*words, *figures, *counted), rows, words=len(words))
     lines += ["", *[f"* {escape_markdown(line)}" for line in remarks(report, everything=everything)]]
     if changed:
         lines += ["", "## Samples that changed"]
@@ -104,9 +112,16 @@ def remarks(report: ComparisonReport, *, everything: bool = False) -> list[str]:
     lines += [f"not compared, a step failed: {', '.join(report.failed)}"] if report.failed else []
     lines += report.notes
     lines.append(
-        f"Verdicts at Holm-adjusted p < {report.alpha:g}. 0/1 scores: exact McNemar test; others: paired bootstrap."
+        f"Verdicts at Holm-adjusted p < {report.alpha:g}. 0/1 scores: exact McNemar test; others: paired bootstrap. "
+        f"The interval that goes with it: level 1 - {report.alpha:g}/k, k being the tests left at its step."
     )
     return lines
+
+
+def verdict_text(one: Difference) -> str:
+    """The verdict, marked where A and B were asked differently."""
+    marked = one.prompts_differ is not None and one.verdict != "not comparable"
+    return f"{one.verdict} (prompts differ)" if marked else one.verdict
 
 
 def p_text(value: float | None) -> str:
@@ -126,8 +141,15 @@ def _metric(one: Difference) -> str:
     return f"{visible(one.metric)} {ARROWS[one.higher_is_better]}".rstrip()
 
 
-def _interval(one: Difference) -> str:
-    return "" if one.ci95 is None else f"[{signed(one.ci95[0])}, {signed(one.ci95[1])}]"
+def _means(one: Difference) -> tuple[str, str]:
+    """Both means, with enough decimals to see a difference that is claimed."""
+    claimed = [(one.mean_a, one.mean_b)] if one.verdict in CLAIMS else []
+    digits = digits_apart(claimed)
+    return number(one.mean_a, digits=digits), number(one.mean_b, digits=digits)
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+    return "" if ends is None else f"[{signed(ends[0])}, {signed(ends[1])}]"
 
 
 def _label(one: ChangedSample) -> str:

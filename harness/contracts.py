@@ -123,6 +123,8 @@ class Session(ABC):
 
     facts: Mapping[str, Any] = {}
     """device, dtype, library versions: goes into provenance."""
+    progress: Callable[[int], None] | None = None
+    """Set by whoever drives the session: told how many more requests are answered while a batch runs."""
 
     @abstractmethod
     def batches(self, requests: Sequence[Request]) -> list[list[int]]:
@@ -134,6 +136,11 @@ class Session(ABC):
     @abstractmethod
     def run(self, requests: Sequence[Request]) -> list[Output]:
         """Answer one batch, in order. A request that fails alone returns ``Output(error=...)``."""
+
+    def tell(self, more: int) -> None:
+        """For engines that know how a long batch gets on: so many more of its requests are answered, or as good as."""
+        if self.progress is not None:
+            self.progress(more)
 
     def close(self) -> None:  # noqa: B027 - optional
         """Release memory and processes."""
@@ -213,6 +220,8 @@ class ScorerContext:
     """The same for all steps of the run: what a judge said there needs no second call, nor a second payment."""
     progress: Callable[[int], None] = lambda more: None
     """Told how many more samples have been scored."""
+    stored: Callable[[int], None] = lambda more: None
+    """Told how many more samples an earlier run has scored: they cost no time now."""
     open_engine: Callable[..., Any] | None = None
     """Opens a model for the scorer (a judge, say): :func:`harness.engines.open_engine`; the scorer closes it."""
     runtime: Any = None

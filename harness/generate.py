@@ -9,6 +9,7 @@ from typing import Any
 
 from harness.contracts import Session
 from harness.errors import StepError
+from harness.progress import Bar, stored
 from harness.records import Answer, Output, Request, Sample
 from harness.store import Damage, Journal, rows_digest
 
@@ -46,7 +47,7 @@ def row_of(sample: Sample, index: int, digest: str, output: Output) -> dict[str,
     return {"item": sample.id, "index": index, "digest": digest, "output": output.to_json()}
 
 
-def stored(
+def _known(
     batches: Sequence[Sequence[dict[str, Any]]], wanted: dict[tuple[str, int], str]
 ) -> dict[Any, dict[str, Any]]:
     """Rows of a journal that answer the very requests asked now (same digest); failed calls are asked again."""
@@ -83,7 +84,7 @@ class Part:
         if len(wanted) != len(self.asked):
             raise StepError("answers", "two samples of the task have the same id")
         old, self.damage = self.journal.recover()
-        self.rows = stored(old, wanted)
+        self.rows = _known(old, wanted)
         self.reused = len(self.rows)
 
     def answered(self) -> Answered:
@@ -142,11 +143,12 @@ def answer(
     """
     for part in parts:
         part.recover()
-        advance(part.reused)
     # A part that has everything takes no place in the batches of the others.
     flat = [one for part in parts if part.reused < len(part.asked) for one in part.asked]
-    if flat:
-        _ask(flat, open_session(), advance, batchwise)
+    session = open_session() if flat else None
+    stored(advance, sum(part.reused for part in parts))
+    if session is not None:
+        _ask(flat, session, advance, batchwise)
     for part in parts:
         part.journal.close()
     return [part.answered() for part in parts]
@@ -161,6 +163,8 @@ def _ask(flat: Sequence[_Asked], session: Session, advance: Callable[[int], None
         if not missing:
             continue
         asked = batch if batchwise else missing
+        bar = Bar(advance, len(missing))
+        session.progress = bar.advance
         outputs = session.run([sent[i] for i in asked])
         if len(outputs) != len(asked):
             raise StepError("answers", f"the engine returned {len(outputs)} outputs for {len(asked)} requests")
@@ -173,7 +177,7 @@ def _ask(flat: Sequence[_Asked], session: Session, advance: Callable[[int], None
         for part in {id(flat[i].part): flat[i].part for i in missing}.values():
             part.journal.append(list(new[id(part)].values()))
             part.rows.update(new[id(part)])
-        advance(len(missing))
+        bar.fill()
 
 
 def ask(session: Session, requests: Sequence[Request]) -> list[Output]:

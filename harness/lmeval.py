@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from harness.catalog import Chosen
 from harness.lmeval_collect import collector
 from harness.lmeval_load import compiled_once, load, quiet
-from harness.records import Answer, Metric, ModelInfo, Sample
+from harness.records import SHARE_RESOLUTION, Answer, Metric, ModelInfo, Sample
 from harness.specs import PromptKind
 
 if TYPE_CHECKING:
@@ -247,5 +247,6 @@ def metric_of(name: str, direction: bool | None, corpus: bool) -> Metric:
         unit="proportion" if bounded else "score",
         low=0.0 if bounded else None,
         high=1.0 if bounded else None,
+        resolution=SHARE_RESOLUTION if bounded else None,
         aggregate="corpus" if corpus else "mean",
     )

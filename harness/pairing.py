@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness.errors import UserError
@@ -50,6 +50,27 @@ def base_of(run: RunResult) -> tuple[RunResult | None, list[RunResult]]:
     return base, [arm for arm in run.arms if arm is not base]
 
 
+def as_asked(base: RunResult, arm: RunResult) -> RunResult:
+    """The base with the tasks that it was asked as the arm was; all of them, where it was asked in one way only."""
+    if len(base.plan.get("arms") or ()) < 2:
+        return base
+    asked = {_asked(task) for task in arm.tasks}
+    return replace(base, tasks=tuple(task for task in base.tasks if _asked(task) in asked))
+
+
+def _asked(task: TaskResult) -> tuple[str, str, str | None]:
+    return task.name, task.variant, task.template
+
+
+def asked_differently(a: TaskResult, b: TaskResult) -> str | None:
+    """How the prompts of two tasks differ; None where they do not, as far as it was recorded."""
+    if a.variant != b.variant:
+        return f"{a.variant} in A, {b.variant} in B"
+    if a.template != b.template and a.template is not None and b.template is not None:
+        return f"chat template {a.template[:12]} in A, {b.template[:12]} in B"
+    return None
+
+
 def pair_arms(a: RunResult, b: RunResult) -> tuple[list[tuple[RunResult, RunResult]], tuple[str, ...], tuple[str, ...]]:
     """Arms of both runs that belong together, and the names of those that only one run has.
 
@@ -77,17 +98,14 @@ def _names(run: RunResult) -> str:
 def match_tasks(
     a: RunResult, b: RunResult
 ) -> tuple[list[tuple[TaskResult, TaskResult]], list[TaskResult], list[TaskResult]]:
-    """Tasks of both runs: the same variant first, then raw with chat where each run has one left of that name."""
+    """Tasks of both runs: those asked alike first, then what is left of one variant, then what is left of one name."""
     left, right = list(a.tasks), list(b.tasks)
     pairs: list[tuple[TaskResult, TaskResult]] = []
-    for same_variant in (True, False):
+    for parts in (3, 2, 1):
         for task in list(left):
-            like = [other for other in right if other.name == task.name]
-            if same_variant:
-                like = [other for other in like if other.variant == task.variant]
-            elif sum(other.name == task.name for other in left) > 1:
-                continue
-            if len(like) == 1:
+            key = _asked(task)[:parts]
+            mine, like = ([other for other in side if _asked(other)[:parts] == key] for side in (left, right))
+            if len(mine) == 1 and len(like) == 1:
                 pairs.append((task, like[0]))
                 left.remove(task)
                 right.remove(like[0])
@@ -110,8 +128,11 @@ def match_metrics(a: TaskResult, b: TaskResult) -> list[tuple[Side, Side]]:
     return [(side, right[key]) for key, side in left.items() if key in right]
 
 
-def obstacle(a: Side, b: Side) -> str | None:
+def obstacle(a: Side, b: Side, *, allow_prompt_mismatch: bool = False) -> str | None:
     """Why two numbers of one name do not measure the same thing."""
+    differently = asked_differently(a.task, b.task)
+    if differently is not None and not allow_prompt_mismatch:
+        return f"not comparable: {differently}"
     versions = a.task.info.get("version"), b.task.info.get("version")
     if versions[0] != versions[1]:
         return f"task versions {versions[0]} and {versions[1]} differ in prompts or data"

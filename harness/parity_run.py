@@ -56,7 +56,7 @@ def second_plan(plan: EvalPlan, registry: Registry) -> EvalPlan | None:
     if spec.parity_engine == plan.engine.name:
         fix = "Name another engine, or choose the run's with --engine."
         raise UserError(where, "is the engine that the run uses already", fix)
-    needs = needs_of([task.chosen for task in plan.arms[0].tasks]) | {"loglikelihood"}
+    needs = needs_of([task.chosen for task in plan.tasks]) | {"loglikelihood"}
     given = spec.options.get("parity_engine", {})
     if spec.parity_engine == "auto":
         raise UserError(where, "says no engine", "Name one: transformers, vllm.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -45,6 +45,8 @@ class TaskPlan:
 
     chosen: Chosen
     variant: PromptKind
+    template: str | None
+    """Digest of the chat template that its prompts are written in; None: raw, or an endpoint's own."""
     answers_id: str
     config: dict[str, Any]
     scores: tuple[ScoresStep, ...]
@@ -66,6 +68,8 @@ class ArmPlan:
     adapter: AdapterInfo | None
     label: str | None
     """The adapter's name, unique in its run: what the engine is asked for and rows carry."""
+    template_of: str | None
+    """Of the base, asked in a chat template that it does not have: label of an arm that brings it."""
     control: str | None
     folded: str | None
     """Why the engine cannot serve the adapter, which is then folded into a temporary checkpoint."""
@@ -124,6 +128,7 @@ class EvalPlan:
                     "label": arm.label,
                     "adapter": _adapter_json(arm.adapter),
                     "template_digest": arm.model.template_digest,
+                    "template_of": arm.template_of,
                     "folded": arm.folded,
                 }
                 for arm in self.arms
@@ -140,6 +145,7 @@ def _task_json(task: TaskPlan) -> dict[str, Any]:
     return {
         "task": task.name,
         "variant": task.variant,
+        "template": task.template,
         "version": task.chosen.spec.version,
         "summary": task.chosen.spec.summary,
         "source": task.chosen.spec.source,
@@ -182,7 +188,11 @@ def plan_eval(spec: EvalSpec, registry: Registry, catalog: Catalog) -> EvalPlan:
     spec = spec.model_copy(update={"model": spec.model.model_copy(update={"dtype": dtype})})
     candidates = [replace(one, model=with_dtype(one.model, dtype)) for one in candidates]
     planner = _Planner(spec, registry, engine, options, chosen)
-    return EvalPlan(spec, settled, engine, options, reason, tuple(planner.arm(one) for one in candidates), note)
+    return EvalPlan(spec, settled, engine, options, reason, tuple(planner.arms(candidates)), note)
+
+
+_Asked = tuple[Chosen, dict[str, Any], dict[str, Any]]
+"""A task, what of it decides its questions, and what pins its data."""
 
 
 class _Planner:
@@ -204,7 +214,31 @@ class _Planner:
             "numerics": NUMERICS,
         }
 
-    def arm(self, candidate: Candidate) -> ArmPlan:
+    def arms(self, candidates: Sequence[Candidate]) -> Iterator[ArmPlan]:
+        """Every arm; a base beside others is asked each task exactly as they are."""
+        adapted = [one for one in candidates if one.adapter is not None]
+        for one in candidates:
+            if one.adapter is None and adapted:
+                yield from self._base(one, adapted)
+            else:
+                yield self._arm(one, self._chosen)
+
+    def _base(self, base: Candidate, adapted: Sequence[Candidate]) -> Iterator[ArmPlan]:
+        """The base as it is alone, where an arm is asked raw, and once in every chat template that arms bring."""
+        rows = {base.model.template_digest: base}
+        tasks: dict[str | None, list[_Asked]] = {}
+        for task in self._chosen:
+            for one in adapted:
+                model = one.model if self._variant(task[0], one.model) == "chat" else base.model
+                digest = model.template_digest
+                rows.setdefault(digest, replace(base, model=model, template_of=one.label))
+                if task not in tasks.setdefault(digest, []):
+                    tasks[digest].append(task)
+        for digest, row in rows.items():
+            if digest in tasks:
+                yield self._arm(row, tasks[digest])
+
+    def _arm(self, candidate: Candidate, tasks: Sequence[_Asked]) -> ArmPlan:
         model, adapter = candidate.model, candidate.adapter
         folded = None
         if adapter is not None and not self._engine.remote:
@@ -217,13 +251,13 @@ class _Planner:
             # Folding rounds, so that it may move a number; an adapter that is served says nothing.
             **({"folded": True} if folded is not None else {}),
         }
-        planned = [self._task(one, task, data, base, model) for one, task, data in self._chosen]
-        name = model.name if adapter is None else f"{model.name}+{candidate.label}"
+        planned = [self._task(one, task, data, base, model) for one, task, data in tasks]
         return ArmPlan(
-            name=name if candidate.control is None else f"{name}@{candidate.control}",
+            name=candidate.name,
             model=model,
             adapter=adapter,
             label=candidate.label,
+            template_of=candidate.template_of,
             control=candidate.control,
             folded=folded,
             # `sums` and `sums:raw` may be the same steps.
@@ -233,8 +267,7 @@ class _Planner:
     def _task(
         self, chosen: Chosen, task: dict[str, Any], data: dict[str, Any], base: dict[str, Any], model: ModelInfo
     ) -> TaskPlan:
-        chat_only = self._engine.capabilities(model, self._options).chat_only
-        variant = resolve_variant(chosen, model, chat_only=chat_only)
+        variant = self._variant(chosen, model)
         config = {**base, "task": task, "variant": variant, "limit": chosen.limit, "data": data}
         if not self._engine.remote and "generate" in needs_of([chosen]):
             config |= generation_identity(model, sampling=chosen.spec.decoding_of == "model")
@@ -243,7 +276,12 @@ class _Planner:
         if chosen.spec.lm_eval is not None and not any(ref.name == LM_EVAL_SCORER for ref in refs):
             refs = (ScorerRef(name=LM_EVAL_SCORER, options={"flexible": chosen.spec.lm_eval.flexible}), *refs)
         steps = tuple(self._scores_step(chosen.spec.name, ref, answers_id) for ref in refs)
-        return TaskPlan(chosen, variant, answers_id, _without_paths(config), steps)
+        template = model.template_digest if variant == "chat" else None
+        return TaskPlan(chosen, variant, template, answers_id, _without_paths(config), steps)
+
+    def _variant(self, chosen: Chosen, model: ModelInfo) -> PromptKind:
+        chat_only = self._engine.capabilities(model, self._options).chat_only
+        return resolve_variant(chosen, model, chat_only=chat_only)
 
     def _scores_step(self, task: str, ref: ScorerRef, answers_id: str) -> ScoresStep:
         scorer, identity = self._scorer(task, ref)

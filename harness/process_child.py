@@ -38,7 +38,20 @@ class _Relay(Reporter):
         bar = self._count
         self._count += 1
         self.send(start=[title, total, done], bar=bar)
-        return lambda items: self.send(advance=items, bar=bar)
+        return _RelayedBar(self, bar)
+
+
+class _RelayedBar:
+    """One task of the parent's display."""
+
+    def __init__(self, relay: _Relay, number: int) -> None:
+        self._relay, self._number = relay, number
+
+    def __call__(self, items: int) -> None:
+        self._relay.send(advance=items, bar=self._number)
+
+    def stored(self, items: int) -> None:
+        self._relay.send(stored=items, bar=self._number)
 
 
 def _end_with_parent() -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.errors import StepError, UserError
-from harness.progress import Reporter
+from harness.progress import Reporter, stored
 from harness.registry import Origin
 from harness.store import StepFolder
 
@@ -116,6 +116,8 @@ class Children:
                 self._bars[said["bar"]] = self._reporter.start(*said["start"])
             elif "advance" in said:
                 self._bars[said["bar"]](said["advance"])
+            elif "stored" in said:
+                stored(self._bars[said["bar"]], said["stored"])
             else:
                 self.endings.append(said)
 

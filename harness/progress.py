@@ -37,6 +37,11 @@ class Reporter:
         """End the display."""
 
 
+def stored(advance: Callable[[int], None], items: int) -> None:
+    """Tell a display that so many items were there before: they are done, but no part of this process's speed."""
+    getattr(advance, "stored", advance)(items)
+
+
 class Bar:
     """Progress that is full at the end, however much of it was announced on the way."""
 
@@ -45,14 +50,40 @@ class Bar:
 
     def advance(self, more: int) -> None:
         """So many more items are done."""
-        more = min(more, self._left)
+        more = self._taken(more)
         if more > 0:
-            self._left -= more
             self._advance(more)
+
+    def stored(self, more: int) -> None:
+        """So many more items were done by an earlier run."""
+        stored(self._advance, self._taken(more))
 
     def fill(self) -> None:
         """All items are done."""
         self.advance(self._left)
+
+    def _taken(self, more: int) -> int:
+        more = max(0, min(more, self._left))
+        self._left -= more
+        return more
+
+
+class _Pace:
+    """How fast one task gets on: what was stored before does not count, nor the time until that was known."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self.total, self.count = total, done
+        self._stored, self._begun = done, time.monotonic()
+
+    def stored(self, items: int) -> None:
+        if self.count == self._stored:
+            self._begun = time.monotonic()
+        self.count += items
+        self._stored += items
+
+    def rate(self) -> float:
+        """Items per second."""
+        return (self.count - self._stored) / max(time.monotonic() - self._begun, 1e-9)
 
 
 class PlainReporter(Reporter):
@@ -62,26 +93,34 @@ class PlainReporter(Reporter):
         print(text, file=sys.stderr, flush=True)
 
     def start(self, title: str, total: int, done: int = 0) -> Callable[[int], None]:
-        begun = last = time.monotonic()
-        count = done
-        print(f"{title}: {done}/{total}", file=sys.stderr, flush=True)
+        return _Lines(title, _Pace(total, done))
 
-        def advance(items: int) -> None:
-            nonlocal count, last
-            count += items
-            now = time.monotonic()
-            if now - last < PLAIN_SECONDS and count < total:
-                return
-            last = now
-            rate = (count - done) / max(now - begun, 1e-9)
-            left = (total - count) / rate if rate > 0 else 0.0
-            print(
-                f"{title}: {count}/{total}, {rate:.1f} items/s" + (f", {left:.0f} s left" if count < total else ""),
-                file=sys.stderr,
-                flush=True,
-            )
 
-        return advance
+class _Lines:
+    """One task in plain lines."""
+
+    def __init__(self, title: str, pace: _Pace) -> None:
+        self._title, self._pace, self._last = title, pace, time.monotonic()
+        self._say("")
+
+    def __call__(self, items: int) -> None:
+        pace = self._pace
+        pace.count += items
+        now = time.monotonic()
+        if now - self._last < PLAIN_SECONDS and pace.count < pace.total:
+            return
+        self._last = now
+        rate = pace.rate()
+        left = f", {(pace.total - pace.count) / rate:.0f} s left" if pace.count < pace.total and rate > 0 else ""
+        self._say(f", {rate:.1f} items/s{left}")
+
+    def stored(self, items: int) -> None:
+        self._pace.stored(items)
+        if items:
+            self._say(", stored before")
+
+    def _say(self, more: str) -> None:
+        print(f"{self._title}: {self._pace.count}/{self._pace.total}{more}", file=sys.stderr, flush=True)
 
 
 class RichReporter(Reporter):
@@ -106,20 +145,27 @@ class RichReporter(Reporter):
         self._console.print(text, markup=False, highlight=False)
 
     def start(self, title: str, total: int, done: int = 0) -> Callable[[int], None]:
-        task: TaskID = self._progress.add_task(title, total=total, completed=done, rate="")
-        begun = time.monotonic()
-        count = 0
-
-        def advance(items: int) -> None:
-            nonlocal count
-            count += items
-            rate = count / max(time.monotonic() - begun, 1e-9)
-            self._progress.update(task, advance=items, rate=f"{rate:.1f} items/s")
-
-        return advance
+        task = self._progress.add_task(title, total=total, completed=done, rate="")
+        return _Filling(self._progress, task, _Pace(total, done))
 
     def close(self) -> None:
         self._progress.stop()
+
+
+class _Filling:
+    """One task as a bar."""
+
+    def __init__(self, progress: Progress, task: TaskID, pace: _Pace) -> None:
+        self._progress, self._task, self._pace = progress, task, pace
+
+    def __call__(self, items: int) -> None:
+        self._pace.count += items
+        self._progress.update(self._task, advance=items, rate=f"{self._pace.rate():.1f} items/s")
+
+    def stored(self, items: int) -> None:
+        self._pace.stored(items)
+        # Begun anew, as rich takes whatever is added later for speed.
+        self._progress.reset(self._task, completed=self._pace.count)
 
 
 def for_terminal() -> Reporter:

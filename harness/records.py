@@ -171,6 +171,10 @@ class Score:
 
 _RANGES = {"proportion": (0.0, 1.0), "percent": (0.0, 100.0)}
 _ROUNDING = 1e-9
+SHARE_RESOLUTION = 0.005
+"""Of a share: half a point. Tables print no less, and another wording of the prompts moves it by more."""
+LOGIT_RESOLUTION = 0.05
+"""Of a classifier's logit: a probability moves by a quarter of it at most, so by hardly more than one point."""
 
 
 class Metric(Config):
@@ -187,6 +191,9 @@ class Metric(Config):
         "mean", description="corpus: the scorer's own `aggregate`, bootstrapped"
     )
     threshold: float = Field(0.05, description="share of unscored samples above which the mean is withheld")
+    resolution: float | None = Field(
+        None, gt=0, description="smallest difference worth naming (in the unit); None: any that is significant"
+    )
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -279,6 +286,7 @@ class Row(Config):
     task: str
     variant: str = Field("raw", description="prompt variant: raw or chat")
     dtype: str | None = Field(None, description="type that the model's weights were in; None: not ours to say")
+    template: str | None = Field(None, description="SHA-256 of the chat template; None: raw, or an endpoint's own")
     leaf: str | None = Field(None, description="leaf task; None for the whole task")
     scorer: str
     metric: str

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.progress import stored
 from harness.provenance import cache_folder
 from harness.records import digest_of
 from harness.store import Journal, writing
@@ -79,7 +80,7 @@ class ReferenceStore:
                 known.update({entry["row"]: (entry["chosen"], entry["rejected"]) for entry in batch})
             distinct = dict(zip(digests, rows, strict=True))
             missing = {digest: row for digest, row in distinct.items() if digest not in known}
-            advance(len(distinct) - len(missing))
+            stored(advance, len(distinct) - len(missing))
             order = list(missing)
             for indices in plan([missing[digest] for digest in order]):
                 names = [order[i] for i in indices]

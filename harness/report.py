@@ -114,6 +114,8 @@ def build_report(run: RunResult) -> Report:
         for step in task.steps:
             notes += [f"{name}: {note}" for note in (step.record.notes if step.record is not None else ())]
         tasks.append(_task_report(task, several))
+    differences = _against_base(run)
+    notes += [f"{one.label}: {one.notes[0]} (A: the base)" for one in differences if one.prompts_differ is not None]
     parity = stored_parity(run)
     notes += [parity.summary(), *parity.problems] if parity is not None else []
     notes += [f"{arm['name']}: folded into the base: {arm['folded']}" for arm in plan.get("arms", ()) if arm["folded"]]
@@ -127,7 +129,7 @@ def build_report(run: RunResult) -> Report:
         leaves=tuple(_portable_row(row) for row in leaves),
         tasks=tuple(tasks),
         arms=tuple(portable(plan.get("arms", ()))) if several else (),
-        differences=_against_base(run),
+        differences=differences,
         parity=parity.model_dump(mode="json") if parity is not None else None,
         notes=tuple(dict.fromkeys(portable(notes))),
         provenance=_provenance(run),

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from harness.compare_text import p_text, signed
-from harness.leaderboard import differences_by_row, row_key
+from harness.compare_text import p_text, signed, verdict_text
+from harness.leaderboard import arm_text, differences_by_row, digits_by_row, row_key
 from harness.records import Metric, Row
 from harness.report_text import (
     ARROWS,
+    DIGITS,
     HOW_TO_READ,
     MINUS,
     interval_text,
@@ -47,6 +48,7 @@ from harness.results import (
 )
 
 if TYPE_CHECKING:
+    from harness.compare import Difference
     from harness.report import Report, TaskReport
 
 ASSETS = Path(__file__).with_name("assets")
@@ -195,9 +197,11 @@ def plot(row: Row, domain: tuple[float, float] | None) -> Markup:
 def _row_views(rows: Sequence[Row], report: Report) -> list[dict[str, Any]]:
     metrics = {(step, metric.name): metric for task in report.tasks for step in task.steps for metric in task.metrics}
     against = differences_by_row(report)
+    decimals = digits_by_row(report.rows, against)
     views = []
     for row in rows:
         metric = metrics.get((row.step, row.metric))
+        digits = decimals.get((row.step, row.metric), DIGITS)
         difference = against.get(row_key(row))
         alike = [other for other in rows if other.unit == row.unit and other.metric == row.metric]
         views.append(
@@ -205,11 +209,11 @@ def _row_views(rows: Sequence[Row], report: Report) -> list[dict[str, Any]]:
                 "task": row.task,
                 "variant": row.variant,
                 "label": task_label(row.task, row.variant),
-                "arm": row.adapter or "base",
+                "arm": arm_text(row, report),
                 "step": row.step,
-                "difference": "" if difference is None else signed(difference.difference).replace("-", MINUS),
+                "difference": "" if difference is None else _difference_text(difference),
                 "difference_value": "" if difference is None else repr(difference.difference),
-                "verdict": "" if difference is None else difference.verdict,
+                "verdict": "" if difference is None else verdict_text(difference),
                 "p": "" if difference is None else p_text(difference.p_adjusted),
                 "leaf": row.leaf,
                 "metric": row.metric,
@@ -217,9 +221,9 @@ def _row_views(rows: Sequence[Row], report: Report) -> list[dict[str, Any]]:
                 "scorer": row.scorer,
                 "arrow": ARROWS[row.higher_is_better],
                 "direction": {True: "higher is better", False: "lower is better", None: ""}[row.higher_is_better],
-                "mean": mean_text(row, minus=MINUS),
+                "mean": mean_text(row, minus=MINUS, digits=digits),
                 "mean_value": "" if row.mean is None or row.withheld is not None else repr(row.mean),
-                "interval": interval_text(row, minus=MINUS),
+                "interval": interval_text(row, minus=MINUS, digits=digits),
                 "width": "" if row.ci95 is None or row.withheld is not None else repr(row.ci95[1] - row.ci95[0]),
                 "plot": plot(row, _domain(alike, metric)),
                 "chance": number(row.chance, minus=MINUS),
@@ -231,6 +235,10 @@ def _row_views(rows: Sequence[Row], report: Report) -> list[dict[str, Any]]:
             }
         )
     return views
+
+
+def _difference_text(one: Difference) -> str:
+    return one.verdict if one.difference is None else signed(one.difference).replace("-", MINUS)
 
 
 def _task_view(
@@ -281,6 +289,7 @@ def choose_samples(
 ) -> list[tuple[str, str]]:
     """(id, why it is shown) of at most ``limit`` samples: worst, best, unscored, and a spread over the others.
 
+    Nothing is worst that no sample beats, nor best that beats none: of a perfect run there is only a spread.
     Ties are broken by the digest of the id: neither by chance nor by the order of the data set, whose first leaf would
     otherwise be all that is seen of a 0/1 metric.
     """
@@ -295,8 +304,9 @@ def choose_samples(
         return [*((name, "") for name in first), *((name, "unscored") for name in unscored)]
     words = ("lowest", "highest") if higher_is_better is None else ("worst", "best")
     part = max(1, limit * 3 // 10)
-    chosen = dict.fromkeys(first[:part], words[0])
-    chosen.update((name, words[1]) for name in second[:part] if name not in chosen)
+    ends = [values[side[0]] if side else None for side in (first, second)]
+    chosen = {name: words[0] for name in first[:part] if values[name] != ends[1]}
+    chosen.update((name, words[1]) for name in second[:part] if name not in chosen and values[name] != ends[0])
     chosen.update(dict.fromkeys(unscored[: limit // 5], "unscored"))
     rest = [name for name in ids if name not in chosen]
     chosen.update(dict.fromkeys(rest[: limit - len(chosen)], "spread"))

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 MINUS = "−"
 ARROWS = {True: "↑", False: "↓", None: ""}
+DIGITS, MOST_DIGITS = 3, 12
+"""Decimals of a number, as a rule and at most."""
 
 HOW_TO_READ = (
     ("mean", "Average over the n samples that have a score. ↑ higher is better, ↓ lower is better."),
@@ -34,29 +36,51 @@ HOW_TO_READ = (
         "Samples whose prompt was cut to fit the context, or whose answer ended because its token budget was spent. "
         "They are scored as they stand.",
     ),
+    (
+        "minus base",
+        "Mean difference from the base, over the samples that both scored, and only where both were asked the same. p "
+        "is after Holm's correction over the table, and the interval goes with it: its level is 1 - 0.05/k, k being "
+        "the tests left at its step. What is significant, but smaller than the metric's smallest difference worth "
+        "naming, is no difference of size.",
+    ),
     ("withheld", "Too many samples are unscored for the mean to be believed, so it is not shown."),
 )
 
 
-def number(value: float | None, *, minus: str = "-") -> str:
-    """A number with three decimals; more where it would round to 0, fewer where it is large."""
+def number(value: float | None, *, minus: str = "-", digits: int = DIGITS) -> str:
+    """A number with three decimals (more where it would round to 0, fewer where it is large), or as many as told."""
     if value is None:
         return "–"
     size = abs(value)
-    text = f"{value:.1e}" if 0 < size < 0.0005 else f"{value:,.1f}" if size >= 10_000 else f"{value:.3f}"
+    if digits > DIGITS:
+        text = f"{value:,.{digits}f}"
+    else:
+        text = f"{value:.1e}" if 0 < size < 0.0005 else f"{value:,.1f}" if size >= 10_000 else f"{value:.3f}"
     return text.replace("-", minus)
 
 
-def mean_text(row: Row, *, minus: str = "-") -> str:
+def digits_apart(pairs: Iterable[tuple[float | None, float | None]]) -> int:
+    """Fewest decimals at which the two numbers of every pair are printed differently."""
+    unequal = [pair for pair in pairs if pair[0] != pair[1]]
+    enough = (
+        digits
+        for digits in range(DIGITS, MOST_DIGITS + 1)
+        if all(number(one, digits=digits) != number(other, digits=digits) for one, other in unequal)
+    )
+    return next(enough, MOST_DIGITS)
+
+
+def mean_text(row: Row, *, minus: str = "-", digits: int = DIGITS) -> str:
     """The mean of a row, or that it is withheld."""
-    return "withheld" if row.withheld is not None else number(row.mean, minus=minus)
+    return "withheld" if row.withheld is not None else number(row.mean, minus=minus, digits=digits)
 
 
-def interval_text(row: Row, *, minus: str = "-") -> str:
+def interval_text(row: Row, *, minus: str = "-", digits: int = DIGITS) -> str:
     """The 95 % interval of a row."""
     if row.ci95 is None or row.withheld is not None:
         return "–"
-    return f"[{number(row.ci95[0], minus=minus)}, {number(row.ci95[1], minus=minus)}]"
+    low, high = (number(end, minus=minus, digits=digits) for end in row.ci95)
+    return f"[{low}, {high}]"
 
 
 def metric_label(row: Row) -> str:

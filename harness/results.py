@@ -11,7 +11,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -220,6 +220,11 @@ class TaskResult:
         return str(self.info.get("variant", "raw"))
 
     @property
+    def template(self) -> str | None:
+        """Digest of the chat template; None: a raw prompt, an endpoint's own template, or not recorded."""
+        return self.info.get("template")
+
+    @property
     def steps(self) -> tuple[Step, ...]:
         """All its steps, answers first."""
         return ((self.answers,) if self.answers is not None else ()) + self.scores
@@ -250,21 +255,25 @@ class RunResult:
 
     @cached_property
     def arms(self) -> tuple[RunResult, ...]:
-        """The run as one run per arm; itself where it has only one."""
+        """The run as one run per arm; itself where it has only one. The base is one, in however many templates."""
         described = self.plan.get("arms") or ()
         if len(described) < 2:
             return (self,)
-        return tuple(self._arm(arm) for arm in described)
+        named: dict[str | None, list[Mapping[str, Any]]] = {}
+        for arm in described:
+            named.setdefault(arm.get("label"), []).append(arm)
+        return tuple(self._arm(rows) for rows in named.values())
 
-    def _arm(self, arm: Mapping[str, Any]) -> RunResult:
+    def _arm(self, rows: Sequence[Mapping[str, Any]]) -> RunResult:
+        arm, names = rows[0], {row["name"] for row in rows}
         adapter = arm.get("adapter")
         plan = {
             **self.plan,
             "arm": arm["name"],
             "adapter": {**adapter, "name": arm.get("label")} if adapter else None,
-            "arms": [arm],
+            "arms": list(rows),
         }
-        return RunResult(self.root, plan, tuple(task for task in self.tasks if task.info.get("arm") == arm["name"]))
+        return RunResult(self.root, plan, tuple(task for task in self.tasks if task.info.get("arm") in names))
 
     @property
     def arm(self) -> str:
@@ -290,7 +299,7 @@ def open_run(root: Path) -> RunResult:
         raise _not_a_run(root)
     plan = read_json(root / "plan.json")
     try:
-        tasks = tuple(_task(root, task) for task in plan["tasks"])
+        tasks = tuple(_task(root, {**task, "template": _template(plan, task)}) for task in plan["tasks"])
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptionError(f"{root / 'plan.json'}: not a plan ({error!r}); start over with --fresh") from None
     return RunResult(root, plan, tasks)
@@ -308,6 +317,15 @@ def stream_rows(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
     except (EOFError, OSError, ValueError, zlib.error) as error:
         raise CorruptionError(f"{path}: damaged ({error}); start over with --fresh") from None
+
+
+def _template(plan: Mapping[str, Any], task: Mapping[str, Any]) -> str | None:
+    """Digest of a task's chat template; plans written before tasks named it do so for their arm or their one model."""
+    if task.get("variant") != "chat" or "template" in task:
+        return task.get("template")
+    arm = next((arm for arm in plan.get("arms") or () if arm["name"] == task.get("arm")), plan.get("model") or {})
+    digest: str | None = arm.get("template_digest")
+    return digest
 
 
 def _task(root: Path, info: Mapping[str, Any]) -> TaskResult:

@@ -76,6 +76,7 @@ class RowContext:
     scorer: str
     step: str
     dtype: str | None = None
+    template: str | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -128,6 +129,7 @@ def _row(
         task=context.task,
         variant=context.variant,
         dtype=context.dtype,
+        template=context.template,
         leaf=leaf,
         scorer=context.scorer,
         metric=metric.name,

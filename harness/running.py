@@ -124,7 +124,7 @@ class Running:
     def questions(self, unit: Unit) -> OpenTask:
         """A unit's task as the base is asked it; arms with the same template share it."""
         task, model = unit.task, unit.arm.model
-        key = (id(task.chosen), task.variant, model.template_digest)
+        key = (id(task.chosen), task.variant, task.template)
         if key not in self._questions:
             with self.clock("prepare"):
                 self.reporter.note(f"preparing {task.name} ({task.variant})")

@@ -75,6 +75,7 @@ class Scoring:
                 folder=folder.artifact,
                 shared=run.store.judge,
                 progress=bar.advance,
+                stored=bar.stored,
                 open_engine=_opener(run),
                 runtime=opened.runtime,
             )
@@ -108,12 +109,14 @@ class Scoring:
     ) -> None:
         opened, arm, task = self.run.opened(unit), unit.arm, unit.task
         label = step.scorer.label(step.scorer.options)
+        lent = f"asked in the chat template of {arm.template_of}, as the base has none"
         folded = f"{arm.label} was folded into the base, as the engine cannot serve it: {arm.folded}"
         context = RowContext(
             model=arm.model.name,
             adapter=arm.label,
             task=task.name if label is None else f"{task.name}@{label}",
             variant=task.variant,
+            template=task.template,
             scorer=step.ref.name,
             step=folder.id,
             dtype=None if self.run.plan.engine.remote else asked_dtype(arm.model),
@@ -122,6 +125,7 @@ class Scoring:
                 *task.chosen.spec.notes,
                 *opened.notes,
                 *step.scorer.notes(),
+                *((lent,) if arm.template_of is not None else ()),
                 *((folded,) if arm.folded is not None else ()),
             ),
         )

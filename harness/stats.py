@@ -13,8 +13,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -56,7 +57,8 @@ class Comparison:
     """`a` against `b` on the `n` samples scored in both. `difference` and `interval` are of mean_a - mean_b.
 
     `wins` counts samples with a > b, `losses` a < b, `ties` a == b: raw order, so for a score where lower is better a
-    win is the worse outcome. `n_dropped` counts ids that are missing or unscored on either side.
+    win is the worse outcome. `n_dropped` counts ids that are missing or unscored on either side. `at` gives the
+    interval at another level, from the same draws.
     """
 
     n: int
@@ -70,6 +72,7 @@ class Comparison:
     wins: int
     losses: int
     ties: int
+    at: Callable[[float], Interval | None] = field(default=lambda level: None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,17 +220,18 @@ def compare_paired(
     losses = sum(x < y for x, y in pairs)
     ties = n - wins - losses
     difference = _mean([x - y for x, y in pairs])
-    interval: Interval | None
+    at: Callable[[float], Interval | None]
     p_value: float | None
     test: Literal["mcnemar_exact", "paired_bootstrap"]
     if is_binary(left) and is_binary(right):
         both = sum(x == 1 and y == 1 for x, y in pairs)
-        interval = newcombe_paired(both, wins, losses, ties - both, level=level)
+        at = partial(_newcombe_at, (both, wins, losses, ties - both))
         p_value, test = mcnemar_exact(wins, losses), "mcnemar_exact"
     else:
         test = "paired_bootstrap"
-        interval, p_value = _bootstrap_differences([x - y for x, y in pairs], seed=seed, draws=draws, level=level)
-    return Comparison(n, n_dropped, _mean(left), _mean(right), difference, interval, p_value, test, wins, losses, ties)
+        at, p_value = _bootstrap_differences([x - y for x, y in pairs], seed=seed, draws=draws)
+    means = _mean(left), _mean(right)
+    return Comparison(n, n_dropped, *means, difference, at(level), p_value, test, wins, losses, ties, at)
 
 
 def crossed_bootstrap(values: NDArray[Any], *, seed: int, draws: int = 10_000, level: float = 0.95) -> CrossedSummary:
@@ -289,6 +293,25 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         running = max(running, min(1.0, (len(known) - step) * p))
         adjusted[position] = running
     return adjusted
+
+
+def holm_levels(p_values: Sequence[float | None], *, alpha: float = 0.05) -> list[float | None]:
+    """Levels of intervals that go with :func:`holm`, in the order given: 1 - alpha / k, where k are tested at its step.
+
+    The procedure stops at the first p-value that it does not reject, and those after it share its k. So as far as test
+    and interval agree at all, an interval at this level leaves 0 out exactly where the adjusted p-value is below alpha;
+    those of what is not rejected hold simultaneously (Strassburger and Bretz 2008, Statistics in Medicine 27:4914).
+    Equal p-values have one level. None stays None.
+    """
+    known = sorted((p, position) for position, p in enumerate(p_values) if p is not None)
+    levels: list[float | None] = [None] * len(p_values)
+    left, last, stopped = len(known), -1.0, False
+    for step, (p, position) in enumerate(known):
+        if not stopped and p != last:
+            left = len(known) - step
+            stopped = left * p >= alpha
+        levels[position], last = 1 - alpha / left, p
+    return levels
 
 
 def rank_by_significance(better: Sequence[Sequence[bool]]) -> list[int]:
@@ -369,21 +392,26 @@ def _stderr(values: Sequence[float], mean: float) -> float:
     return math.sqrt(variance / len(values))
 
 
+def _newcombe_at(counts: tuple[int, int, int, int], level: float) -> Interval:
+    return newcombe_paired(*counts, level=level)
+
+
 def _bootstrap_differences(
-    differences: Sequence[float], *, seed: int, draws: int, level: float
-) -> tuple[Interval | None, float | None]:
+    differences: Sequence[float], *, seed: int, draws: int
+) -> tuple[Callable[[float], Interval | None], float | None]:
+    """The interval by level, and the p-value."""
     import numpy as np
 
     n = len(differences)
     if n < 2:
-        return None, None
+        return lambda level: None, None
     values: Floats = np.asarray(differences, dtype=np.float64)
     means: Floats = np.empty(draws)
     for rows, index in _indices(np.random.Generator(np.random.PCG64(seed)), draws, n):
         means[rows] = values[index].mean(axis=1)
     p_value = _centred_p(means, _mean(differences), float(np.abs(values).max()))
     floor = min(1.0, 2.0 ** (1 - int(np.count_nonzero(values))))
-    return _percentile(means, level, "paired_bootstrap"), max(p_value, floor)
+    return partial(_percentile, means, method="paired_bootstrap"), max(p_value, floor)
 
 
 def _crossed_draws(cells: Floats, *, seed: int, draws: int, resample_seeds: bool) -> Floats:

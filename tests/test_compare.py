@@ -15,6 +15,7 @@ from harness.compare import changed_samples, compare_runs
 from harness.compare_text import changed_text, comparison_markdown, comparison_table, p_text, signed
 from harness.errors import UserError
 from harness.records import Metric
+from harness.stats import newcombe_paired
 
 _helper = runpy.run_path(str(Path(__file__).with_name("run_folder.py")))
 RunFolder, ACC, TOX = _helper["RunFolder"], _helper["ACC"], _helper["TOX"]
@@ -122,6 +123,62 @@ def test_other_scores_take_the_paired_bootstrap_and_the_seed_alone(pair: Pair) -
     assert compare_runs(*runs, seed=3).differences[0] == one
 
 
+def test_a_difference_without_size_is_neither_better_nor_worse(pair: Pair) -> None:
+    """Ten samples that all lost a thousandth: significant beyond doubt, and nothing anybody would name."""
+    sized = TOX.model_copy(update={"resolution": 0.05})
+    pair.task("story", [1.0] * 10, [0.999] * 10, metric=sized)
+    # 0.25 is at the resolution, not below it; without one every significant difference has a size.
+    pair.task("edge", [1.0] * 10, [0.75] * 10, metric=sized.model_copy(update={"resolution": 0.25}))
+    pair.task("stranger", [1.0] * 10, [0.999] * 10, metric=TOX)
+    report = compare_runs(*pair.write())
+    story, edge, stranger = report.differences
+    assert [one.verdict for one in report.differences] == ["no difference of size", "worse", "worse"]
+    assert story.notes == ("significant, but below 0.05, the smallest difference worth naming",)
+    assert story.p_adjusted is not None and story.p_adjusted < 0.05 and edge.notes == ()
+    assert [one.task for one in report.regressions] == ["edge", "stranger"]
+    assert stranger.resolution is None
+    assert "no difference of size" in comparison_markdown(report)
+
+
+def test_of_two_resolutions_the_coarser_holds(pair: Pair) -> None:
+    finer, coarser = (TOX.model_copy(update={"resolution": size}) for size in (0.01, 0.5))
+    pair.task("story", [1.0] * 10, [0.75] * 10, declared=(finer, coarser), metric=TOX)
+    (one,) = compare_runs(*pair.write()).differences
+    assert (one.resolution, one.verdict) == (0.5, "no difference of size")
+
+
+def test_the_interval_beside_an_adjusted_p_is_adjusted_alike(pair: Pair) -> None:
+    """p = 2/512, 2/64 and 1: Holm tests at 0.05/3, then 0.05/2, where it stops; the third shares that level."""
+    pair.task("first", *flips(9, 0, 3))
+    pair.task("second", *flips(6, 0, 6))
+    pair.task("third", *flips(1, 1, 10))
+    report = compare_runs(*pair.write())
+    levels = [one.level_adjusted for one in report.differences]
+    assert levels == [pytest.approx(1 - 0.05 / 3), pytest.approx(1 - 0.05 / 2), pytest.approx(1 - 0.05 / 2)]
+    for one, table in zip(report.differences, [(3, 9, 0, 0), (6, 6, 0, 0), (10, 1, 1, 0)], strict=True):
+        assert one.level_adjusted is not None and one.ci_adjusted is not None and one.ci95 is not None
+        wide = newcombe_paired(*table, level=one.level_adjusted)
+        assert one.ci_adjusted == (wide.low, wide.high)
+        assert one.ci_adjusted[0] < one.ci95[0] < one.ci95[1] < one.ci_adjusted[1]
+    text = " ".join(shown(comparison_table(report)).split())
+    low, high = report.differences[0].ci_adjusted or (0.0, 0.0)
+    assert f"[{signed(low)}, {signed(high)}]" in text
+    assert "p and interval: after Holm" in text and "level 1 - 0.05/k, k being the tests left at its step" in text
+    assert "| interval (Holm) | p (Holm) |" in comparison_markdown(report)
+
+
+def test_means_are_printed_as_finely_as_what_is_claimed_of_them(pair: Pair) -> None:
+    """A difference of 0.000003 that was called better, between two means of 3.993."""
+    pair.task("story", [3.9931] * 10, [3.993103] * 10, metric=TOX)
+    pair.task("same", [0.5] * 10, [0.5] * 10, metric=TOX)
+    report = compare_runs(*pair.write())
+    assert report.differences[0].verdict == "better"
+    markdown = comparison_markdown(report)
+    # At five decimals both are 3.99310.
+    assert "| better | 3.993100 | 3.993103 | +3.0e-06 |" in markdown
+    assert "| no difference shown | 0.500 | 0.500 |" in markdown
+
+
 def test_samples_of_one_run_only_and_unscored_ones_are_counted_and_said(pair: Pair) -> None:
     pair.task("quiz", [1.0, 1.0, None, 0.0, 1.0], [1.0, None, 1.0], limit=(None, 3))
     one = compare_runs(*pair.write()).differences[0]
@@ -132,16 +189,63 @@ def test_samples_of_one_run_only_and_unscored_ones_are_counted_and_said(pair: Pa
     )
 
 
-def test_raw_and_chat_are_paired_and_noted_and_the_rest_is_listed(pair: Pair) -> None:
-    pair.task("quiz", *flips(1, 1, 2), variant=("raw", "chat"))
+def test_raw_and_chat_are_paired_but_not_compared_and_the_rest_is_listed(pair: Pair) -> None:
+    pair.task("quiz", *flips(0, 8, 2), variant=("raw", "chat"))
     pair.a.task("old", {"s": {"value": 1.0}}, [])
     pair.b.task("new", {"s": {"value": 1.0}}, [], variant="chat")
-    report = compare_runs(*pair.write())
+    runs = pair.write()
+    report = compare_runs(*runs)
     (one,) = report.differences
-    assert one.label == "quiz (raw → chat)" and one.notes == ("prompts differ: raw in A, chat in B",)
+    assert one.label == "quiz (raw → chat)" and one.notes == ("not comparable: raw in A, chat in B",)
+    assert (one.verdict, one.p_value, one.mean_a, one.difference) == ("not comparable", None, None, None)
+    assert report.regressions == () and report.asked_differently == (one,) and changed_samples(*runs) == []
     assert (report.only_a, report.only_b) == (("old:raw",), ("new:chat",))
     text = shown(comparison_table(report))
     assert "only in A: old:raw" in text and "only in B: new:chat" in text
+    assert "quiz (raw → chat) acc: not comparable: raw in A, chat in B" in " ".join(text.split())
+
+
+def test_prompts_that_differ_are_compared_on_demand_and_marked(pair: Pair) -> None:
+    pair.task("quiz", *flips(0, 8, 2), variant=("raw", "chat"))
+    runs = pair.write()
+    report = compare_runs(*runs, allow_prompt_mismatch=True)
+    (one,) = report.differences
+    # 8 of 8 one way: 2 * (1/2)^8.
+    assert (one.verdict, one.p_value, one.difference) == ("worse", 2 / 256, pytest.approx(-0.8))
+    assert one.notes == ("prompts differ: raw in A, chat in B (--allow-prompt-mismatch)",)
+    assert len(changed_samples(*runs, allow_prompt_mismatch=True)) == 8
+    assert "worse (prompts differ)" in comparison_markdown(report)
+    assert "(prompts" in shown(comparison_table(report))
+
+
+@pytest.mark.parametrize(("recorded", "refused"), [("tasks", True), ("model", True), ("nowhere", False)])
+def test_two_chat_templates_are_two_prompts(pair: Pair, recorded: str, refused: bool) -> None:
+    """Plans written before tasks named their template have it at the model; of an endpoint's nothing is known."""
+    templates = ("a" * 64, "b" * 64)
+    info = {"template": templates} if recorded == "tasks" else {}
+    pair.task("quiz", *flips(0, 8, 2), variant="chat", **info)
+    if recorded == "model":
+        for folder, digest in zip((pair.a, pair.b), templates, strict=True):
+            folder.plan["model"]["template_digest"] = digest
+    (one,) = compare_runs(*pair.write()).differences
+    assert one.verdict == ("not comparable" if refused else "worse")
+    said = "not comparable: chat template aaaaaaaaaaaa in A, bbbbbbbbbbbb in B"
+    assert one.notes == ((said,) if refused else ())
+
+
+def test_a_gate_does_not_pass_what_was_asked_differently(pair: Pair, cli: Any) -> None:
+    pair.task("quiz", *flips(0, 8, 2), variant=("raw", "chat"))
+    a, b = pair.write()
+    assert cli("compare", a, b).code == 0
+    ran = cli("compare", a, b, "--fail-if-worse")
+    assert ran.code == 2 and "not comparable" in ran.out
+    assert ran.err == (
+        "error: --fail-if-worse: 1 of the primary metrics cannot be judged, as A and B were asked differently "
+        "(quiz (raw → chat) acc: raw in A, chat in B)\n"
+        "  Ask both alike (NAME:raw, or base and adapters in one run: harness eval --with-base), or pass "
+        "--allow-prompt-mismatch.\n"
+    )
+    assert cli("compare", a, b, "--fail-if-worse", "--allow-prompt-mismatch").code == 4
 
 
 def test_the_same_variant_is_preferred_over_a_mixed_pair(pair: Pair) -> None:
@@ -295,7 +399,7 @@ def test_rendering(pair: Pair) -> None:
     markdown = comparison_markdown(report)
     assert markdown.startswith("# tuned against base\n")
     rows = [line for line in markdown.splitlines() if line.startswith("|")]
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in rows} == {13}
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in rows} == {14}
     assert rows[2].startswith("| quiz:raw | acc ↑ | worse | 1.000 | 0.250 | -0.750 |")
     again = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert again["differences"][0]["verdict"] == "worse" and again["alpha"] == 0.05

@@ -209,6 +209,8 @@ def test_the_suite_names_the_tasks_that_lie_beside_it(world: World) -> None:
     assert suite.tasks == (facts["task"], *(task.name for task in natives))
     for task in natives:
         assert task.dataset is not None
+        # A base without a template and a model with one would be asked differently by `auto`.
+        assert task.prompt == "raw"
         assert (world.tasks / task.dataset.options["path"]).is_file()
     assert natives[1].scorers[0].options["model"] == str(world.classifier.resolve())
     # lm-eval's YAML is plain: no key of ours in it.
@@ -296,6 +298,7 @@ def test_the_demo_ends_with_a_leaderboard_of_two_arms_that_differ(
         assert page.is_file() and f"{arm}: {page}" in shown.splitlines()
     facts, answers, toxicity = (one for one in demo.comparison.differences if one.primary)
     assert (answers.verdict, toxicity.verdict) == ("better", "better")
+    assert {(one.variant_a, one.variant_b) for one in demo.comparison.differences} == {("raw", "raw")}
     assert facts.n + answers.n == 168 and toxicity.n == 120
 
 

@@ -99,6 +99,42 @@ def test_what_is_stored_is_not_asked_again(tmp_path: Path) -> None:
     assert again.reused == 6
 
 
+class Told:
+    """Keeps what a display is told."""
+
+    def __init__(self) -> None:
+        self.now: list[int] = []
+        self.before: list[int] = []
+
+    def __call__(self, items: int) -> None:
+        self.now.append(items)
+
+    def stored(self, items: int) -> None:
+        self.before.append(items)
+
+
+def test_progress_tells_what_was_stored_from_what_is_answered_now(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Counting(dies=2))
+    told = Told()
+    answer([Part(samples(), Journal(tmp_path / "answers.jsonl.gz"))], Counting, told)
+    assert (told.before, told.now) == ([4], [2])
+
+
+def test_progress_moves_within_a_long_batch(tmp_path: Path) -> None:
+    class Telling(Counting):
+        def run(self, requests: Sequence[Request]) -> list[Output]:
+            # One more than there are, as after a batch that ran out of memory and was begun anew.
+            for _ in range(len(requests) + 1):
+                self.tell(1)
+            return super().run(requests)
+
+    told = Told()
+    session = Telling(size=6)
+    answer([Part(samples(), Journal(tmp_path / "answers.jsonl.gz"))], lambda: session, told)
+    assert len(session.asked) == 1 and told.now == [1] * 6
+
+
 def test_a_batch_is_in_the_journal_before_the_next_one_runs(tmp_path: Path) -> None:
     file = tmp_path / "answers.jsonl.gz"
     seen = []

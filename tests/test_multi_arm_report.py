@@ -12,11 +12,12 @@ import pytest
 from rich.console import Console
 
 import harness
-from harness.compare import compare_runs
+from harness.compare import Difference, compare_runs
 from harness.errors import UserError
-from harness.leaderboard import terminal_table
+from harness.leaderboard import markdown_lines, terminal_table
+from harness.records import Row
 from harness.registry import load_plugins
-from harness.report import load_report, write_reports
+from harness.report import Report, load_report, write_reports
 from harness.results import open_run
 from harness.testing import tiny_adapter
 
@@ -122,8 +123,8 @@ def test_the_leaderboard_fits_in_80_columns(run: Path) -> None:
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(len(line) for line in shown.splitlines()) <= 80
     lines = [" ".join(line.split()) for line in shown.splitlines()]
-    assert any(line.startswith("half 0.500 30 -0.500 worse") for line in lines)
-    assert any(line.startswith("base 1.000 30") for line in lines)
+    assert any(line.startswith("half raw 0.500 30 -0.500 worse") for line in lines)
+    assert any(line.startswith("base raw 1.000 30") for line in lines)
 
 
 def test_two_runs_are_paired_by_arm(tiny: Path, sums: Path, plugin: Path, adapters: Path, run: Path) -> None:
@@ -146,6 +147,31 @@ def test_two_runs_are_paired_by_arm(tiny: Path, sums: Path, plugin: Path, adapte
     # The other way round the same arms, named by the side that has several.
     back = compare_runs(run, alone)
     assert [(one.arm, one.difference) for one in back.differences][1] == ("bad", 1.0)
+
+
+def test_a_claimed_difference_shows_in_the_means_and_no_verdict_hides_that_prompts_differ() -> None:
+    common: dict[str, Any] = {"task": "story", "metric": "reward", "unit": "logit"}
+    rows = [
+        Row(model="m", adapter=label, scorer="s", n=9, mean=mean, ci95=(3.0, 4.0), step=label or "base", **common)
+        for label, mean in ((None, 3.9931), ("a", 3.993103), ("b", 3.9931))
+    ]
+    sides = {"variant_a": "raw", "variant_b": "raw", "higher_is_better": True, "primary": True}
+    better = {"arm": "a", "difference": 3e-6, "ci_adjusted": (1e-6, 5e-6), "ci95": (2e-6, 4e-6), "p_adjusted": 0.01}
+    allowed = {"arm": "b", "difference": 0.0, "p_adjusted": 1.0, "prompts_differ": "raw in A, chat in B"}
+    report = Report(
+        harness="0",
+        rows=tuple(rows),
+        arms=({"label": None}, {"label": "a"}, {"label": "b"}),
+        differences=(
+            Difference(verdict="better", **better, **common, **sides),
+            Difference(verdict="no difference shown", **allowed, **common, **sides),
+        ),
+    )
+    lines = [line.replace("\\", "") for line in markdown_lines(report)]
+    # At five decimals 3.9931 and 3.993103 are one number; the interval is the one that goes with the adjusted p.
+    assert "| base | – | 3.993100 |" in lines[2] and "| a | better | 3.993103 |" in lines[3]
+    assert "| +3.0e-06 | [1.0e-06, 5.0e-06] | 0.010 |" in lines[3] and "| interval (Holm) | p (Holm) |" in lines[0]
+    assert "| b | no difference shown (prompts differ) |" in lines[4]
 
 
 def test_what_cannot_be_compared_is_refused(tiny: Path, sums: Path, plugin: Path, adapters: Path) -> None:
@@ -194,32 +220,135 @@ def test_a_run_written_before_there_were_arms_still_reads(tiny: Path, sums: Path
 # ------------------------------------------------------------------------------------------------- own templates
 
 
-def test_each_arm_is_asked_in_its_own_template(tiny: Path, sums: Path, plugin: Path, alone: Path) -> None:
-    """A base without a template, and adapters that bring two different ones: three kinds of prompts."""
-    bare = alone / "bare"
-    shutil.copytree(tiny, bare)
-    (bare / "chat_template.jinja").unlink(missing_ok=True)
-    settings = json.loads((bare / "tokenizer_config.json").read_text())
-    settings.pop("chat_template", None)
-    (bare / "tokenizer_config.json").write_text(json.dumps(settings))
-    for seed, name in enumerate(("a", "b"), start=1):
-        folder = tiny_adapter(alone / "two" / name, bare, seed=seed)
+@pytest.fixture
+def bare(tiny: Path, sums: Path, alone: Path) -> Path:
+    """A base without a template beside adapters: `a` and `b` bring two different ones, `c` brings none."""
+    folder = alone / "bare"
+    shutil.copytree(tiny, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    for seed, name in enumerate(("a", "b", "c"), start=1):
+        adapter = tiny_adapter(alone / "arms" / name, folder, seed=seed)
         template = "{{ bos_token }}{% for m in messages %}" + "Human: " * seed + "{{ m['content'] }}{% endfor %}"
-        (folder / "chat_template.jinja").write_text(template)
+        if name != "c":
+            (adapter / "chat_template.jinja").write_text(template)
     task = (sums / "sums.yaml").read_text().replace("prompt: raw", "prompt: auto")
     (sums / "sums.yaml").write_text(task)
-    root = evaluate(bare, sums, plugin, "out", adapters=["two"], limit=2)
-    plan = json.loads((root / "plan.json").read_text())
-    assert [task["variant"] for task in plan["tasks"]] == ["raw", "chat", "chat"]
-    asked = {}
+    return folder
+
+
+def planned(root: Path) -> dict[str, list[tuple[str, str]]]:
+    """Tasks and answers steps by arm."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for task in json.loads((root / "plan.json").read_text())["tasks"]:
+        found.setdefault(task["arm"], []).append((f"{task['task']}:{task['variant']}", task["answers"]))
+    return found
+
+
+def test_the_base_is_asked_what_each_of_its_arms_is_asked(bare: Path, sums: Path, plugin: Path) -> None:
+    root = evaluate(bare, sums, plugin, "out", adapters=["arms"], limit=2)
+    found = planned(root)
+    assert {arm: [name for name, _ in tasks] for arm, tasks in found.items()} == {
+        "bare": ["sums:raw"],
+        "bare (template of a)": ["sums:chat"],
+        "bare (template of b)": ["sums:chat"],
+        "bare+a": ["sums:chat"],
+        "bare+b": ["sums:chat"],
+        "bare+c": ["sums:raw"],
+    }
+    asked, configs = {}, {}
     for step in sorted(root.glob("steps/answers-*")):
         described = json.loads((step / "step.json").read_text())
         rows = harness.store.read_rows(root / "requests" / described["requests"])
-        asked[described["arm"]] = len(rows[0]["requests"][0]["prompt_ids"])
-    assert asked["bare"] < asked["bare+a"] < asked["bare+b"]
+        asked[described["arm"]] = [row["requests"][0]["prompt_ids"] for row in rows]
+        configs[described["arm"]] = described["config"]
+    for base, arm in (("bare", "c"), ("bare (template of a)", "a"), ("bare (template of b)", "b")):
+        assert asked[base] == asked[f"bare+{arm}"] and configs[base] == {**configs[f"bare+{arm}"], "adapter": None}
+    assert len({str(asked[f"bare+{arm}"]) for arm in "abc"}) == 3
     report = write_reports(root)
-    assert [one.variant_a + one.variant_b for one in report.differences] == ["rawchat", "rawchat"]
-    assert all("prompts differ: raw in A, chat in B" in one.notes for one in report.differences)
+    assert [(one.arm, one.variant_a, one.variant_b, one.difference, one.notes) for one in report.differences] == [
+        ("a", "chat", "chat", 0.0, ()),
+        ("b", "chat", "chat", 0.0, ()),
+        ("c", "raw", "raw", 0.0, ()),
+    ]
+    assert compare_runs(root).only_a == ()
+
+
+def test_steps_are_the_same_alone_and_in_company(bare: Path, sums: Path, plugin: Path) -> None:
+    together = planned(evaluate(bare, sums, plugin, "out", adapters=["arms"], limit=2))
+    for name in "abc":
+        alone = planned(evaluate(bare, sums, plugin, f"out-{name}", adapter=f"arms/{name}", limit=2))
+        assert alone == {f"bare+{name}": together[f"bare+{name}"]}
+    assert planned(evaluate(bare, sums, plugin, "out-base", limit=2)) == {"bare": together["bare"]}
+
+
+def test_a_raw_task_is_asked_of_the_base_as_it_is(bare: Path, sums: Path, plugin: Path) -> None:
+    """Only what an arm is asked in chat needs a template; `--with-base` beside one arm is no exception."""
+    root = evaluate(bare, sums, plugin, "out", tasks=["sums:raw"], adapters=["arms"], limit=2)
+    assert [arm for arm in planned(root) if "+" not in arm] == ["bare"]
+    both = evaluate(bare, sums, plugin, "both", tasks=["sums", "sums:raw"], adapter="arms/b", with_base=True, limit=2)
+    assert {arm: [name for name, _ in tasks] for arm, tasks in planned(both).items()} == {
+        "bare": ["sums:raw"],
+        "bare (template of b)": ["sums:chat"],
+        "bare+b": ["sums:chat", "sums:raw"],
+    }
+    assert planned(both)["bare"] == planned(root)["bare"]
+    found = compare_runs(both)
+    assert [(one.variant_a, one.variant_b) for one in found.differences] == [("raw", "raw"), ("chat", "chat")]
+    assert (found.only_a, found.only_b) == ((), ())
+
+
+def test_every_row_names_its_prompt(bare: Path, sums: Path, plugin: Path) -> None:
+    root = evaluate(bare, sums, plugin, "out", adapters=["arms"], limit=2)
+    report = write_reports(root)
+    arms = {arm["name"]: arm["template_digest"] for arm in json.loads((root / "plan.json").read_text())["arms"]}
+    assert [row.template for row in report.rows] == [arms.get(name) for name in arms]
+    assert "asked in the chat template of b, as the base has none" in report.rows[2].notes
+    console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system=None)
+    console.print(terminal_table(report))
+    lines = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    for named in ("base raw", "base (template of a) chat", "base (template of b) chat", "a chat", "b chat", "c raw"):
+        assert sum(line.startswith(f"{named} 1.000 2") for line in lines) == 1, lines
+    text = (root / "report" / "report.md").read_text()
+    assert "| sums:chat | exact_match ↑ | base (template of a) | – | 1.000 |" in text
+    assert "base (template of b)" in (root / "report" / "report.html").read_text()
+
+
+def test_two_runs_of_one_base_pair_its_rows_by_template(bare: Path, sums: Path, plugin: Path) -> None:
+    many = evaluate(bare, sums, plugin, "many", adapters=["arms"], limit=2)
+    two = evaluate(bare, sums, plugin, "two", adapters=["arms/a", "arms/b"], limit=2)
+    report = compare_runs(many, two)
+    assert {(one.arm, one.variant_a, one.variant_b) for one in report.differences} == {
+        (arm, "chat", "chat") for arm in ("base", "a", "b")
+    }
+    assert report.only_a == ("base, sums:raw", "bare+c") and report.only_b == ()
+    assert all(one.prompts_differ is None for one in report.differences)
+
+
+def test_an_older_run_with_a_raw_base_gives_no_verdict(bare: Path, sums: Path, plugin: Path) -> None:
+    """Before, the base was asked raw beside arms in chat: such a run is reported, without a comparison."""
+    shutil.rmtree("arms/b")
+    shutil.rmtree("arms/c")
+    root = evaluate(bare, sums, plugin, "out", adapters=["arms"], with_base=True, limit=2)
+    raw = evaluate(bare, sums, plugin, "raw", limit=2)
+    for kind in ("steps", "requests"):
+        shutil.copytree(raw / kind, root / kind, dirs_exist_ok=True)
+    plans = [json.loads((folder / "plan.json").read_text()) for folder in (root, raw)]
+    plan = {
+        **plans[0],
+        "arms": [plans[1]["arms"][0], plans[0]["arms"][1]],
+        "tasks": [plans[1]["tasks"][0], plans[0]["tasks"][1]],
+    }
+    for task in plan["tasks"]:
+        del task["template"]
+    (root / "plan.json").write_text(json.dumps(plan))
+    report = write_reports(root)
+    (one,) = report.differences
+    assert (one.verdict, one.difference, one.p_adjusted) == ("not comparable", None, None)
+    assert "sums (raw → chat): not comparable: raw in A, chat in B (A: the base)" in report.notes
+    assert "not comparable" in (root / "report" / "report.md").read_text()
+    assert compare_runs(root, allow_prompt_mismatch=True).differences[0].difference == 0.0
 
 
 # -------------------------------------------------------------------------------------------------- command line

@@ -352,6 +352,17 @@ def test_samples_shown_are_worst_best_unscored_and_a_spread() -> None:
     assert few == [("b", ""), ("a", "")]
 
 
+@pytest.mark.parametrize(("value", "other", "word"), [(1.0, 0.0, "worst"), (0.0, 1.0, "best")])
+def test_what_no_sample_beats_is_not_the_worst(value: float, other: float, word: str) -> None:
+    """95 perfect samples and 5 that are not: only those are worst; the same of the best, the other way round."""
+    samples = {f"s{k}": {"values": {"m": other if k < 5 else value}} for k in range(100)}
+    chosen = choose_samples(samples, "m", higher_is_better=True)
+    assert len(chosen) == SAMPLES_PER_TASK
+    assert {name for name, why in chosen if why == word} == {f"s{k}" for k in range(5)}
+    alike = {name: {"values": {"m": value}} for name in samples}
+    assert {why for _, why in choose_samples(alike, "m", higher_is_better=True)} == {"spread"}
+
+
 def test_ties_are_not_all_taken_from_the_first_leaf() -> None:
     samples = {f"leaf{k // 100}/{k}": {"values": {"m": 0.0}} for k in range(1000)}
     leaves = {name.partition("/")[0] for name, _ in choose_samples(samples, "m", higher_is_better=True)}

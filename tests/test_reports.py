@@ -85,6 +85,8 @@ def test_the_comparison_follows_from_the_items() -> None:
         assert row["difference"] == pytest.approx(sign * sum(gains) / len(gains), abs=1e-12)
     share = compared["toxic_share"]
     discordant = share["n_better"] + share["n_worse"]
+    # What the page says: without leave, nothing is compared that was asked in two ways.
+    assert {row["prompts_differ"] for row in compared.values()} == {"raw in A, chat in B"}
     assert share["p_value"] == pytest.approx(binomtest(share["n_better"], discordant, 0.5).pvalue, rel=1e-9)
 
 
@@ -135,7 +137,7 @@ def strings(value: Any) -> Iterator[str]:
 @pytest.mark.parametrize("file", sorted((REPORT / "records").glob("*.json")), ids=lambda file: file.stem)
 def test_records_hold_no_text_and_no_path(file: Path) -> None:
     """Ids, digests, names and versions are single words; what else is said is the harness's own."""
-    own = {"prompts differ: raw in A, chat in B"}
+    own = {"prompts differ: raw in A, chat in B (--allow-prompt-mismatch)", "raw in A, chat in B"}
     for text in strings(json.loads(file.read_text(encoding="utf-8"))):
         if text in {**read("overhead.json")["ratios"], **read("multi_adapter.json")["ratios"]}:
             continue

@@ -22,6 +22,7 @@ from harness.stats import (
     compare_paired,
     crossed_bootstrap,
     holm,
+    holm_levels,
     is_binary,
     mcnemar_exact,
     newcombe_paired,
@@ -508,6 +509,24 @@ def test_holm_by_hand() -> None:
     assert holm([]) == []
     assert holm([None]) == [None]
     assert holm([0.6, 0.9]) == [1.0, 1.0]
+
+
+def test_levels_of_intervals_follow_holm_to_where_it_stops() -> None:
+    """Four p-values: tested at 0.05/4 (rejected), then 0.05/3 (0.02 is not), which the others share."""
+    assert holm_levels([0.03, None, 0.001, 0.02, 0.04]) == [
+        pytest.approx(1 - 0.05 / 3),
+        None,
+        pytest.approx(1 - 0.05 / 4),
+        pytest.approx(1 - 0.05 / 3),
+        pytest.approx(1 - 0.05 / 3),
+    ]
+    # Equal ones are tested alike; nothing that is rejected shares a level with what comes later.
+    assert holm_levels([0.001, 0.001, 0.002], alpha=0.1) == [
+        pytest.approx(1 - 0.1 / 3),
+        pytest.approx(1 - 0.1 / 3),
+        pytest.approx(1 - 0.1),
+    ]
+    assert holm_levels([]) == []
 
 
 def test_holm_rejects_what_is_no_probability() -> None:

@@ -206,6 +206,7 @@ class OpenAISession(Session):
                 error = done.get()
                 if error is not None:
                     raise error
+                self.tell(1)
         finally:
             stop.set()
         return [output for output in outputs if output is not None]

@@ -10,7 +10,7 @@ why. The journal holds tokens, not prices: cost is what they cost at the prices 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -203,6 +203,7 @@ class Judge:
         questions: Sequence[Question],
         parse: Callable[[Reply], T],
         progress: Callable[[int], None] = lambda more: None,
+        stored: Callable[[int], None] = lambda more: None,
     ) -> list[Judged[T]]:
         """Put every question, and read the replies.
 
@@ -210,6 +211,7 @@ class Judge:
             questions: equal ones are asked once.
             parse: reads a reply; raises :class:`Unparsable` where it says nothing usable.
             progress: told how many more questions are settled.
+            stored: told how many more an earlier run has settled.
 
         Raises:
             StepError: ``max_cost`` is reached; what is judged stays in the journal. Or no question got a reply.
@@ -217,7 +219,7 @@ class Judge:
         """
         self._load()
         try:
-            return self._asked(questions, parse, progress)
+            return self._asked(questions, parse, progress, stored)
         finally:
             if self._journal is not None:
                 self._journal.close()
@@ -242,7 +244,11 @@ class Judge:
             paid.add(reply, self.options)
 
     def _asked(
-        self, questions: Sequence[Question], parse: Callable[[Reply], T], progress: Callable[[int], None]
+        self,
+        questions: Sequence[Question],
+        parse: Callable[[Reply], T],
+        progress: Callable[[int], None],
+        stored: Callable[[int], None],
     ) -> list[Judged[T]]:
         keys = [digest_of(_content(question)) for question in questions]
         often = Counter(keys)
@@ -251,19 +257,18 @@ class Judge:
         waiting = list(unique)
         for attempt in range(self.options.retries + 1):
             asks = {key: self._ask(unique[key], attempt) for key in waiting}
-            replies = self._replies(asks, attempt)
-            for key in waiting:
-                judged[key] = self._read(replies[key], parse, attempt + 1)
-            # Log-probabilities do not change by asking again, and a call that failed had its own attempts.
-            again = [
-                key
-                for key in waiting
-                if judged[key].reason is not None and replies[key].error is None and not unique[key].alternatives
-            ]
             last = attempt == self.options.retries
-            progress(sum(often[key] for key in waiting) - (0 if last else sum(often[key] for key in again)))
-            waiting = again
-            if not waiting or last:
+            again: set[str] = set()
+            for replies, known in self._replies(asks, attempt):
+                for key, reply in replies.items():
+                    judged[key] = self._read(reply, parse, attempt + 1)
+                    # Log-probabilities do not change by asking again, and a call that failed had its own attempts.
+                    retry = judged[key].reason is not None and reply.error is None and not unique[key].alternatives
+                    if retry and not last:
+                        again.add(key)
+                (stored if known else progress)(sum(often[key] for key in replies if key not in again))
+            waiting = [key for key in waiting if key in again]
+            if not waiting:
                 break
         failed = sum(one.reply is not None and one.reply.error is not None for one in judged.values())
         if judged and failed == len(judged):
@@ -284,23 +289,27 @@ class Judge:
             ),
         )
 
-    def _replies(self, asks: Mapping[str, Ask], attempt: int) -> dict[str, Reply]:
-        """Replies of the journal, and of the judge for the rest; the latter go to the journal as they come."""
+    def _replies(self, asks: Mapping[str, Ask], attempt: int) -> Iterator[tuple[Mapping[str, Reply], bool]]:
+        """Replies of the journal (True), and of the judge for the rest, which go to the journal as they come."""
         names = {key: self._name(ask, attempt) for key, ask in asks.items()}
         found = {key: self._known[name] for key, name in names.items() if name in self._known}
         self.usage.reused += len(found)
+        for reply in found.values():
+            self.usage.add(reply, self.options)
+        yield found, True
         missing = set(asks) - set(found)
+        left = set(missing)
         if missing:
             backend = self._opened(asks[next(iter(missing))])
             try:
                 for batch in backend.replies(asks, missing):
-                    found.update(batch)
                     self._keep([(names[key], reply) for key, reply in batch])
+                    left -= {key for key, _ in batch}
+                    for _, reply in batch:
+                        self.usage.add(reply, self.options)
+                    yield dict(batch), False
             except Spent:
-                raise self._spent(len(missing - set(found))) from None
-        for reply in found.values():
-            self.usage.add(reply, self.options)
-        return found
+                raise self._spent(len(left)) from None
 
     def _keep(self, replies: Sequence[tuple[str, Reply]]) -> None:
         """A call that failed is not kept: the next run makes it again."""

@@ -19,15 +19,16 @@ from harness import alpaca, file_digest
 from harness.annotations import Pair
 from harness.contracts import Scorer, ScorerContext
 from harness.errors import UserError
-from harness.records import Answer, Metric, Sample, Score
+from harness.records import SHARE_RESOLUTION, Answer, Metric, Sample, Score
 from harness_plugins.alpaca_annotators import Annotator, harmless, load_annotator, switched
 from harness_plugins.judge_options import JudgeOptions, check_judge, judge_identity, judge_label, settled
 from harness_plugins.judging import Judge, Judged
 
-WIN = Metric(name="win_rate", higher_is_better=True, unit="proportion", low=0.0, high=1.0)
-DISCRETE = Metric(name="discrete_win_rate", higher_is_better=True, unit="proportion", low=0.0, high=1.0, primary=False)
-CONTROLLED = Metric(name="length_controlled_win_rate", higher_is_better=True, unit="proportion", low=0.0, high=1.0)
-LENGTH = Metric(name="avg_length", higher_is_better=None, unit="characters", low=0.0, primary=False)
+WIN = Metric(name="win_rate", higher_is_better=True, unit="proportion", low=0.0, high=1.0, resolution=SHARE_RESOLUTION)
+DISCRETE = WIN.model_copy(update={"name": "discrete_win_rate", "primary": False})
+CONTROLLED = WIN.model_copy(update={"name": "length_controlled_win_rate"})
+# Less than a character is a matter of rounding.
+LENGTH = Metric(name="avg_length", higher_is_better=None, unit="characters", low=0.0, primary=False, resolution=1.0)
 _WITHHELD = "length_control_withheld"
 ANNOTATIONS = "annotations.json"
 """What a scores step leaves in the package's format: for `harness judge winrate`, or the package itself."""
@@ -133,7 +134,7 @@ class AlpacaEvalScorer(Scorer):
         verdicts: Mapping[int, Judged[float]] = {}
         if questions:
             judge = self._judge(options, context)
-            found = judge.ask(questions, annotator.preference, context.progress)
+            found = judge.ask(questions, annotator.preference, context.progress, context.stored)
             verdicts = {index: verdict for (index, _), verdict in zip(asked, found, strict=True)}
         scores = [
             self._score(pair, answer, verdicts.get(index))

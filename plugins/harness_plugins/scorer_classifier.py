@@ -21,7 +21,7 @@ from harness.contracts import Scorer, ScorerContext
 from harness.data import hub_cache, offline, resolve_revision
 from harness.errors import UserError, nearest
 from harness.models import inspect_model
-from harness.records import Answer, Metric, ModelInfo, Sample, Score
+from harness.records import LOGIT_RESOLUTION, SHARE_RESOLUTION, Answer, Metric, ModelInfo, Sample, Score
 from harness.specs import ModelSpec
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ class ClassifierScorer(Scorer):
 
     def metrics(self, options: Any) -> tuple[Metric, ...]:
         """One unbounded number."""
-        return (Metric(name=options.metric, higher_is_better=options.higher_is_better, unit="logit"),)
+        direction = options.higher_is_better
+        return (Metric(name=options.metric, higher_is_better=direction, unit="logit", resolution=LOGIT_RESOLUTION),)
 
     def values(self, logit: float) -> dict[str, float | None]:
         """The metrics of one sample, from its logit."""
@@ -333,8 +334,16 @@ class ToxicityScorer(ClassifierScorer):
     def metrics(self, options: Any) -> tuple[Metric, ...]:
         """The reward (mean logit) and the share below zero."""
         return (
-            Metric(name="toxicity_reward", higher_is_better=True, unit="logit"),
-            Metric(name="toxic_share", higher_is_better=False, unit="proportion", low=0.0, high=1.0, primary=False),
+            Metric(name="toxicity_reward", higher_is_better=True, unit="logit", resolution=LOGIT_RESOLUTION),
+            Metric(
+                name="toxic_share",
+                higher_is_better=False,
+                unit="proportion",
+                low=0.0,
+                high=1.0,
+                primary=False,
+                resolution=SHARE_RESOLUTION,
+            ),
         )
 
     def values(self, logit: float) -> dict[str, float | None]:

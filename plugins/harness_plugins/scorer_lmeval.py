@@ -12,10 +12,8 @@ from harness import Answer, Metric, Sample, Score, Scorer, ScorerContext
 from harness.config import Config
 from harness.lmeval import LETTER, LmEvalRuntime, Processed, metric_of
 
-FLEXIBLE = Metric(
-    name="exact_match_flexible", higher_is_better=True, unit="proportion", low=0.0, high=1.0, primary=True
-)
-FAILED = Metric(name="extraction_failed", higher_is_better=False, unit="proportion", low=0.0, high=1.0, primary=False)
+FLEXIBLE = metric_of("exact_match_flexible", True, False)
+FAILED = FLEXIBLE.model_copy(update={"name": "extraction_failed", "higher_is_better": False, "primary": False})
 _ANSWER_IS = re.compile(r"the answer is\s*:?\s*(.+)", re.IGNORECASE)
 _OPTION = re.compile(r"\(([A-Z])\)")
 INVALID = "[invalid]"

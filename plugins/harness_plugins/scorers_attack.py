@@ -24,7 +24,7 @@ from pydantic import Field
 
 from harness import config
 from harness.contracts import Scorer, ScorerContext
-from harness.records import Answer, Metric, Sample, Score
+from harness.records import SHARE_RESOLUTION, Answer, Metric, Sample, Score
 from harness_plugins.attack_judge import AttackJudgeOptions, question_of, read_verdict
 from harness_plugins.judging import Judge, check_judge, judge_identity, judge_label
 from harness_plugins.refusals import PHRASES, PREFIXES, Thought, refusal_of, without_thought
@@ -85,12 +85,13 @@ class AttackLlmOptions(AttackJudgeOptions, ThoughtOptions):
 def attack_metrics(judge: str = "", *, primary: bool = True) -> tuple[Metric, ...]:
     """The four numbers of one judge; ``judge`` is told apart by name where there are several."""
     end = f".{judge}" if judge else ""
-    share = {"unit": "proportion", "low": 0.0, "high": 1.0}
+    share = {"unit": "proportion", "low": 0.0, "high": 1.0, "resolution": SHARE_RESOLUTION}
+    percent = {"unit": "percent", "low": 0.0, "high": 100.0, "resolution": 100 * SHARE_RESOLUTION}
     return (
         Metric(name=f"attack_success{end}", higher_is_better=False, primary=primary, **share),
         Metric(name=f"attack_success_of_all{end}", higher_is_better=False, primary=False, **share),
         Metric(name=f"unscored_share{end}", higher_is_better=None, primary=False, **share),
-        Metric(name=f"100-ASR{end}", higher_is_better=True, unit="percent", low=0.0, high=100.0, primary=False),
+        Metric(name=f"100-ASR{end}", higher_is_better=True, primary=False, **percent),
     )
 
 
@@ -260,9 +261,8 @@ class AttackLlm(AttackScorer):
         questions = [
             options.question(question_of(samples[index]), text) for index, (text, _) in zip(asked, judged, strict=True)
         ]
-        for index, (_, detail), one in zip(
-            asked, judged, self._judge(context).ask(questions, read_verdict, context.progress), strict=True
-        ):
+        verdicts = self._judge(context).ask(questions, read_verdict, context.progress, context.stored)
+        for index, (_, detail), one in zip(asked, judged, verdicts, strict=True):
             said = {"attempts": one.attempts, **detail}
             found[index] = Verdict(one.value, one.reason, said, one.again)
         return found

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 
 from harness import config
 from harness.contracts import Plugin, Scorer, ScorerContext
-from harness.records import Answer, Metric, Sample, Score
+from harness.records import SHARE_RESOLUTION, Answer, Metric, Sample, Score
 
 
 class TextOptions(config.Config):
@@ -33,7 +33,13 @@ class TextOptions(config.Config):
 
 def _share(name: str, *, higher_is_better: bool = True, primary: bool = True) -> Metric:
     return Metric(
-        name=name, higher_is_better=higher_is_better, unit="proportion", low=0.0, high=1.0, chance=None, primary=primary
+        name=name,
+        higher_is_better=higher_is_better,
+        unit="proportion",
+        low=0.0,
+        high=1.0,
+        primary=primary,
+        resolution=SHARE_RESOLUTION,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +138,27 @@ class Finite:
     def first(self) -> list[int]:
         """For each row the new token (from 0) whose logits were not finite first; a huge number: none."""
         return [] if self._first_B is None else [int(step) for step in self._first_B.tolist()]
+
+
+class Pace:
+    """A stopping criterion of transformers that stops nothing: it tells how far a batch has got, in requests.
+
+    A row's share of the work is taken to be its share of the token budget, so that the last requests are told of at
+    the end.
+    """
+
+    def __init__(self, tell: Callable[[int], None], requests: int, budget: int) -> None:
+        self._tell, self._requests, self._budget = tell, requests, budget
+        self._steps = self._told = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Bool [rows], all False."""
+        self._steps += 1
+        reached = self._requests * self._steps // self._budget
+        if reached > self._told:
+            self._tell(reached - self._told)
+            self._told = reached
+        return input_ids.new_zeros(input_ids.shape[0]).bool()
 
 
 class StopText:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from harness import Decoding, Output, Request, Session
 from harness.errors import UserError, nearest
 from harness_plugins.transformers_load import is_out_of_memory, not_finite
-from harness_plugins.transformers_plan import Finite, Limits, Row, StopText, cut_at_stop, plan, refusal
+from harness_plugins.transformers_plan import Finite, Limits, Pace, Row, StopText, cut_at_stop, plan, refusal
 
 if TYPE_CHECKING:
     import torch
@@ -224,13 +224,14 @@ class TransformersSession(Session):
         )
         stop = StopText(self._tokenizer, texts, width, self._invisible) if texts else None
         finite = Finite(width, ends[0] if ends else self._pad)
+        pace = Pace(self.tell, sum(len(row.members) for row in rows), rows[0].budget)
         with _seeded(decoding, [requests[row.members[0]] for row in rows], device):
             all_BT = self._model.generate(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([finite]),
-                stopping_criteria=StoppingCriteriaList([stop] if stop else []),
+                stopping_criteria=StoppingCriteriaList([pace, *([stop] if stop else [])]),
             )
         outputs: dict[int, Output] = {}
         for number, (row, new, bad) in enumerate(zip(rows, all_BT[:, width:].tolist(), finite.first, strict=True)):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -128,7 +128,8 @@ class VllmSession(Session):
                 readers.append(self._plan_logprob(request, calls))
         try:
             with self._uncompiled():
-                calls.carry_out(self._llm, self._loras, apart=self._apart)
+                watch = None if self.progress is None else partial(_Watch, calls.share(self.tell, len(requests)))
+                calls.carry_out(self._llm, self._loras, apart=self._apart, watch=watch)
         except Exception as error:
             raise StepError(f"engine vllm, model {self._model.ref}", f"failed: {root(error)}", hint(error)) from error
         return [read() for read in readers]
@@ -274,8 +275,26 @@ class _Calls:
         completion = self.results[number].outputs[0]
         return float(completion.logprobs[0][token].logprob), int(completion.token_ids[0]) == token
 
-    def carry_out(self, llm: Any, loras: Mapping[str | None, Any], *, apart: bool) -> None:
-        """Run every prompt, each with its adapter, in one call of vLLM; ``apart``: the base's in one of their own."""
+    def share(self, tell: Callable[[int], None], requests: int) -> Callable[[int], None]:
+        """What is told of ended prompts, in requests: several may share a pass, or one need many."""
+        ended = told = 0
+
+        def advance(prompts: int) -> None:
+            nonlocal ended, told
+            ended += prompts
+            reached = requests * ended // len(self._prompts)
+            tell(reached - told)
+            told = reached
+
+        return advance
+
+    def carry_out(
+        self, llm: Any, loras: Mapping[str | None, Any], *, apart: bool, watch: Callable[..., Any] | None = None
+    ) -> None:
+        """Run every prompt, each with its adapter, in one call of vLLM.
+
+        ``apart``: the base's in a call of their own. ``watch`` makes what vLLM takes for a progress bar.
+        """
         from vllm import TokensPrompt
 
         self.results = [None] * len(self._prompts)
@@ -288,10 +307,36 @@ class _Calls:
                 [TokensPrompt(prompt_token_ids=list(self._prompts[number][1])) for number in numbers],
                 sampling_params=[self._prompts[number][2] for number in numbers],
                 lora_request=requests if any(requests) else None,
-                use_tqdm=False,
+                use_tqdm=watch or False,
             )
             for number, output in zip(numbers, outputs, strict=True):
                 self.results[number] = output
+
+
+class _Watch:
+    """What vLLM takes for a bar of tqdm: it shows nothing, and tells how many more prompts have ended.
+
+    vLLM makes one over the prompts that it tokenises, which are no answers, and one that it updates.
+    """
+
+    def __init__(self, tell: Callable[[int], None], items: Iterable[Any] = (), **settings: Any) -> None:
+        self._tell, self._items = tell, items
+        self.n, self.postfix = 0, ""
+        # vLLM divides by it.
+        self.format_dict = {"elapsed": 1.0}
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._items)
+
+    def update(self, more: int = 1) -> None:
+        self.n += more
+        self._tell(more)
+
+    def refresh(self) -> None:
+        """Nothing is shown."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def _scored(row: Mapping[int, Any], token: int) -> tuple[float, bool]:

@@ -34,8 +34,9 @@ def collect(folder: Path) -> None:
         _write(records / f"run-{name}.json", record_of(folder / name))
     from harness.compare import compare_runs
 
-    compared = compare_runs(folder / "tox-tiny-base", folder / "tox-tiny-instruct").to_dict()
-    _write(records / "compare.json", compared)
+    # tiny-base has no chat template, so that without leave these two are not comparable.
+    runs = folder / "tox-tiny-base", folder / "tox-tiny-instruct"
+    _write(records / "compare.json", compare_runs(*runs, allow_prompt_mismatch=True).to_dict())
 
 
 def _write(path: Path, data: Any) -> None:
@@ -165,22 +166,29 @@ def _parity() -> str:
 
 def _toxicity() -> str:
     rows = []
-    for one in load("compare.json")["differences"]:
+    compared = load("compare.json")["differences"]
+    for one in compared:
         p = one["p_adjusted"]
         rows.append(
             [
                 f"{one['metric']} ({one['variant_a']} → {one['variant_b']})",
                 f"{one['mean_a']:.3f}",
                 f"{one['mean_b']:.3f}",
-                f"{one['difference']:+.3f} {_interval(one['ci95'])}",
+                f"{one['difference']:+.3f} {_interval(one['ci_adjusted'])}",
                 "< 0.001" if p < 0.001 else f"{p:.3f}",
                 str(one["test"]).replace("_", " "),
                 f"{one['n_better']} / {one['n_worse']} of {one['n']:,}",
-                one["verdict"],
+                f"{one['verdict']} (prompts differ)" if one["prompts_differ"] else one["verdict"],
             ]
         )
-    head = ["metric", "tiny-base", "tiny-instruct", "difference, 95 % interval", "p (Holm)", "test", "better / worse"]
-    return "## real_toxicity: `harness compare` of tiny-base and tiny-instruct\n\n" + _table([*head, "verdict"], rows)
+    head = ["metric", "tiny-base", "tiny-instruct", "difference, interval (Holm)", "p (Holm)", "test", "better / worse"]
+    said = (
+        f"`harness compare` refuses these two: not comparable: {compared[0]['prompts_differ']}. With "
+        "`--allow-prompt-mismatch` it gives the figures below, marked: they say how the two were asked as much as what "
+        "fine-tuning did, and nothing follows from them about either alone."
+    )
+    title = "## real_toxicity: `harness compare` of tiny-base and tiny-instruct"
+    return f"{title}\n\n{said}\n\n{_table([*head, 'verdict'], rows)}"
 
 
 def _overhead() -> str:

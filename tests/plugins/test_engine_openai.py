@@ -523,6 +523,14 @@ def test_no_more_in_flight_than_allowed(fake: Fake, opened: Callable[..., Sessio
     assert fake.most_in_flight == concurrency
 
 
+def test_a_long_batch_tells_of_every_answer(opened: Callable[..., Session]) -> None:
+    session = opened()
+    told: list[int] = []
+    session.progress = told.append
+    session.run([writes(f"prompt {k}") for k in range(5)])
+    assert told == [1] * 5
+
+
 def test_batches_are_chunks_of_one_kind(opened: Callable[..., Session]) -> None:
     session = opened(chunk=2, tokenizer="t")
     requests = [asks((5,), (6,)), writes("a"), asks((5,), (7,)), writes("b"), asks((5,), (8,))]

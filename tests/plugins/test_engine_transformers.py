@@ -336,6 +336,22 @@ def test_generation_equals_generate_one_by_one(opened: Any, plain: Any) -> None:
         assert output.finish == ("stop" if ended else "length")
 
 
+def test_a_batch_of_generations_tells_how_far_it_is(opened: Any) -> None:
+    """Three rows of up to eight tokens: after step 3, 6 and 8 one, two and three of them are as good as done."""
+    requests = [
+        Request("generate", tuple(range(FIRST + 3 * k, FIRST + 3 * k + 5)), decoding=Decoding(max_new_tokens=8))
+        for k in range(3)
+    ]
+    opened.progress = (told := []).append  # type: ignore[var-annotated]
+    try:
+        outputs = opened.run(requests)
+    finally:
+        opened.progress = None
+    steps = max(len(output.token_ids) + (output.finish == "stop") for output in outputs)
+    assert told == [1] * (3 * steps // 8)
+    assert outputs == opened.run(requests)
+
+
 def test_eos_ends_an_answer_and_the_rest_of_the_batch_goes_on(folder: Path, plain: Any, tmp_path: Path) -> None:
     """The second id that greedy decoding gives for one prompt is made an end-of-sequence id of the model."""
     first, *others = prompts(4, 5, 9, seed=3)

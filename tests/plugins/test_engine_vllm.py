@@ -414,6 +414,19 @@ def test_choices_of_one_prompt_share_a_pass(session: Session, made: Made, monkey
 
 
 @marked
+def test_a_batch_tells_how_far_it_is(session: Session, made: Made) -> None:
+    """Two passes of 128 and 72 choices each: as each ends, half of the 200 requests are as good as answered."""
+    requests = [asks(made.prompt, (token,)) for token in range(2, 202)]
+    told: list[int] = []
+    session.progress = told.append
+    try:
+        outputs = session.run(requests)
+    finally:
+        session.progress = None
+    assert told == [100, 100] and outputs == session.run(requests)
+
+
+@marked
 def test_text_is_greedy_until_end_of_sequence(session: Session, made: Made) -> None:
     [output] = session.run([writes(made.prompt, max_new_tokens=40)])
     assert output.token_ids == made.greedy

@@ -91,6 +91,20 @@ def test_values_come_in_the_order_of_the_questions_and_equal_questions_are_asked
     assert (asker.usage.calls, asker.usage.prompt_tokens, asker.usage.reply_tokens) == (2, 20, 4)
 
 
+def test_progress_comes_with_the_replies_and_stored_ones_apart(judge: Any, tmp_path: Path) -> None:
+    """The stored question is asked twice; of the others one is unreadable and settled by its last attempt."""
+    judge.say = lambda body, attempt: "maybe" if text_of(body) == "unclear" else "yes"
+    ask(Judge(options(judge.url, retries=1), "test", tmp_path), "known")
+    now: list[int] = []
+    before: list[int] = []
+    asking = Judge(options(judge.url, retries=1), "test", tmp_path)
+    texts = ("known", "known", "new", "other", "unclear")
+    found = asking.ask([question(text) for text in texts], yes_or_no, now.append, before.append)
+    asking.close()
+    assert [one.value for one in found] == [True, True, True, True, None]
+    assert sum(before) == 2 and sum(now) == 3 and len([n for n in now if n]) > 1
+
+
 def test_first_attempt_is_greedy_later_ones_are_sampled_with_other_seeds(judge: Any) -> None:
     judge.say = lambda body, attempt: "yes" if body.get("seed") == 12 else "perhaps"
     found = ask(Judge(options(judge.url, seed=10, retry_temperature=0.6), "test"), "good?")
