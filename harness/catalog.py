@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from yaml import YAMLError
 
-from harness.config import laid_over, load_yaml, parse, parse_options
+from harness.config import laid_over, load_yaml, parse, parse_options, text_of
 from harness.errors import UserError, nearest, unknown
+from harness.plain_yaml import PlainLoader, read_yaml
 from harness.provenance import files_digest
 from harness.registry import Registry
 from harness.specs import LmEvalRef, PromptKind, ScorerRef, SuiteSpec, TaskSpec
@@ -262,8 +263,10 @@ def _with_scorer_options(spec: TaskSpec, given: Mapping[str, Any]) -> list[dict[
     return [ScorerRef.model_validate(ref).model_dump() for ref in scorers]
 
 
-class _Tolerant(yaml.SafeLoader):
+class _Tolerant(PlainLoader):
     """Reads lm-eval's YAML for its keys alone: ``!function`` and other tags become plain values."""
+
+    text_keys = False
 
 
 _Tolerant.add_multi_constructor("!", lambda loader, suffix, node: str(getattr(node, "value", "")))
@@ -271,8 +274,8 @@ _Tolerant.add_multi_constructor("!", lambda loader, suffix, node: str(getattr(no
 
 def _peek(file: Path) -> dict[str, Any]:
     try:
-        data = yaml.load(file.read_text(encoding="utf-8"), Loader=_Tolerant)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        data = read_yaml(text_of(file), _Tolerant)
+    except YAMLError:
         data = load_yaml(file).data
     if not isinstance(data, dict):
         raise UserError(str(file), "not a mapping", "A task YAML starts with `name:`, `suite:` or `task:`.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -18,6 +19,7 @@ from harness.cli_judge import judge_app
 from harness.cli_merge import MergeCommand, fold, merge
 from harness.cli_serve import serve
 from harness.errors import ExitCode, HarnessError, Requeue
+from harness.text import visible
 
 if TYPE_CHECKING:
     from harness.catalog import Catalog
@@ -90,7 +92,9 @@ def _click_error(error: Exception) -> int:
     show = getattr(error, "show", None)
     if show is None or not hasattr(error, "exit_code"):
         raise error
-    show()
+    said = io.StringIO()
+    show(file=said)
+    _say(said.getvalue().rstrip("\n"))
     return int(error.exit_code)
 
 
@@ -102,7 +106,7 @@ def _requeue(number: int, frame: FrameType | None) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text, lines=True), file=sys.stderr, flush=True)
 
 
 def _load(plugins: list[str] | None, folders: list[str] | None) -> tuple[Registry, Catalog]:
@@ -167,7 +171,7 @@ def _table(title: str, columns: list[str], rows: list[dict[str, Any]]) -> None:
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(Text("" if row.get(column) is None else str(row[column])) for column in columns))
+        table.add_row(*(Text("" if row.get(column) is None else visible(str(row[column]))) for column in columns))
     console.print(table)
 
 

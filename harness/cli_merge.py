@@ -9,6 +9,7 @@ import typer
 import typer.core
 
 from harness.errors import ExitCode, UserError
+from harness.text import visible
 
 
 class MergeCommand(typer.core.TyperCommand):
@@ -174,7 +175,7 @@ def _print_totals(record: dict[str, Any]) -> None:
     console = console if console.is_terminal else Console(width=200)
     table = Table(title=f"{record['method']}, {record['form']}", title_justify="left", show_header=False)
     for name, value in totals(record):
-        table.add_row(Text(name), Text(value))
+        table.add_row(Text(name), Text(visible(value)))
     console.print(table)
 
 
@@ -224,6 +225,6 @@ def fold(
         for note in made.record["notes"]:
             reporter.note(f"note: {note}")
     for one in made.record["probe"].get("comparisons", []):
-        print(probe_line(one).removeprefix("* "))
+        print(visible(probe_line(one).removeprefix("* ")))
     print(made.folder)
     return ExitCode.DONE

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from harness.text import visible
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -59,9 +61,10 @@ class PlainReporter(Reporter):
     """Lines on standard error, for logs and pipes."""
 
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(visible(text, lines=True), file=sys.stderr, flush=True)
 
     def start(self, title: str, total: int, done: int = 0) -> Callable[[int], None]:
+        title = visible(title)
         begun = last = time.monotonic()
         count = done
         print(f"{title}: {done}/{total}", file=sys.stderr, flush=True)
@@ -93,7 +96,7 @@ class RichReporter(Reporter):
 
         self._console = Console(stderr=True)
         self._progress: Progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
@@ -103,10 +106,10 @@ class RichReporter(Reporter):
         self._progress.start()
 
     def note(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(visible(text, lines=True), markup=False, highlight=False)
 
     def start(self, title: str, total: int, done: int = 0) -> Callable[[int], None]:
-        task: TaskID = self._progress.add_task(title, total=total, completed=done, rate="")
+        task: TaskID = self._progress.add_task(visible(title), total=total, completed=done, rate="")
         begun = time.monotonic()
         count = 0
 

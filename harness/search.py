@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+from yaml import YAMLError
 
 from harness.align_folder import WORK
 from harness.align_plan import AlignPlan, plan_align
@@ -22,6 +22,7 @@ from harness.alignment import run_align
 from harness.contracts import Adapter, Aligner
 from harness.errors import StepError, UserError, unknown
 from harness.heldout import ACCURACY, HELDOUT, LOSS
+from harness.plain_yaml import read_yaml
 from harness.progress import Reporter
 from harness.records import digest_of
 from harness.registry import Registry, load_plugins
@@ -145,7 +146,10 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def _value(text: str) -> Any:
-    value = yaml.safe_load(text)
+    try:
+        value = read_yaml(text)
+    except YAMLError as error:
+        raise UserError(OPTION, f"{text!r} is no value: {getattr(error, 'problem', error)}", "Quote texts.") from None
     if isinstance(value, str):
         # YAML wants a dot in 1e-5; people do not write one.
         try:

@@ -11,7 +11,7 @@ import harness
 
 CORE = Path(harness.__file__).parent
 FLOORS = {
-    "words": "errors config recipes specs records contracts hookspecs registry settings",
+    "words": "text errors plain_yaml config recipes specs records contracts hookspecs registry settings",
     "plan": (
         "provenance store stats catalog expression annotations merge_methods merge_names merge_config merge_recipe"
     ),
