@@ -27,6 +27,8 @@ class Entry:
     spec: TaskSpec
     file: Path | None
     owner: str
+    trusted: bool = False
+    """Whether the code that an lm-eval YAML names may run: lm-eval's own, a plugin's, or allowed by the user."""
 
     @property
     def folder(self) -> Path | None:
@@ -52,9 +54,16 @@ class Catalog:
 
     tasks: dict[str, Entry] = field(default_factory=dict)
     suites: dict[str, tuple[SuiteSpec, str]] = field(default_factory=dict)
+    trust_task_code: bool = False
+    """Whether code may run that a file names which the user gives."""
 
-    def add_folder(self, folder: Path, owner: str) -> None:
+    def add_folder(self, folder: Path, owner: str, *, trusted: bool | None = None) -> None:
         """Read every YAML file directly in ``folder``, and in its subfolders that are not lm-eval's.
+
+        Args:
+            folder: of task YAML.
+            owner: who brings it.
+            trusted: whether code that its files name may run; by default as the user allows.
 
         Raises:
             UserError: a file that is no task or suite, or a name that is taken.
@@ -63,9 +72,9 @@ class Catalog:
             raise UserError(f"--tasks {folder}", "no such folder", "Give a folder that holds task YAML files.")
         for file in sorted(folder.rglob("*.y*ml")):
             if file.suffix in (".yaml", ".yml") and not file.name.startswith("_"):
-                self.add_file(file, owner)
+                self.add_file(file, owner, trusted=trusted)
 
-    def add_file(self, file: Path, owner: str) -> str | None:
+    def add_file(self, file: Path, owner: str, *, trusted: bool | None = None) -> str | None:
         """Read one YAML file; returns the name it adds (None for a file that is only included by others)."""
         peek = _peek(file)
         if "suite" in peek:
@@ -86,7 +95,7 @@ class Catalog:
                 "Add the key, or move the file out of the folder of tasks.",
             )
         self._claim(self.tasks, entry.spec.name, file, owner)
-        self.tasks[entry.spec.name] = entry
+        self.tasks[entry.spec.name] = replace(entry, trusted=self.trust_task_code if trusted is None else trusted)
         return entry.spec.name
 
     def _claim(self, table: Mapping[str, Any], name: str, file: Path, owner: str) -> None:
@@ -110,7 +119,7 @@ class Catalog:
             file = Path(name)
             if not file.is_file():
                 raise UserError(f"{where} {name}", "no such file", "Give the path of a task's YAML file.")
-            single = Catalog()
+            single = Catalog(trust_task_code=self.trust_task_code)
             added = single.add_file(file.resolve(), str(file))
             if added is None or added not in single.tasks:
                 raise UserError(f"{where} {name}", "is no task", "A task has `name:`; an lm-eval task has `task:`.")
@@ -118,7 +127,7 @@ class Catalog:
         if name.startswith(LM_EVAL_PREFIX):
             inner = name.removeprefix(LM_EVAL_PREFIX)
             spec = TaskSpec(name=name, lm_eval=LmEvalRef(task=inner), source="lm-eval", licence="see lm-eval")
-            return Entry(spec, None, "lm-eval"), variant
+            return Entry(spec, None, "lm-eval", trusted=True), variant
         raise unknown(f"{where} {name}", "task", name, [*self.tasks, "lm_eval:NAME"], "harness tasks")
 
     def suite(self, name: str, where: str) -> SuiteSpec:
@@ -217,11 +226,11 @@ def _standing_in(chosen: Chosen, asked: str | None) -> Chosen:
     return replace(chosen, spec=chosen.spec.model_copy(update={"notes": (*chosen.spec.notes, note)}), asked=asked)
 
 
-def load_catalog(registry: Registry, folders: Iterable[str | Path] = ()) -> Catalog:
-    """Tasks of all registered folders, then of the user's own."""
-    catalog = Catalog()
+def load_catalog(registry: Registry, folders: Iterable[str | Path] = (), *, trust_task_code: bool = False) -> Catalog:
+    """Tasks of all registered folders, whose plugins run code anyway, then of the folders that the user gives."""
+    catalog = Catalog(trust_task_code=trust_task_code)
     for registered in registry.task_folders:
-        catalog.add_folder(registered.path, registered.owner)
+        catalog.add_folder(registered.path, registered.owner, trusted=True)
     for folder in folders:
         catalog.add_folder(Path(folder).resolve(), str(folder))
     return catalog

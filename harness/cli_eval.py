@@ -60,6 +60,9 @@ def eval_(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
+    trust_task_code: Annotated[
+        bool, typer.Option("--trust-task-code", help="Run code that lm-eval YAML of yours names (!function).")
+    ] = False,
     allow_template_mismatch: Annotated[
         bool, typer.Option("--allow-template-mismatch", help="Go on when adapter and model differ in template.")
     ] = False,
@@ -104,6 +107,7 @@ def eval_(
             seed=seed,
             options=laid_over(settings.options, options_of(set_)),
             task_folders=(*settings.task_folders, *(tasks or ())),
+            trust_task_code=trust_task_code,
             parity=parity,
             parity_engine=parity_engine,
             max_judge_cost=max_judge_cost,

@@ -71,8 +71,17 @@ def nodes_of(text: str, loader: type[PlainLoader] = PlainLoader) -> yaml.Node | 
     except RecursionError:
         raise NotPlain(f"more than {MOST_DEPTH} levels within each other") from None
     if node is not None:
-        _measure(node, {})
+        check_size(node)
     return node
+
+
+def check_size(node: yaml.Node) -> None:
+    """Refuse a document whose aliases multiply, or which stands in itself.
+
+    Raises:
+        NotPlain: at the node where it shows.
+    """
+    _measure(node, {})
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:

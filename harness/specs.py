@@ -146,6 +146,7 @@ class EvalSpec(Config):
     seed: int = Field(0, ge=0, description="seed of few-shot choice, sampling and resampling")
     options: dict[str, Any] = Field(default_factory=dict, description="`engine`, and per task: limit, decoding, scorer")
     task_folders: tuple[str, ...] = Field((), description="folders of task YAML besides the registered ones")
+    trust_task_code: bool = Field(False, description="run the code that lm-eval YAML of `task_folders` names")
     max_judge_cost: float | None = Field(
         None, ge=0.0, description="`max_cost` of every scorer that has one (in the currency of its prices)"
     )

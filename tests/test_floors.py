@@ -16,7 +16,7 @@ FLOORS = {
         "provenance store stats catalog expression annotations merge_methods merge_names merge_config merge_recipe"
     ),
     "work": (
-        "models arms choose_engine engines generation_config data machine prompts lmeval_load lmeval_collect "
+        "models arms choose_engine engines generation_config data machine rendering prompts lmeval_load lmeval_collect "
         "lmeval generate evaluation rows plan resume templates selection tokenise token_cache reference lineage "
         "training heldout pairwise_trainer pairwise align_checks align_folder align_plan policy align_export "
         "card packing prefix_sharing tensor_files merge_models merge_inputs merge_compute merge_write "
