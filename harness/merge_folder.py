@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import CorruptionError, UserError
-from harness.store import RunStore, fsync_folder, read_json
+from harness.store import RunStore, fsync_folder, read_json, stays_inside
 
 RECORD = "merge.json"
 """The record of how a folder came about; for a fold ``fold.json``."""
@@ -78,6 +78,8 @@ def _damage(out: Path, record: Mapping[str, Any]) -> str:
     """What of the recorded weight files is not there as it was."""
     for name, size in record.get("files", {}).items():
         file = out / name
+        if not stays_inside(name):
+            return f"its record names a file outside of it: {name}"
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:

@@ -17,6 +17,7 @@ from harness.errors import UserError, nearest
 from harness.provenance import digest_of_bytes, files_digest
 from harness.records import AdapterInfo, ModelInfo
 from harness.specs import ModelSpec
+from harness.store import stays_inside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -207,6 +208,10 @@ def _weights(path: Path, spec: ModelSpec, where: str) -> tuple[list[Path], bool]
         if not isinstance(shards, dict) or not shards:
             raise UserError(f"{where} {index}", "has no `weight_map` that names the shards", "Fetch it again.")
         names = sorted(set(shards.values()))
+        outside = [name for name in names if not stays_inside(name)]
+        if outside:
+            what = f"names a shard outside its folder: {outside[0]}"
+            raise UserError(f"{where} {index}", what, "Take the model from where it was published; this is no index.")
         absent = [name for name in names if not (path / name).is_file()]
         if absent:
             raise UserError(

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from harness.errors import CorruptionError, UserError, nearest
 from harness.records import Metric, Output, Row, StepKind, StepRecord
-from harness.store import RunStore, read_json, read_rows, rows_digest
+from harness.store import RunStore, read_json, read_rows, rows_digest, stays_inside
 from harness.text import visible as visible
 
 _FOLDERS = re.compile(r"(?<![\w/:.~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s'\"/\\:,()]+[/\\])*(?=[^\s'\"/\\:,()])")
@@ -144,6 +144,8 @@ class Step:
     def requests_file(self) -> Path:
         """Where the questions of a scores step lie."""
         name = str(self.info.get("requests", ""))
+        if name and not stays_inside(name):
+            raise CorruptionError(f"{self.folder}: step.json names requests outside of the run: {name}")
         return self.root / "requests" / name if name.endswith(".gz") else RunStore(self.root).requests(name)
 
     def first_request(self) -> Mapping[str, Any]:

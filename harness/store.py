@@ -27,7 +27,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from harness.errors import CorruptionError, UserError
@@ -50,6 +50,12 @@ _OWN = re.compile(
 def slug(text: str) -> str:
     """A name that is safe as part of a file name."""
     return re.sub(r"[^A-Za-z0-9._@+-]+", "-", text).strip("-.")[:60] or "x"
+
+
+def stays_inside(name: str) -> bool:
+    """Whether a file name that a record or an index gives stays in its folder: no absolute path, no ``..``."""
+    path = PurePosixPath(name)
+    return name not in ("", ".") and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
 def write_bytes(path: Path, data: bytes) -> None:
