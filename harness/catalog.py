@@ -14,9 +14,11 @@ from harness.errors import UserError, nearest, unknown
 from harness.plain_yaml import PlainLoader, read_yaml
 from harness.provenance import files_digest
 from harness.registry import Registry
-from harness.specs import LmEvalRef, PromptKind, ScorerRef, SuiteSpec, TaskSpec
+from harness.specs import PromptKind, ScorerRef, SuiteSpec, TaskSpec
 
 LM_EVAL_PREFIX = "lm_eval:"
+MOST_FILES = 100_000
+"""Files below a folder of tasks; lm-eval's own, of 14,000 tasks, has fewer."""
 _VARIANTS: dict[str, PromptKind] = {":raw": "raw", ":chat": "chat"}
 
 
@@ -70,9 +72,8 @@ class Catalog:
         """
         if not folder.is_dir():
             raise UserError(f"--tasks {folder}", "no such folder", "Give a folder that holds task YAML files.")
-        for file in sorted(folder.rglob("*.y*ml")):
-            if file.suffix in (".yaml", ".yml") and not file.name.startswith("_"):
-                self.add_file(file, owner, trusted=trusted)
+        for file in _yaml_files(folder):
+            self.add_file(file, owner, trusted=trusted)
 
     def add_file(self, file: Path, owner: str, *, trusted: bool | None = None) -> str | None:
         """Read one YAML file; returns the name it adds (None for a file that is only included by others)."""
@@ -126,7 +127,8 @@ class Catalog:
             return single.tasks[added], variant
         if name.startswith(LM_EVAL_PREFIX):
             inner = name.removeprefix(LM_EVAL_PREFIX)
-            spec = TaskSpec(name=name, lm_eval=LmEvalRef(task=inner), source="lm-eval", licence="see lm-eval")
+            fields = {"name": name, "lm_eval": {"task": inner}, "source": "lm-eval", "licence": "see lm-eval"}
+            spec = parse_options(TaskSpec, fields, f"{where} {name}")
             return Entry(spec, None, "lm-eval", trusted=True), variant
         raise unknown(f"{where} {name}", "task", name, [*self.tasks, "lm_eval:NAME"], "harness tasks")
 
@@ -216,6 +218,22 @@ class Catalog:
         merged = laid_over(merged, given)
         merged["scorers"] = _with_scorer_options(entry.spec, scorer_options)
         return Chosen(entry, parse_options(TaskSpec, merged, f"--set {name}"), variant, limit)
+
+
+def _yaml_files(folder: Path) -> list[Path]:
+    """The YAML files below a folder, sorted; those that others include (``_base.yaml``) are left out.
+
+    Raises:
+        UserError: so many files that this is no folder of tasks, but somebody's whole disk.
+    """
+    found = []
+    for count, file in enumerate(folder.rglob("*")):
+        if count >= MOST_FILES:
+            what = f"holds more than {MOST_FILES:,} files"
+            raise UserError(f"--tasks {folder}", what, "Give a folder that holds task YAML files alone.")
+        if file.suffix in (".yaml", ".yml") and not file.name.startswith("_"):
+            found.append(file)
+    return sorted(found)
 
 
 def _standing_in(chosen: Chosen, asked: str | None) -> Chosen:

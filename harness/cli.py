@@ -18,7 +18,7 @@ from harness.cli_eval import Folders, Json, PluginFiles, compare, eval_, options
 from harness.cli_judge import judge_app
 from harness.cli_merge import MergeCommand, fold, merge
 from harness.cli_serve import serve
-from harness.errors import ExitCode, HarnessError, Requeue
+from harness.errors import ExitCode, HarnessError, Requeue, UserError
 from harness.text import visible
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGUSR1, _requeue)
     code: int = ExitCode.DONE
     try:
+        _check_arguments(sys.argv[1:])
         code = int(app(standalone_mode=False) or 0)
         if code == ExitCode.INTERRUPTED:  # typer turns Ctrl-C into this
             raise KeyboardInterrupt
@@ -73,18 +74,39 @@ def main() -> NoReturn:
         _say("stopped by a signal: what is done is kept; the same command goes on from here")
         code = ExitCode.REQUEUE
     except OSError as error:
-        from harness.store import is_disk_full
+        from harness.store import is_disk_full, is_refused
 
-        if not is_disk_full(error):
+        if is_disk_full(error):
+            what, fix = "the disk is full", "Free some space and run the same command again."
+        elif is_refused(error):
+            what, fix = f"cannot be used: {error.strerror}", "Give another path."
+        else:
             raise
-        _say(
-            f"error: {error.filename or 'a file'}: the disk is full\n  Free some space and run the same command again."
-        )
+        _say(f"error: {error.filename or 'a file'}: {what}\n  {fix}")
         code = ExitCode.USER
     except Exception as error:
         code = _click_error(error)
     sys.stdout.flush()
     raise SystemExit(code)
+
+
+def _check_arguments(arguments: list[str]) -> None:
+    """Refuse what no file name, option or text can be, before it is looked up, hashed or printed anywhere."""
+    for argument in arguments:
+        if not argument.isprintable() and not _is_text(argument):
+            raise UserError(repr(argument), "is not UTF-8", "Give names and texts in UTF-8.")
+        if argument.startswith("~"):
+            try:
+                Path(argument).expanduser()
+            except RuntimeError:
+                raise UserError(argument, "there is no such user", "Give a path.") from None
+
+
+def _is_text(argument: str) -> bool:
+    try:
+        return "\0" not in argument.encode().decode()
+    except UnicodeEncodeError:
+        return False
 
 
 def _click_error(error: Exception) -> int:

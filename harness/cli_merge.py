@@ -198,18 +198,20 @@ def fold(
     ] = False,
 ) -> int:
     """Fold an adapter into its base, in the base's precision or in the one that QLoRA trained on."""
+    from harness.config import parse_options
     from harness.fold import fold as run
     from harness.fold import probe_line
     from harness.progress import for_terminal
     from harness.specs import ModelSpec
 
-    given = ModelSpec(
-        model=base,
-        revision=revision,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-        allow_template_mismatch=allow_template_mismatch,
-    )
+    fields = {
+        "model": base,
+        "revision": revision,
+        "allow_pickle": allow_pickle,
+        "trust_remote_code": trust_remote_code,
+        "allow_template_mismatch": allow_template_mismatch,
+    }
+    given = parse_options(ModelSpec, fields, "harness fold")
     with for_terminal() as reporter:
         made = run(
             adapter,

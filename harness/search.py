@@ -19,6 +19,7 @@ from yaml import YAMLError
 from harness.align_folder import WORK
 from harness.align_plan import AlignPlan, plan_align
 from harness.alignment import run_align
+from harness.config import parse_options
 from harness.contracts import Adapter, Aligner
 from harness.errors import StepError, UserError, unknown
 from harness.heldout import ACCURACY, HELDOUT, LOSS
@@ -108,7 +109,8 @@ def search(
         StepError: no cell came to its end.
     """
     model_spec = model if isinstance(model, ModelSpec) else ModelSpec(model=str(model))
-    spec = AlignSpec(method=method, model=model_spec, dataset=dataset, **settings)
+    fields = {"method": method, "model": model_spec, "dataset": dataset, **settings}
+    spec = parse_options(AlignSpec, fields, "harness align")
     registry, reporter = registry or load_plugins(), reporter or Reporter()
     folder = Path(out)
     cells = plan_cells(spec, registry, folder, grid or {})

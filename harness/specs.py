@@ -194,7 +194,7 @@ class MergeInput(Config):
     ref: str = Field(description="folder or hub id of an adapter or a checkpoint")
     base: str | None = Field(None, description="the checkpoint under an adapter, where it is not the merge's base")
     revision: str | None = Field(None, description="hub revision")
-    weight: float | None = Field(None, description="its weight; 1/n when none is given")
+    weight: float | None = Field(None, allow_inf_nan=True, description="its weight, finite; 1/n when none is given")
 
 
 class MergeSpec(Config):

@@ -106,6 +106,12 @@ def is_disk_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+def is_refused(error: OSError) -> bool:
+    """Whether the system does not take a path as it is: nothing that the code could have known."""
+    refusals = ("ENAMETOOLONG", "EACCES", "EPERM", "EROFS", "ELOOP", "ENOTDIR", "EISDIR")
+    return error.filename is not None and error.errno in {getattr(errno, name) for name in refusals}
+
+
 def _disk_error(path: Path, error: OSError) -> Exception:
     if is_disk_full(error):
         return UserError(
