@@ -28,6 +28,7 @@ from harness.align_folder import (
     weights_digest,
 )
 from harness.align_plan import AlignPlan, plan_align
+from harness.config import parse_options
 from harness.contracts import Dataset, TrainingJob
 from harness.errors import Requeue, StepError, UserError
 from harness.expression import parse_expression
@@ -92,7 +93,8 @@ def align(
         StepError: training failed.
     """
     model_spec = model if isinstance(model, ModelSpec) else ModelSpec(model=str(model))
-    spec = AlignSpec(method=method, model=model_spec, dataset=dataset, **settings)
+    fields = {"method": method, "model": model_spec, "dataset": dataset, **settings}
+    spec = parse_options(AlignSpec, fields, "harness align")
     registry = registry or load_plugins()
     plan = plan_align(spec, registry)
     folder = Path(out) if out is not None else Path("runs") / f"{slug(plan.arm)}-{plan.id[:8]}"

@@ -7,15 +7,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from yaml import YAMLError
 
-from harness.config import laid_over, load_yaml, parse, parse_options
+from harness.config import laid_over, load_yaml, parse, parse_options, text_of
 from harness.errors import UserError, nearest, unknown
+from harness.plain_yaml import PlainLoader, read_yaml
 from harness.provenance import files_digest
 from harness.registry import Registry
-from harness.specs import LmEvalRef, PromptKind, ScorerRef, SuiteSpec, TaskSpec
+from harness.specs import PromptKind, ScorerRef, SuiteSpec, TaskSpec
 
 LM_EVAL_PREFIX = "lm_eval:"
+MOST_FILES = 100_000
+"""Files below a folder of tasks; lm-eval's own, of 14,000 tasks, has fewer."""
 _VARIANTS: dict[str, PromptKind] = {":raw": "raw", ":chat": "chat"}
 
 
@@ -26,6 +29,8 @@ class Entry:
     spec: TaskSpec
     file: Path | None
     owner: str
+    trusted: bool = False
+    """Whether the code that an lm-eval YAML names may run: lm-eval's own, a plugin's, or allowed by the user."""
 
     @property
     def folder(self) -> Path | None:
@@ -51,20 +56,26 @@ class Catalog:
 
     tasks: dict[str, Entry] = field(default_factory=dict)
     suites: dict[str, tuple[SuiteSpec, str]] = field(default_factory=dict)
+    trust_task_code: bool = False
+    """Whether code may run that a file names which the user gives."""
 
-    def add_folder(self, folder: Path, owner: str) -> None:
+    def add_folder(self, folder: Path, owner: str, *, trusted: bool | None = None) -> None:
         """Read every YAML file directly in ``folder``, and in its subfolders that are not lm-eval's.
+
+        Args:
+            folder: of task YAML.
+            owner: who brings it.
+            trusted: whether code that its files name may run; by default as the user allows.
 
         Raises:
             UserError: a file that is no task or suite, or a name that is taken.
         """
         if not folder.is_dir():
             raise UserError(f"--tasks {folder}", "no such folder", "Give a folder that holds task YAML files.")
-        for file in sorted(folder.rglob("*.y*ml")):
-            if file.suffix in (".yaml", ".yml") and not file.name.startswith("_"):
-                self.add_file(file, owner)
+        for file in _yaml_files(folder):
+            self.add_file(file, owner, trusted=trusted)
 
-    def add_file(self, file: Path, owner: str) -> str | None:
+    def add_file(self, file: Path, owner: str, *, trusted: bool | None = None) -> str | None:
         """Read one YAML file; returns the name it adds (None for a file that is only included by others)."""
         peek = _peek(file)
         if "suite" in peek:
@@ -85,7 +96,7 @@ class Catalog:
                 "Add the key, or move the file out of the folder of tasks.",
             )
         self._claim(self.tasks, entry.spec.name, file, owner)
-        self.tasks[entry.spec.name] = entry
+        self.tasks[entry.spec.name] = replace(entry, trusted=self.trust_task_code if trusted is None else trusted)
         return entry.spec.name
 
     def _claim(self, table: Mapping[str, Any], name: str, file: Path, owner: str) -> None:
@@ -109,15 +120,16 @@ class Catalog:
             file = Path(name)
             if not file.is_file():
                 raise UserError(f"{where} {name}", "no such file", "Give the path of a task's YAML file.")
-            single = Catalog()
+            single = Catalog(trust_task_code=self.trust_task_code)
             added = single.add_file(file.resolve(), str(file))
             if added is None or added not in single.tasks:
                 raise UserError(f"{where} {name}", "is no task", "A task has `name:`; an lm-eval task has `task:`.")
             return single.tasks[added], variant
         if name.startswith(LM_EVAL_PREFIX):
             inner = name.removeprefix(LM_EVAL_PREFIX)
-            spec = TaskSpec(name=name, lm_eval=LmEvalRef(task=inner), source="lm-eval", licence="see lm-eval")
-            return Entry(spec, None, "lm-eval"), variant
+            fields = {"name": name, "lm_eval": {"task": inner}, "source": "lm-eval", "licence": "see lm-eval"}
+            spec = parse_options(TaskSpec, fields, f"{where} {name}")
+            return Entry(spec, None, "lm-eval", trusted=True), variant
         raise unknown(f"{where} {name}", "task", name, [*self.tasks, "lm_eval:NAME"], "harness tasks")
 
     def suite(self, name: str, where: str) -> SuiteSpec:
@@ -208,6 +220,22 @@ class Catalog:
         return Chosen(entry, parse_options(TaskSpec, merged, f"--set {name}"), variant, limit)
 
 
+def _yaml_files(folder: Path) -> list[Path]:
+    """The YAML files below a folder, sorted; those that others include (``_base.yaml``) are left out.
+
+    Raises:
+        UserError: so many files that this is no folder of tasks, but somebody's whole disk.
+    """
+    found = []
+    for count, file in enumerate(folder.rglob("*")):
+        if count >= MOST_FILES:
+            what = f"holds more than {MOST_FILES:,} files"
+            raise UserError(f"--tasks {folder}", what, "Give a folder that holds task YAML files alone.")
+        if file.suffix in (".yaml", ".yml") and not file.name.startswith("_"):
+            found.append(file)
+    return sorted(found)
+
+
 def _standing_in(chosen: Chosen, asked: str | None) -> Chosen:
     """Say in the task's notes, which stand beside its numbers, what it stands in for."""
     if asked is None:
@@ -216,11 +244,11 @@ def _standing_in(chosen: Chosen, asked: str | None) -> Chosen:
     return replace(chosen, spec=chosen.spec.model_copy(update={"notes": (*chosen.spec.notes, note)}), asked=asked)
 
 
-def load_catalog(registry: Registry, folders: Iterable[str | Path] = ()) -> Catalog:
-    """Tasks of all registered folders, then of the user's own."""
-    catalog = Catalog()
+def load_catalog(registry: Registry, folders: Iterable[str | Path] = (), *, trust_task_code: bool = False) -> Catalog:
+    """Tasks of all registered folders, whose plugins run code anyway, then of the folders that the user gives."""
+    catalog = Catalog(trust_task_code=trust_task_code)
     for registered in registry.task_folders:
-        catalog.add_folder(registered.path, registered.owner)
+        catalog.add_folder(registered.path, registered.owner, trusted=True)
     for folder in folders:
         catalog.add_folder(Path(folder).resolve(), str(folder))
     return catalog
@@ -262,8 +290,10 @@ def _with_scorer_options(spec: TaskSpec, given: Mapping[str, Any]) -> list[dict[
     return [ScorerRef.model_validate(ref).model_dump() for ref in scorers]
 
 
-class _Tolerant(yaml.SafeLoader):
+class _Tolerant(PlainLoader):
     """Reads lm-eval's YAML for its keys alone: ``!function`` and other tags become plain values."""
+
+    text_keys = False
 
 
 _Tolerant.add_multi_constructor("!", lambda loader, suffix, node: str(getattr(node, "value", "")))
@@ -271,8 +301,8 @@ _Tolerant.add_multi_constructor("!", lambda loader, suffix, node: str(getattr(no
 
 def _peek(file: Path) -> dict[str, Any]:
     try:
-        data = yaml.load(file.read_text(encoding="utf-8"), Loader=_Tolerant)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        data = read_yaml(text_of(file), _Tolerant)
+    except YAMLError:
         data = load_yaml(file).data
     if not isinstance(data, dict):
         raise UserError(str(file), "not a mapping", "A task YAML starts with `name:`, `suite:` or `task:`.")

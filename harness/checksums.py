@@ -13,7 +13,7 @@ from pathlib import Path
 
 from harness.errors import CorruptionError, UserError
 from harness.provenance import file_digest
-from harness.store import read_json, write_json
+from harness.store import read_json, stays_inside, write_json
 
 CHECKSUMS = "checksums.json"
 PAGES = frozenset({"README.md", "merge.html"})
@@ -49,7 +49,10 @@ def differences(folder: Path, *, everything: bool) -> dict[str, str]:
     except (CorruptionError, KeyError, TypeError, ValueError):
         return {CHECKSUMS: "is damaged"}
     wanted = files if everything else [name for name in files if "/" not in name and name not in PAGES]
-    found = {name: _difference(folder / name, str(files[name])) for name in wanted}
+    found = {
+        name: _difference(folder / name, str(files[name])) if stays_inside(name) else "lies outside of the folder"
+        for name in wanted
+    }
     return {name: how for name, how in found.items() if how}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -17,7 +18,8 @@ from harness.cli_eval import DataRevisions, Folders, Json, PluginFiles, compare,
 from harness.cli_judge import judge_app
 from harness.cli_merge import MergeCommand, fold, merge
 from harness.cli_serve import serve
-from harness.errors import ExitCode, HarnessError, Requeue
+from harness.errors import ExitCode, HarnessError, Requeue, UserError
+from harness.text import visible
 
 if TYPE_CHECKING:
     from harness.catalog import Catalog
@@ -56,6 +58,7 @@ def main() -> NoReturn:
     signal.signal(signal.SIGUSR1, _requeue)
     code: int = ExitCode.DONE
     try:
+        _check_arguments(sys.argv[1:])
         code = int(app(standalone_mode=False) or 0)
         if code == ExitCode.INTERRUPTED:  # typer turns Ctrl-C into this
             raise KeyboardInterrupt
@@ -71,12 +74,13 @@ def main() -> NoReturn:
         _say("stopped by a signal: what is done is kept; run the same command again")
         code = ExitCode.REQUEUE
     except OSError as error:
-        from harness.store import is_disk_full, refusal
+        from harness.store import is_disk_full, is_refused, refusal
 
         refused = refusal(error) if is_disk_full(error) else None
-        if refused is None:
+        if refused is None and not is_refused(error):
             raise
-        _say(f"error: {error.filename or 'a file'}: {refused[0]}\n  {refused[1]}")
+        what, fix = refused or (f"cannot be used: {error.strerror}", "Give another path.")
+        _say(f"error: {error.filename or 'a file'}: {what}\n  {fix}")
         code = ExitCode.USER
     except Exception as error:
         code = _click_error(error)
@@ -84,12 +88,33 @@ def main() -> NoReturn:
     raise SystemExit(code)
 
 
+def _check_arguments(arguments: list[str]) -> None:
+    """Refuse what no file name, option or text can be, before it is looked up, hashed or printed anywhere."""
+    for argument in arguments:
+        if not argument.isprintable() and not _is_text(argument):
+            raise UserError(repr(argument), "is not UTF-8", "Give names and texts in UTF-8.")
+        if argument.startswith("~"):
+            try:
+                Path(argument).expanduser()
+            except RuntimeError:
+                raise UserError(argument, "there is no such user", "Give a path.") from None
+
+
+def _is_text(argument: str) -> bool:
+    try:
+        return "\0" not in argument.encode().decode()
+    except UnicodeEncodeError:
+        return False
+
+
 def _click_error(error: Exception) -> int:
     """Usage errors of the command line itself; anything else is a bug and keeps its traceback."""
     show = getattr(error, "show", None)
     if show is None or not hasattr(error, "exit_code"):
         raise error
-    show()
+    said = io.StringIO()
+    show(file=said)
+    _say(said.getvalue().rstrip("\n"))
     return int(error.exit_code)
 
 
@@ -101,7 +126,7 @@ def _requeue(number: int, frame: FrameType | None) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text, lines=True), file=sys.stderr, flush=True)
 
 
 def _load(plugins: list[str] | None, folders: list[str] | None) -> tuple[Registry, Catalog]:
@@ -166,7 +191,7 @@ def _table(title: str, columns: list[str], rows: list[dict[str, Any]]) -> None:
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(Text("" if row.get(column) is None else str(row[column])) for column in columns))
+        table.add_row(*(Text("" if row.get(column) is None else visible(str(row[column]))) for column in columns))
     console.print(table)
 
 

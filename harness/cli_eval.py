@@ -74,6 +74,9 @@ def eval_(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
+    trust_task_code: Annotated[
+        bool, typer.Option("--trust-task-code", help="Run code that lm-eval YAML of yours names (!function).")
+    ] = False,
     allow_template_mismatch: Annotated[
         bool, typer.Option("--allow-template-mismatch", help="Go on when adapter and model differ in template.")
     ] = False,
@@ -120,6 +123,7 @@ def eval_(
             options=laid_over(settings.options, options_of(set_)),
             task_folders=(*settings.task_folders, *(tasks or ())),
             data_revisions={**settings.data_revisions, **parse_revisions(data_revision or ())},
+            trust_task_code=trust_task_code,
             parity=parity,
             parity_engine=parity_engine,
             max_judge_cost=max_judge_cost,

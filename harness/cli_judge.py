@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from harness.errors import ExitCode, UserError
+from harness.text import visible
 
 if TYPE_CHECKING:
     from harness.alpaca import LengthControl
@@ -66,7 +67,7 @@ def winrate(
         more = {"unscored": dict(read.unscored), **names, "notes": [*read.notes, *_notes(control)]}
         _print_json({**rates, **_controlled(control), **more})
     else:
-        print("\n".join(_winrate_lines(read, rates, control)))
+        print(visible("\n".join(_winrate_lines(read, rates, control)), lines=True))
     return ExitCode.DONE
 
 
@@ -165,7 +166,7 @@ def calibrate(
     if as_json:
         _print_json(found.to_json())
     else:
-        print("\n".join(_calibration_lines(found)))
+        print(visible("\n".join(_calibration_lines(found)), lines=True))
     return ExitCode.DONE
 
 
@@ -228,5 +229,6 @@ def agreement(
     if as_json:
         _print_json({"judges": [one.to_json() for one in found], "notes": notes})
     else:
-        print("\n".join([line for one in found for line in one.lines()] + [f"note: {note}" for note in notes]))
+        lines = [line for one in found for line in one.lines()] + [f"note: {note}" for note in notes]
+        print(visible("\n".join(lines), lines=True))
     return ExitCode.DONE

@@ -9,6 +9,7 @@ import typer
 import typer.core
 
 from harness.errors import ExitCode, UserError
+from harness.text import visible
 
 
 class MergeCommand(typer.core.TyperCommand):
@@ -174,7 +175,7 @@ def _print_totals(record: dict[str, Any]) -> None:
     console = console if console.is_terminal else Console(width=200)
     table = Table(title=f"{record['method']}, {record['form']}", title_justify="left", show_header=False)
     for name, value in totals(record):
-        table.add_row(Text(name), Text(value))
+        table.add_row(Text(name), Text(visible(value)))
     console.print(table)
 
 
@@ -197,18 +198,20 @@ def fold(
     ] = False,
 ) -> int:
     """Fold an adapter into its base, in the base's precision or in the one that QLoRA trained on."""
+    from harness.config import parse_options
     from harness.fold import fold as run
     from harness.fold import probe_line
     from harness.progress import for_terminal
     from harness.specs import ModelSpec
 
-    given = ModelSpec(
-        model=base,
-        revision=revision,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-        allow_template_mismatch=allow_template_mismatch,
-    )
+    fields = {
+        "model": base,
+        "revision": revision,
+        "allow_pickle": allow_pickle,
+        "trust_remote_code": trust_remote_code,
+        "allow_template_mismatch": allow_template_mismatch,
+    }
+    given = parse_options(ModelSpec, fields, "harness fold")
     with for_terminal() as reporter:
         made = run(
             adapter,
@@ -224,6 +227,6 @@ def fold(
         for note in made.record["notes"]:
             reporter.note(f"note: {note}")
     for one in made.record["probe"].get("comparisons", []):
-        print(probe_line(one).removeprefix("* "))
+        print(visible(probe_line(one).removeprefix("* ")))
     print(made.folder)
     return ExitCode.DONE

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from harness.errors import ExitCode, Requeue
+from harness.text import visible
 
 if TYPE_CHECKING:
     from harness.registry import Registry
@@ -98,7 +99,7 @@ def _check(spec: ServeSpec, registry: Registry, as_json: bool) -> int:
     if as_json:
         _line(checked.to_json())
     else:
-        print("\n".join(_verdict(checked)))
+        print(visible("\n".join(_verdict(checked)), lines=True))
     return ExitCode.USER if checked.problems else ExitCode.DONE
 
 

@@ -6,18 +6,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from yaml import MappingNode, Node, SequenceNode, YAMLError
 
 from harness.errors import UserError, nearest
+from harness.plain_yaml import NotPlain, nodes_of, read_yaml
 
 KeyPath = tuple[str | int, ...]
 
 
 class Config(BaseModel):
-    """Base of every configuration: frozen, extra fields forbidden."""
+    """Base of every configuration: frozen, extra fields forbidden, numbers finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 C = TypeVar("C", bound=BaseModel)
@@ -41,15 +42,15 @@ class Located:
 
 
 def load_yaml(path: Path) -> Located:
-    """Read one YAML document; tags other than plain data are refused (as ``yaml.safe_load``)."""
+    """Read one YAML document of plain data.
+
+    Raises:
+        UserError: no readable file; no YAML, or more than plain data of a bounded size.
+    """
+    text = text_of(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(str(path), f"cannot be read: {error}", "Give the path of a readable UTF-8 YAML file.") from None
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        node, data = nodes_of(text), read_yaml(text)
+    except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark is not None else str(path)
         problem = getattr(error, "problem", None) or str(error)
@@ -60,9 +61,25 @@ def load_yaml(path: Path) -> Located:
     return Located(data, str(path), lines)
 
 
-def _collect_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], file: Path) -> None:
+def text_of(path: Path) -> str:
+    """The text of a YAML file.
+
+    Raises:
+        UserError: no regular file, or none that can be read.
+    """
+    fix = "Give the path of a readable UTF-8 YAML file."
+    try:
+        # Reading a pipe waits for its other end, and some devices never end.
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(str(path), "is no regular file", fix)
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(str(path), f"cannot be read: {error}", fix) from None
+
+
+def _collect_lines(node: Node, path: KeyPath, lines: dict[KeyPath, int], file: Path) -> None:
     lines.setdefault(path, node.start_mark.line + 1)
-    if isinstance(node, yaml.MappingNode):
+    if isinstance(node, MappingNode):
         for key, value in node.value:
             child = (*path, key.value)
             line = key.start_mark.line + 1
@@ -72,7 +89,7 @@ def _collect_lines(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], fi
                 raise UserError(f"{file}:{line}, {'.'.join(map(str, child))}", what, "Keep one of the two.")
             lines[child] = line
             _collect_lines(value, child, lines, file)
-    elif isinstance(node, yaml.SequenceNode):
+    elif isinstance(node, SequenceNode):
         for index, value in enumerate(node.value):
             _collect_lines(value, (*path, index), lines, file)
 
@@ -157,8 +174,10 @@ def set_path(options: dict[str, Any], assignment: str, where: str = "--set") -> 
     if not separator or not key.strip():
         raise UserError(where, f"{assignment!r} is not key=value", "Write for example --set real_toxicity.limit=10.")
     try:
-        value = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
+        value = read_yaml(text) if text else ""
+    except NotPlain as error:
+        raise UserError(where, f"{assignment!r}: {error.problem}", "Quote the value if it is meant as text.") from None
+    except YAMLError:
         value = text
     parts = key.strip().split(".")
     here = options

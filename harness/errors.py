@@ -10,6 +10,8 @@ import difflib
 from collections.abc import Iterable
 from enum import IntEnum
 
+from harness.text import visible
+
 
 class ExitCode(IntEnum):
     """Exit codes of the command line."""
@@ -27,6 +29,10 @@ class HarnessError(Exception):
     """Base class; ``exit_code`` is what the command line returns when one escapes."""
 
     exit_code: ExitCode = ExitCode.BUG
+
+    def __str__(self) -> str:
+        """The message; names in it come from anybody's files, so that nothing in it can steer a terminal."""
+        return visible(super().__str__(), lines=True)
 
 
 class UserError(HarnessError):

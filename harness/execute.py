@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.answering import Answering
 from harness.catalog import load_catalog
+from harness.config import parse_options
 from harness.contracts import Executor
 from harness.errors import HarnessError
 from harness.generate import Answered
@@ -76,7 +77,7 @@ def evaluate(
         registry: from ``load_plugins``; all installed plugins by default.
         reporter: says what is going on; silent by default.
         **settings: further fields of ``EvalSpec``: ``adapters`` (several, or folders of several: they and the base are
-            evaluated), engine, limit, seed, options, task_folders, ...
+            evaluated), engine, limit, seed, options, task_folders, trust_task_code, ...
 
     Raises:
         UserError: a mistake of the user's, before anything ran.
@@ -87,9 +88,11 @@ def evaluate(
         model_spec = model_spec.model_copy(update={"adapter": str(adapter)})
     settings["task_folders"] = tuple(str(folder) for folder in settings.get("task_folders", ()))
     settings["adapters"] = tuple(str(one) for one in settings.get("adapters", ()))
-    spec = EvalSpec(model=model_spec, tasks=tuple(tasks), suite=suite, **settings)
+    fields = {"model": model_spec, "tasks": tuple(tasks), "suite": suite, **settings}
+    spec = parse_options(EvalSpec, fields, "harness eval")
     registry = registry or load_plugins()
-    plan = plan_eval(spec, registry, load_catalog(registry, spec.task_folders))
+    catalog = load_catalog(registry, spec.task_folders, trust_task_code=spec.trust_task_code)
+    plan = plan_eval(spec, registry, catalog)
     return run_plan(plan, registry, default_out(plan) if out is None else Path(out), fresh=fresh, reporter=reporter)
 
 

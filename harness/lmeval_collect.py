@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.errors import StepError, UserError
 from harness.records import Message, ModelInfo, Request
+from harness.rendering import bounded
 from harness.specs import Decoding
 
 if TYPE_CHECKING:
@@ -111,14 +112,14 @@ def collector(model: ModelInfo, tokenizer: PreTrainedTokenizerBase | None, max_n
             if tokenizer is None:
                 text = "\n\n".join(f"[{turn['role']}]\n{turn['content']}" for turn in chat_history)
             else:
-                text = str(
-                    tokenizer.apply_chat_template(
+                with bounded("chat template"):
+                    rendered = tokenizer.apply_chat_template(
                         chat_history,
                         tokenize=False,
                         add_generation_prompt=add_generation_prompt,
                         continue_final_message=not add_generation_prompt,
                     )
-                )
+                text = str(rendered)
             return Conversation.of(text, chat_history)
 
         def collect(self, item: Any) -> None:

@@ -10,11 +10,13 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from harness.catalog import Chosen
 from harness.data import COMMIT, resolve_revision
 from harness.errors import UserError, nearest
+from harness.plain_yaml import check_size
+from harness.rendering import sandbox
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -95,7 +97,8 @@ def load(chosen: Chosen) -> dict[str, Task]:
     from lm_eval.tasks import TaskManager
 
     where = f"--task {chosen.spec.name}"
-    with quiet() as said, _either_cache({ref.data: ref.revision} if ref.data and ref.revision else {}):
+    revisions = {ref.data: ref.revision} if ref.data and ref.revision else {}
+    with quiet() as said, _either_cache(revisions), _guarded(chosen, folder):
         try:
             manager = TaskManager(include_defaults=False, include_path=str(folder))
             loaded = manager.load([_spec(ref.task, manager, folder)])
@@ -143,6 +146,54 @@ def _resolved(files: Any, folder: Path) -> Any:
     if isinstance(files, list):
         return [_resolved(value, folder) for value in files]
     return str(folder / files) if (folder / str(files)).is_file() else files
+
+
+@contextlib.contextmanager
+def _guarded(chosen: Chosen, folder: Path) -> Iterator[None]:
+    """Keep a stranger's YAML from running code while its task is loaded: ``!function``, and scripts of metrics.
+
+    lm-eval asks nobody and offers no seam; included files may lie anywhere, so that its loader itself is watched.
+    """
+    own = tasks_folder().resolve()
+    if chosen.entry.trusted or folder.resolve().is_relative_to(own):
+        yield
+        return
+    from lm_eval.api import task as tasks
+    from lm_eval.tasks import _yaml_loader as loading
+
+    make_loader, get_metric = loading._make_loader, tasks.get_metric
+
+    def refuse(what: str) -> NoReturn:
+        fix = "Read that code first; then pass --trust-task-code (in Python: trust_task_code=True)."
+        raise UserError(f"--task {chosen.spec.name}", what, fix)
+
+    def watched(base_dir: Path, *, resolve_funcs: bool) -> Any:
+        loader: Any = make_loader(base_dir, resolve_funcs=resolve_funcs)
+
+        class Watched(loader):
+            def get_single_node(self) -> Any:
+                node = super().get_single_node()
+                if node is not None:
+                    check_size(node)
+                return node
+
+        if resolve_funcs and not base_dir.resolve().is_relative_to(own):
+            place = f"a YAML file in {base_dir} asks to run code"
+            Watched.add_constructor("!function", lambda _, node: refuse(f"{place} (!function {node.value})"))
+        return Watched
+
+    def known(name: Any, hf_evaluate_metric: bool = False) -> Any:
+        from lm_eval.api.registry import metric_registry
+
+        if hf_evaluate_metric or name not in metric_registry:
+            refuse(f"metric {name!r} is none of lm-eval's own: `evaluate` would run a script of that name")
+        return get_metric(name)
+
+    loading._make_loader, tasks.get_metric = watched, known
+    try:
+        yield
+    finally:
+        loading._make_loader, tasks.get_metric = make_loader, get_metric
 
 
 @contextlib.contextmanager
@@ -221,7 +272,10 @@ def compiled_once() -> Iterator[None]:
     """
     from lm_eval.utils import env
 
-    env.from_string = lru_cache(maxsize=1024)(type(env).from_string.__get__(env))
+    # A YAML file may come from anybody, and outside a sandbox a template can call whatever Python has.
+    safe = sandbox(env.undefined)
+    safe.filters.update(env.filters)
+    env.from_string = lru_cache(maxsize=1024)(safe.from_string)
     try:
         yield
     finally:

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.config import KeyPath, Located, load_yaml
+from harness.config import KeyPath, Located, load_yaml, parse_options
 from harness.errors import UserError, nearest
 from harness.merge_methods import DTYPES, METHODS, ConfigInput, ConfigSlice, MergeConfig, Parameter, Ref, scalar
-from harness.specs import MergeInput, MergeSpec, ModelSpec
+from harness.specs import MergeInput, MergeSpec
 
 TOP = (
     "merge_method",
@@ -49,14 +49,15 @@ def merge_spec(config: MergeConfig, data: Mapping[str, Any], *, seed: int = 0) -
     if base is not None and base.lora_revision is not None:
         where = config.located.where(("base_model",))
         raise UserError(where, f"a revision of the adapter under the base: {base}", "Give the adapter as a folder.")
-    return MergeSpec(
-        method=config.name,
-        base=None if base is None else ModelSpec(model=base.model, revision=base.revision, adapter=base.lora),
-        inputs=tuple(_input(ref, base, config.located) for ref in config.refs),
-        config=dict(data),
-        seed=seed,
-        dtype=config.dtype or "auto",
-    )
+    fields = {
+        "method": config.name,
+        "base": None if base is None else {"model": base.model, "revision": base.revision, "adapter": base.lora},
+        "inputs": tuple(_input(ref, base, config.located) for ref in config.refs),
+        "config": dict(data),
+        "seed": seed,
+        "dtype": config.dtype or "auto",
+    }
+    return parse_options(MergeSpec, fields, "harness merge")
 
 
 def _input(ref: Ref, base: Ref | None, located: Located) -> MergeInput:

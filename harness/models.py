@@ -29,6 +29,7 @@ from harness.provenance import digest_of_bytes, files_digest
 from harness.records import AdapterInfo, ModelInfo
 from harness.secrecy import refuse_credentials
 from harness.specs import ModelSpec
+from harness.store import stays_inside
 from harness.tensor_files import Entry, read_header
 
 if TYPE_CHECKING:
@@ -215,6 +216,10 @@ def _weights(path: Path, spec: ModelSpec, where: str) -> tuple[list[Path], bool]
         if not shards:
             raise UserError(f"{where} {index}", "has no `weight_map` that names the shards", "Fetch it again.")
         names = sorted(set(shards.values()))
+        outside = [name for name in names if not stays_inside(name)]
+        if outside:
+            what = f"names a shard outside its folder: {outside[0]}"
+            raise UserError(f"{where} {index}", what, "Take the model from where it was published; this is no index.")
         absent = [name for name in names if not (path / name).is_file()]
         if absent:
             raise UserError(

@@ -167,7 +167,7 @@ def _free_port() -> int:
 
 def _start(environment: dict[str, str], payload: dict[str, Any], number: int) -> subprocess.Popen[str]:
     child = subprocess.Popen(
-        [sys.executable, "-m", "harness.process_child"],
+        [sys.executable, "-P", "-m", "harness.process_child"],
         env={**environment, "RANK": str(number), "LOCAL_RANK": str(number)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from harness.text import visible
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -90,10 +92,10 @@ class PlainReporter(Reporter):
     """Lines on standard error, for logs and pipes."""
 
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(visible(text, lines=True), file=sys.stderr, flush=True)
 
     def start(self, title: str, total: int, done: int = 0) -> Callable[[int], None]:
-        return _Lines(title, _Pace(total, done))
+        return _Lines(visible(title), _Pace(total, done))
 
 
 class _Lines:
@@ -132,7 +134,7 @@ class RichReporter(Reporter):
 
         self._console = Console(stderr=True)
         self._progress: Progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
@@ -142,10 +144,10 @@ class RichReporter(Reporter):
         self._progress.start()
 
     def note(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(visible(text, lines=True), markup=False, highlight=False)
 
     def start(self, title: str, total: int, done: int = 0) -> Callable[[int], None]:
-        task = self._progress.add_task(title, total=total, completed=done, rate="")
+        task = self._progress.add_task(visible(title), total=total, completed=done, rate="")
         return _Filling(self._progress, task, _Pace(total, done))
 
     def close(self) -> None:

@@ -7,16 +7,16 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from harness.errors import UserError
 from harness.records import Message
+from harness.rendering import SECONDS, bounded, sandbox
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Task YAML comes from anyone's folder: its templates run in the sandbox, and an unknown field is an error.
-_ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+_ENVIRONMENT = sandbox(jinja2.StrictUndefined)
 
 
 @lru_cache(maxsize=256)
@@ -32,8 +32,8 @@ def render(template: str, row: Mapping[str, Any], where: str) -> str:
     """
     try:
         return _compiled(template).render(dict(row))
-    except Exception as error:  # a template can do anything that an expression can: 1 / 0, 'a' + 1
-        what = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
+    except (jinja2.TemplateError, UserError, RecursionError) as error:
+        what = error.what if isinstance(error, UserError) else str(error)
         raise UserError(
             where, f"template {template!r}: {what}", f"Fields of a row: {', '.join(map(str, row))}."
         ) from None
@@ -64,13 +64,17 @@ def render_chats(
         conversations: turns with ``role`` and ``content``.
         template: Jinja text; the tokenizer's own when absent.
         answered: the conversation is whole; otherwise it ends where the assistant answers.
+
+    Raises:
+        jinja2.TemplateError: the template is broken, refuses a conversation, or does not come to its end.
     """
     chats = [[dict(message) for message in messages] for messages in conversations]
     if not chats:
         return []
-    rendered = tokenizer.apply_chat_template(
-        chats, chat_template=template, tokenize=False, add_generation_prompt=not answered
-    )
+    with bounded("chat template", SECONDS + len(chats) / 10):
+        rendered = tokenizer.apply_chat_template(
+            chats, chat_template=template, tokenize=False, add_generation_prompt=not answered
+        )
     return [str(text) for text in rendered]
 
 

@@ -35,17 +35,8 @@ from harness.report_text import (
     task_facts,
     task_label,
 )
-from harness.results import (
-    HIDDEN_IN_LINE,
-    HIDDEN_IN_TEXT,
-    RunResult,
-    Step,
-    TaskResult,
-    Texts,
-    clip,
-    code_point,
-    portable,
-)
+from harness.results import RunResult, Step, TaskResult, Texts, clip, portable
+from harness.text import HIDDEN_IN_LINE, HIDDEN_IN_TEXT, code_point
 
 if TYPE_CHECKING:
     from harness.compare import Difference

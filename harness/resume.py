@@ -10,7 +10,7 @@ from harness.plan import EvalPlan
 from harness.progress import Reporter
 from harness.provenance import digest_of_bytes
 from harness.records import StepRecord
-from harness.store import RunStore, StepFolder, intact, read_json, read_members, rows_digest, write_json
+from harness.store import RunStore, StepFolder, intact, read_json, read_members, rows_digest, stays_inside, write_json
 
 ANSWERS_FILE = "answers.jsonl.gz"
 SAMPLES_FILE = "samples.jsonl.gz"
@@ -156,8 +156,9 @@ def damage(folder: StepFolder, status: StepRecord, store: RunStore) -> str | Non
         wanted = status.counts.get("requests", 0)
         if len({(row["item"], row["index"]) for row in rows}) < wanted:
             return f"{name} holds {len(rows)} of {wanted} answers"
-        requests = store.root / "requests" / str(described.get("requests"))
-        return None if intact(requests) else f"requests/{requests.name} is missing or damaged"
+        named = str(described.get("requests"))
+        whole = stays_inside(named) and intact(store.root / "requests" / named)
+        return None if whole else f"requests/{Path(named).name} is missing or damaged"
     if rows_digest(rows) != status.digest:
         return f"{name} is not what was recorded"
     return _changed_scores(folder, status)

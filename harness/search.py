@@ -14,14 +14,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+from yaml import YAMLError
 
 from harness.align_folder import WORK
 from harness.align_plan import AlignPlan, plan_align
 from harness.alignment import run_align
+from harness.config import parse_options
 from harness.contracts import Adapter, Aligner
 from harness.errors import StepError, UserError, unknown
 from harness.heldout import ACCURACY, HELDOUT, LOSS
+from harness.plain_yaml import read_yaml
 from harness.progress import Reporter
 from harness.records import digest_of
 from harness.registry import Registry, load_plugins
@@ -107,7 +109,8 @@ def search(
         StepError: no cell came to its end.
     """
     model_spec = model if isinstance(model, ModelSpec) else ModelSpec(model=str(model))
-    spec = AlignSpec(method=method, model=model_spec, dataset=dataset, **settings)
+    fields = {"method": method, "model": model_spec, "dataset": dataset, **settings}
+    spec = parse_options(AlignSpec, fields, "harness align")
     registry, reporter = registry or load_plugins(), reporter or Reporter()
     folder = Path(out)
     cells = plan_cells(spec, registry, folder, grid or {})
@@ -145,7 +148,10 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def _value(text: str) -> Any:
-    value = yaml.safe_load(text)
+    try:
+        value = read_yaml(text)
+    except YAMLError as error:
+        raise UserError(OPTION, f"{text!r} is no value: {getattr(error, 'problem', error)}", "Quote texts.") from None
     if isinstance(value, str):
         # YAML wants a dot in 1e-5; people do not write one.
         try:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.config import parse_options
 from harness.contracts import ServerCommand
 from harness.errors import StepError, UserError
 from harness.precision import asked_dtype
@@ -160,7 +161,8 @@ def serve(
     else:
         model_spec = model if isinstance(model, ModelSpec) else ModelSpec(model=str(model))
         adapters = tuple(str(adapter) for adapter in settings.pop("adapters", ()))
-        spec = ServeSpec(model=model_spec, adapters=adapters, **{"port": 0, **settings})
+        fields = {"model": model_spec, "adapters": adapters, "port": 0, **settings}
+        spec = parse_options(ServeSpec, fields, "harness serve")
     reporter = reporter or Reporter()
     checked = check(spec, registry or load_plugins())
     if checked.problems:

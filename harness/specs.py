@@ -152,6 +152,7 @@ class EvalSpec(Config):
     data_revisions: dict[str, str] = Field(
         default_factory=dict, description="hub id of a data set -> commit to read instead of the pinned revision"
     )
+    trust_task_code: bool = Field(False, description="run the code that lm-eval YAML of `task_folders` names")
     max_judge_cost: float | None = Field(
         None, ge=0.0, description="`max_cost` of every scorer that has one (in the currency of its prices)"
     )
@@ -202,7 +203,7 @@ class MergeInput(Config):
     ref: str = Field(description="folder or hub id of an adapter or a checkpoint")
     base: str | None = Field(None, description="the checkpoint under an adapter, where it is not the merge's base")
     revision: str | None = Field(None, description="hub revision")
-    weight: float | None = Field(None, description="its weight; 1/n when none is given")
+    weight: float | None = Field(None, allow_inf_nan=True, description="its weight, finite; 1/n when none is given")
 
 
 class MergeSpec(Config):

@@ -27,7 +27,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from harness.errors import CorruptionError, UserError
@@ -53,6 +53,12 @@ _OWN = re.compile(
 def slug(text: str) -> str:
     """A name that is safe as part of a file name."""
     return re.sub(r"[^A-Za-z0-9._@+-]+", "-", text).strip("-.")[:60] or "x"
+
+
+def stays_inside(name: str) -> bool:
+    """Whether a file name that a record or an index gives stays in its folder: no absolute path, no ``..``."""
+    path = PurePosixPath(name)
+    return name not in ("", ".") and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -128,6 +134,12 @@ _OF_TORCH = re.compile(r"inline_container\.cc.*unexpected pos|PytorchStreamWrite
 def is_disk_full(error: OSError) -> bool:
     """Whether the system refused to write: for want of space, or because of a limit or a read-only disk."""
     return error.errno in _REFUSALS and not isinstance(error, PermissionError)
+
+
+def is_refused(error: OSError) -> bool:
+    """Whether the system does not take a path as it is: nothing that the code could have known."""
+    refusals = ("ENAMETOOLONG", "EACCES", "EPERM", "EROFS", "ELOOP", "ENOTDIR", "EISDIR")
+    return error.filename is not None and error.errno in {getattr(errno, name) for name in refusals}
 
 
 def refusal(error: Exception) -> tuple[str, str] | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from harness.errors import UserError, unknown
 from harness.provenance import digest_of_bytes
 from harness.records import Message, ModelInfo
+from harness.rendering import bounded
 
 _FOLDER = Path(__file__).parent / "assets" / "chat_templates"
 _OPTION = "--template"
@@ -53,13 +54,14 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            rendered = render_jinja_template(
-                [[dict(message) for message in messages]],
-                chat_template=self.source,
-                add_generation_prompt=add_generation_prompt,
-                bos_token=bos,
-                eos_token=eos,
-            )
+            with bounded(f"chat template {self.name}"):
+                rendered = render_jinja_template(
+                    [[dict(message) for message in messages]],
+                    chat_template=self.source,
+                    add_generation_prompt=add_generation_prompt,
+                    bos_token=bos,
+                    eos_token=eos,
+                )
         except jinja2.TemplateError as error:
             raise self.refusal(error) from None
         return str(rendered[0][0])

@@ -11,12 +11,12 @@ import harness
 
 CORE = Path(harness.__file__).parent
 FLOORS = {
-    "words": "errors config secrecy recipes specs records contracts hookspecs registry settings",
+    "words": "text errors plain_yaml config secrecy recipes specs records contracts hookspecs registry settings",
     "plan": (
         "provenance store stats catalog expression annotations merge_methods merge_names merge_config merge_recipe"
     ),
     "work": (
-        "model_files regex_guard adapter_keys attaching checksums "
+        "model_files regex_guard adapter_keys attaching checksums rendering "
         "models arms choose_engine engines generation_config data machine prompts lmeval_load lmeval_collect "
         "lmeval generate evaluation rows plan resume templates separation selection tokenise token_cache reference "
         "lineage training heldout pairwise_trainer pairwise align_checks align_folder align_plan policy align_export "
