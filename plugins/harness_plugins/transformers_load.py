@@ -114,8 +114,9 @@ def not_finite(model: Any, adapters: Iterable[str]) -> dict[str | None, str]:
             shown = name.removeprefix("base_model.model.").replace(".base_layer", "")
             found.setdefault(owner, f"weights are not finite ({shown.replace(f'.{owner}', '')})")
     for module in model.modules():
-        scales = getattr(module, "scaling", None)
-        for one in names if isinstance(scales, dict) else ():
+        scaling = getattr(module, "scaling", None)
+        scales = scaling if isinstance(scaling, dict) else {}
+        for one in names:
             if not math.isfinite(scales.get(one, 1.0)):
                 found.setdefault(one, f"scale is not finite ({scales[one]})")
     return found
