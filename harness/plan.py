@@ -22,6 +22,7 @@ from harness.precision import asked_dtype, settle_dtype, with_dtype
 from harness.provenance import NUMERICS, code_digest
 from harness.records import AdapterInfo, ModelInfo, digest_of
 from harness.registry import Registry
+from harness.secrecy import refuse_within
 from harness.specs import EvalSpec, PromptKind, ScorerRef
 
 LM_EVAL_SCORER = "lm_eval"
@@ -165,6 +166,7 @@ def plan_eval(spec: EvalSpec, registry: Registry, catalog: Catalog) -> EvalPlan:
     Raises:
         UserError: whatever the user must mend before anything runs.
     """
+    refuse_within(spec.options, "--set ")
     model = inspect_model(spec.model)
     talks = conversations_only(spec.engine, spec.options.get("engine", {}), model, registry)
     chosen = catalog.choose(spec.tasks, spec.suite, spec.limit, spec.options, conversations=talks)

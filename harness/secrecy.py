@@ -15,6 +15,7 @@ from harness.errors import UserError
 MARK = "[secret]"
 SHORTEST = 8
 """Fewer characters, and mere letters, are words such as EMPTY, which an answer may well hold."""
+_CREDENTIALS = re.compile(r"https?://([^/?#\s]*@|\S*[?&](api_?)?(key|token|secret|password)=)", re.IGNORECASE)
 _known: set[str] = set()
 
 
@@ -58,6 +59,19 @@ def check_variable(name: str, where: str) -> None:
         return
     what = "takes the name of an environment variable; what is given is none that is set, and may be the key itself"
     raise UserError(where, what, "Export the key, say as OPENAI_API_KEY, and give that name.")
+
+
+def refuse_within(options: Any, where: str) -> None:
+    """Refuse credentials in any address within options, also of what is not used: a plan keeps them all.
+
+    Raises:
+        UserError: naming the option, whose value is not shown.
+    """
+    if isinstance(options, str) and _CREDENTIALS.search(options):
+        refuse_credentials(options, where, "OPENAI_API_KEY")
+    inner = options.items() if isinstance(options, dict) else enumerate(options) if isinstance(options, list) else ()
+    for key, value in inner:
+        refuse_within(value, f"{where}{'' if where.endswith(' ') else '.'}{key}")
 
 
 def refuse_credentials(address: str, where: str, variable: str) -> None:

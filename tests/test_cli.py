@@ -146,6 +146,11 @@ def test_credentials_in_an_address_are_refused_and_nowhere_shown(cli: Any, sums:
         ran = cli(*command, *more)
         assert ran.code == 2
         assert "hunter2xyz" not in ran.out + ran.err
+    # A plan keeps every option, used or not.
+    unused = f"dangerous_qa.scorer.llm.model={address}"
+    ran = cli(*command, "--model", "http://127.0.0.1:9/v1", "--set", unused)
+    assert ran.code == 2 and "hunter2xyz" not in ran.out + ran.err
+    assert ran.err.startswith("error: --set dangerous_qa.scorer.llm.model: the address holds a user, a password")
     ran = cli(*command, "--model", address)
     assert ran.err.startswith("error: --model: the address holds a user, a password or a query (@, ? or #); addresses ")
     assert "`export OPENAI_API_KEY=...`" in ran.err

@@ -44,10 +44,16 @@ def check_address(address: str, variable: str, where: str, key: str) -> None:
     """Whether address and key are given as they must be: the key in an environment variable, and nowhere else.
 
     Raises:
-        UserError: the address holds credentials, or the variable's name is none.
+        UserError: the address is none or holds credentials, or the variable's name is none.
     """
     check_variable(variable, key)
     refuse_credentials(address, where, variable)
+    try:
+        _ = urlsplit(address).port
+    except ValueError as error:
+        raise UserError(
+            where, f"{address!r} is no address: {error}", "Give for example http://localhost:8000/v1."
+        ) from None
 
 
 class Refused(Exception):  # noqa: N818 - not an error of the program: one request's answer

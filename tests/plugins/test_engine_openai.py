@@ -626,6 +626,12 @@ def test_an_address_with_credentials_is_refused_and_not_shown(fake: Fake, addres
     assert not fake.sent
 
 
+@pytest.mark.parametrize("address", ["http://[::1", "http://host:port/v1"])
+def test_an_address_that_is_none_is_said(address: str) -> None:
+    with pytest.raises(UserError, match=r"engine\.base_url: .* is no address: .*\n  Give for example"):
+        ENGINE.settle(MODEL, ENGINE.Config(base_url=address))
+
+
 def test_a_key_in_place_of_its_variable_is_refused_and_not_shown(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     for key in ("sk-abcdef0123456789", "hf_AbCdEfGhIjKlMn"):
         with pytest.raises(UserError, match=r"engine.api_key_env: takes the name of an environment") as caught:
