@@ -298,8 +298,8 @@ def _compare(where: str, found: Mapping[str, tuple[int, ...]], expected: _Expect
 def misfit(where: str, missing: Sequence[str], surplus: Sequence[str], fix: str) -> UserError:
     """The error for an adapter whose file does not hold what its configuration asks for on its base."""
     said = [
-        f"{len(names)} tensors {what} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
-        for what, names in (("are missing", missing), ("would be ignored", surplus))
+        f"{what}: {len(names)} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
+        for what, names in (("missing tensors", missing), ("tensors that would be ignored", surplus))
         if names
     ]
     return UserError(where, f"does not fit its base or its adapter_config.json: {'; '.join(said)}", fix)

@@ -80,7 +80,7 @@ def test_modules_that_one_arm_leaves_alone_get_the_same_rank(made: Path, tmp_pat
     arm = tmp_path / "arm"
     arm.mkdir()
     config = json.loads((made / "a0" / "adapter_config.json").read_text())
-    (arm / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["v_proj"]}))
+    (arm / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["layers.1.self_attn.v_proj"]}))
     stem = "base_model.model.model.layers.1.self_attn.v_proj"
     save_file(
         {f"{stem}.lora_A.weight": torch.randn(2, 64), f"{stem}.lora_B.weight": torch.randn(64, 2)},

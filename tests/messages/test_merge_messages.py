@@ -164,19 +164,19 @@ def test_adapters_that_do_not_fit(refuse: Refuse) -> None:
 
     rewrite("a1", **{"1.self_attn.q_proj.lora_B.weight": lambda t: torch.cat([t, t])})
     message = refuse(*merge())
-    assert "--inputs [2] a1, base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight: has shape" in message
-    assert "[2, 64] and [128, 2], and model.layers.1.self_attn.q_proj.weight of the base has [64, 64]" in message
+    assert "--inputs [2] a1: model.layers.1.self_attn.q_proj.lora_B.weight has shape [128, 2], and on this" in message
+    assert "base it has to have [64, 2]" in message and "trained on as --base" in message
     rewrite("a1", **{"1.self_attn.q_proj.lora_B.weight": None})
-    assert "one of the two factors is missing" in refuse(*merge())
+    assert "missing tensors: 1 (model.layers.1.self_attn.q_proj.lora_B.weight)" in refuse(*merge())
     configure("a1", "adapter_config.json", base_model_name_or_path="elsewhere")
     message = refuse(*merge())
     assert "--inputs [2] a1: its base is 'elsewhere', not 'base'" in message
     assert "as --base" in message
-    configure("a1", "adapter_config.json", peft_type="LOHA", layer_replication=[[0, 1]], init_lora_weights="pissa")
+    configure("a1", "adapter_config.json", layer_replication=[[0, 1]], init_lora_weights="pissa")
     for command in (merge(), ["fold", "a1", "--base", "base"]):
         configure("a1", "adapter_config.json", base_model_name_or_path="base")
         message = refuse(*command)
-        assert "peft_type LOHA, layer_replication, init_lora_weights pissa (which changes the base too)" in message
+        assert "changed weights: layer_replication, init_lora_weights pissa (which changes the base too)" in message
 
 
 def test_a_module_that_the_base_has_not(refuse: Refuse) -> None:
@@ -185,8 +185,8 @@ def test_a_module_that_the_base_has_not(refuse: Refuse) -> None:
     file = Path("a0/adapter_model.safetensors")
     save_file({name.replace(".1.", ".7."): tensor for name, tensor in load_file(file).items()}, file)
     message = refuse(*merge())
-    assert "the base has no tensor model.layers.7.self_attn.q_proj.weight" in message
-    assert "Give the base that the adapter was trained on." in message
+    assert "missing tensors: 2 (model.layers.1.self_attn.q_proj.lora_A.weight, " in message
+    assert "tensors that would be ignored: 2 (model.layers.7.self_attn.q_proj.lora_A.weight, " in message
 
 
 @pytest.mark.parametrize(("value", "word"), [(math.nan, "NaN"), (math.inf, "infinity")])

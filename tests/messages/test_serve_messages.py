@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from harness import serve_check
 from harness.contracts import ServerCommand
@@ -50,12 +52,19 @@ def refused(cli: Any, tiny: Path, site: Path) -> Refused:
 
 @pytest.fixture
 def adapter(tiny: Path, alone: Path) -> Callable[..., Path]:
-    """An adapter of the tiny model with other settings in its adapter_config.json."""
+    """An adapter of the tiny model with other settings in its adapter_config.json, and the tensors for them."""
 
     def make(name: str = "odd", **settings: Any) -> Path:
-        folder = tiny_adapter(alone / name, tiny)
+        folder = tiny_adapter(alone / name, tiny, rank=settings.get("r", 2))
         file = folder / "adapter_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | settings), encoding="utf-8")
+        weights = folder / "adapter_model.safetensors"
+        tensors, stem = load_file(weights), "base_model.model"
+        if "modules_to_save" in settings:
+            tensors[f"{stem}.lm_head.weight"] = load_file(tiny / "model.safetensors")["lm_head.weight"]
+        for layer in range(2 if "use_dora" in settings else 0):
+            tensors[f"{stem}.model.layers.{layer}.self_attn.q_proj.lora_magnitude_vector"] = np.ones(64, np.float32)
+        save_file(tensors, weights)
         return folder
 
     return make
