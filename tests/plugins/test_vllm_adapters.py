@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from harness import AdapterInfo, Decoding, ModelInfo, Output, Request
 from harness.models import inspect_adapter, inspect_model
@@ -36,6 +38,22 @@ NAMES = ("a", "b", "c")
 )
 def test_what_vllm_cannot_serve_is_known_beforehand(config: dict[str, Any], problem: str | None) -> None:
     assert vllm_support.lora_problem(config) == problem
+
+
+def test_a_head_that_a_regular_expression_names_is_found(tmp_path: Path) -> None:
+    """vLLM leaves it out of log-probabilities (vllm issue 51594)."""
+    base = tiny_model(tmp_path / "base")
+    folder = tiny_adapter(tmp_path / "adapter", base)
+    weights, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    head = load_file(base / "model.safetensors")["lm_head.weight"]
+    stem = "base_model.model.lm_head"
+    factors = {f"{stem}.lora_A.weight": head[:2].copy(), f"{stem}.lora_B.weight": head[:, :2].copy()}
+    save_file({**load_file(weights), **factors}, weights)
+    config = json.loads(settings.read_text(encoding="utf-8"))
+    settings.write_text(json.dumps({**config, "target_modules": r".*q_proj|lm_[h]ead"}), encoding="utf-8")
+    model = inspect_model(ModelSpec(model=str(base)))
+    adapter = inspect_adapter(str(folder), model)
+    assert ENGINE.adapter_problem(model, adapter, ENGINE.Config()) == "vLLM serves no LoRA on lm_head"
 
 
 def test_patterns_are_served_by_a_vllm_that_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
