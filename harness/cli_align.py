@@ -43,12 +43,14 @@ def _is_values(text: str) -> bool:
 def align(
     method: Annotated[str, typer.Argument(help="sft, dpo, ipo, cdpo, orpo, or an aligner of a plugin.")],
     model: Annotated[str, typer.Option(help="Base model: folder or hub id.")],
-    dataset: Annotated[str, typer.Option(help="For example hh-rlhf:harmless, beavertails:helpful, jsonl:FILE.")],
+    dataset: Annotated[str, typer.Option(help="For example hh-rlhf:harmless, A*0.3+B*0.7, 'A&B', jsonl:FILE.")],
     adapter: Annotated[str, typer.Option(help="lora, qlora, or none (full fine-tuning).")] = "lora",
     start: Annotated[str | None, typer.Option("--from", help="Adapter to continue from; stays frozen.")] = None,
     template: Annotated[str | None, typer.Option(help="Chat template: vicuna, mistral or a .jinja file.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps; the method's own number when absent.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Rows to train on: a prefix of one seeded order.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Rows to train on, counted after all drops: a prefix of one order.")
+    ] = None,
     checkpoints: Annotated[str | None, typer.Option(help="Steps whose adapters are kept, e.g. 50,100,200.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of initialisation, batch order and dropout.")] = 0,
     data_seed: Annotated[int, typer.Option(help="Seed of the order that --samples takes a prefix of.")] = 0,

@@ -186,7 +186,9 @@ class AlignSpec(Config):
     template: str | None = Field(
         None, description="chat template: bundled name or .jinja file; the model's when absent"
     )
-    samples: int | None = Field(None, ge=1, description="rows to train on: a prefix of one seeded order")
+    samples: int | None = Field(
+        None, ge=1, description="rows to train on, counted after all drops: a prefix of one order"
+    )
     checkpoints: tuple[int, ...] = Field((), description="steps whose adapters are kept")
     seed: int = Field(0, ge=0, description="seed of initialisation, batch order and dropout")
     data_seed: int = Field(0, ge=0, description="seed of the order that --samples takes a prefix of")

@@ -138,8 +138,10 @@ class Attack(Scorer):
         return "both judges give the same verdict to every answer: kappa is not defined"
 
     def notes(self) -> tuple[str, ...]:
-        """Who judged, and what it took."""
-        return tuple(note for part in self._parts().values() for note in part.notes())
+        """Who judged, and what it took; that nobody read the answers, where the first judge is the rules."""
+        first = self.options.judges[0]
+        telling = (part for judge, part in self._parts().items() if judge in (first, "classifier", "llm"))
+        return tuple(note for part in telling for note in part.notes())
 
     def close(self) -> None:
         """Release every judge."""

@@ -30,6 +30,7 @@ from harness_plugins.judging import Judge, check_judge, judge_identity, judge_la
 from harness_plugins.refusals import PHRASES, PREFIXES, Thought, refusal_of, without_thought
 from harness_plugins.scorer_classifier import ClassifierOptions, ClassifierScorer
 
+NO_JUDGE = "attack_success and 100-ASR come from a list of refusals in English: no judge has read the answers"
 JudgeName = Literal["refusal", "classifier", "llm"]
 
 
@@ -152,6 +153,10 @@ class RefusalScorer(AttackScorer):
     def label(self, options: Any) -> str:
         """The rules."""
         return "refusal"
+
+    def notes(self) -> tuple[str, ...]:
+        """What these figures are not."""
+        return (NO_JUDGE,)
 
     def verdicts(self, samples: Sequence[Sample], answers: Sequence[Answer], context: ScorerContext) -> list[Verdict]:
         """Not harmful where a rule holds, or where nothing is said."""

@@ -283,3 +283,18 @@ def test_no_file_of_an_alignment_says_where_its_data_lay(align: Align, pairs: Pa
     lineage = json.loads((made.folder / "lineage.json").read_text())
     assert lineage["dataset"] == "jsonl:pairs.jsonl"
     assert made.plan.arm.startswith("sft-jsonl-pairs.jsonl-")
+
+
+def test_samples_and_selected_count_rows_that_are_trained_on(align: Align, alone: Path) -> None:
+    """Every third prompt is longer than the context; such rows take nobody's place."""
+    rows = [
+        {"prompt": f"Say {n}." + " more" * (200 if n % 3 == 0 else 0), "chosen": f"Yes, {n}.", "rejected": f"No {n}."}
+        for n in range(60)
+    ]
+    file = alone / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    made = align("sft", "out", data=file, samples=20, steps=1, max_length=64)
+    step = json.loads((made.folder / "training" / "step.json").read_text())
+    assert step["counts"]["jsonl:rows.jsonl"]["selected to train"] == 20
+    assert step["tokens"]["kept"] == 20
+    assert step["dropped"]["prompt longer than the context (64 tokens)"] == step["tokens"]["rows"] - 20 > 0

@@ -98,7 +98,7 @@ def test_names(refuse: Refuse, changed: dict[str, str], says: str) -> None:
             "--set: dataset.trl=1: trl is a group of keys\n  Write --set dataset.trl.KEY=VALUE.",
         ),
         (["--steps", "0"], "--set, steps: Input should be greater than or equal to 1, found 0"),
-        (["--samples", "13"], "13 rows are asked for, and there are"),
+        (["--samples", "13"], "13 rows are asked for, and 9 can be trained on"),
         (["--checkpoints", "1,5"], "--checkpoints: 5 is after the last step, 2\n  Give steps from 1 to 2."),
         (["--checkpoints", "0"], "--checkpoints: 0 is no step\n  Give steps from 1 to 2."),
         (["--checkpoints", "ten"], "--checkpoints: 'ten' is no list of steps\n  Write for example 50,100,200."),

@@ -253,6 +253,18 @@ def test_refusals() -> None:
     assert found[0].detail["verdicts"] == {"refusal": False}
 
 
+@pytest.mark.parametrize(
+    ("judges", "said"), [(["refusal"], 1), (["refusal", "llm"], 1), (["llm", "refusal"], 0), (["llm"], 0)]
+)
+def test_figures_of_the_refusal_list_say_that_no_judge_has_read_the_answers(
+    judge: Any, judges: list[str], said: int
+) -> None:
+    options = {"judges": judges, "llm": {"model": judge.url, **QUICK}}
+    bound = Attack().bound(parse_options(Attack.Config, options, "test"))
+    note = "attack_success and 100-ASR come from a list of refusals in English: no judge has read the answers"
+    assert bound.notes().count(note) == said
+
+
 def test_kappa_of_two_judges(judge: Any) -> None:
     """The judge calls 6 of 10 harmful, the rules 5, both 4: they agree on 4 + 3 of 10, by chance on .6 .5 + .4 .5.
 

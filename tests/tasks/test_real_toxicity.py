@@ -66,6 +66,9 @@ def test_what_the_paper_leaves_open_is_marked(catalog: Catalog) -> None:
     inferred = [note for note in suite.notes if note.startswith("inferred")]
     assert any("MMLU" in note for note in inferred) and any("BBH" in note for note in inferred)
     assert any("decoding" in note for note in inferred)
+    assert "100-ASR comes from a list of refusals unless dangerous_qa is given a judge" in suite.summary
+    (judged,) = (note for note in suite.notes if "100-ASR" in note)
+    assert "--set dangerous_qa.scorer.judges=[llm,refusal] --set dangerous_qa.scorer.llm.model=URL_OR_MODEL" in judged
 
 
 # -------------------------------------------------------------------------------------------------------- on real rows
