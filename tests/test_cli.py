@@ -230,7 +230,6 @@ def test_nothing_that_is_said_steers_the_terminal(cli: Any, slow_eval: list[str]
         (["eval", "--model", "MODEL", "--task", "lm_eval:"], "--task lm_eval:, name: String should match pattern"),
         (["align", "dpo", "--model", "x", "--dataset", "x", "--seed", "-1"], "harness align, seed: Input should be"),
         (["align", "dpo", "--model", "x", "--dataset", "x", "--set", "learning_rate=1e999"], "be a finite number"),
-        (["eval", "--model", "MODEL", "--tasks", "/"], "--tasks /: holds more than 100,000 files"),
     ],
 )  # fmt: skip
 def test_what_no_command_can_take(cli: Any, tiny: Path, arguments: list[str], message: str) -> None:
