@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -226,13 +227,13 @@ def _yaml_files(folder: Path) -> list[Path]:
     Raises:
         UserError: so many files that this is no folder of tasks, but somebody's whole disk.
     """
-    found = []
-    for count, file in enumerate(folder.rglob("*")):
-        if count >= MOST_FILES:
+    found, count = [], 0
+    for place, _, names in os.walk(folder):
+        count += len(names)
+        if count > MOST_FILES:
             what = f"holds more than {MOST_FILES:,} files"
             raise UserError(f"--tasks {folder}", what, "Give a folder that holds task YAML files alone.")
-        if file.suffix in (".yaml", ".yml") and not file.name.startswith("_"):
-            found.append(file)
+        found += [Path(place, name) for name in names if name.endswith((".yaml", ".yml")) and not name.startswith("_")]
     return sorted(found)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from yaml import MappingNode, Node, SequenceNode, YAMLError
 
 from harness.errors import UserError, nearest
@@ -19,6 +19,16 @@ class Config(BaseModel):
     """Base of every configuration: frozen, extra fields forbidden, numbers finite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """`learning_rate: yes` is not 1.0, as pydantic would have it."""
+        field = cls.model_fields.get(info.field_name or "")
+        kinds = {field.annotation, *getattr(field.annotation, "__args__", ())} if field is not None else set()
+        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+            raise ValueError("expected a number")
+        return value
 
 
 C = TypeVar("C", bound=BaseModel)

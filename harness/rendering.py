@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from harness.errors import UserError
 
-SECONDS = 10.0
+SECONDS = 2.0
 """Most processor time of one rendering (s); an honest one takes less than a thousandth of that."""
 _TICK = 0.25
 MOST_REPEATED = 1_000_000

@@ -116,9 +116,12 @@ class Cli:
         from harness import cli
 
         self._capture.readouterr()
+        real, own = signal.signal, (signal.SIGTERM, signal.SIGUSR1)
         with self._monkeypatch.context() as patch:
             # The test runner's own handlers stay.
-            patch.setattr(cli.signal, "signal", lambda number, handler: None)
+            patch.setattr(
+                cli.signal, "signal", lambda number, handler: None if number in own else real(number, handler)
+            )
             patch.setattr("sys.argv", ["harness", *map(str, arguments)])
             with pytest.raises(SystemExit) as ended:
                 cli.main()

@@ -111,3 +111,11 @@ def test_every_file_beside_an_lm_eval_task_is_its_code(catalog: Catalog) -> None
     (entry.folder / "rows.jsonl").write_text("{}\n", encoding="utf-8")
     assert len({first, second, code_of(entry)}) == 3
     assert code_of(catalog.tasks["one"]) is None
+
+
+def test_somebodys_whole_disk_is_no_folder_of_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.catalog.MOST_FILES", 2)
+    for number in range(3):
+        (tmp_path / f"{number}.txt").touch()
+    with pytest.raises(UserError, match="holds more than 2 files\n  Give a folder that holds task YAML files alone"):
+        Catalog().add_folder(tmp_path, "me")

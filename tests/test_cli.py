@@ -254,3 +254,32 @@ def test_from_python(
     frame = evaluation.to_pandas()
     assert list(frame["task"]) == ["sums"]
     assert frame["mean"][0] == 6 / 9
+
+
+def test_nothing_that_is_said_steers_the_terminal(cli: Any, slow_eval: list[str], sums: Path, alone: Path) -> None:
+    """Neither an option, nor the name of a file, nor what a YAML file of somebody else says of itself."""
+    ran = cli("eval", "--model", "\x1b[31mred")
+    assert (ran.code, "\x1b" in ran.err, "⟨U+001B⟩[31mred" in ran.err) == (2, False, True)
+    ran = cli("eval", "--model", "x", "--seed", "\x1b[31mred")
+    assert (ran.code, "\x1b" in ran.err) == (2, False)
+    text = (sums / "sums.yaml").read_text(encoding="utf-8")
+    (sums / "sums.yaml").write_text(f'{text}\nlicence: "\\x1b]0;owned\\a"\n', encoding="utf-8")
+    ran = cli("tasks", "--tasks", str(sums))
+    assert (ran.code, "\x1b" in ran.out, "⟨U+001B⟩]0;owned⟨U+0007⟩" in ran.out) == (0, False, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "a\udcff"], "'a\\udcff': is not UTF-8\n  Give names and texts in UTF-8."),
+        (["report", "~nobody-here/x"], "~nobody-here/x: there is no such user\n  Give a path."),
+        (["report", "x" * 300], f"{'x' * 300}/plan.json: cannot be used: File name too long\n  Give another path."),
+        (["eval", "--model", "x", "--seed", "-1"], "harness eval, seed: Input should be greater than"),
+        (["eval", "--model", "MODEL", "--task", "lm_eval:"], "--task lm_eval:, name: String should match pattern"),
+        (["align", "dpo", "--model", "x", "--dataset", "x", "--seed", "-1"], "harness align, seed: Input should be"),
+        (["align", "dpo", "--model", "x", "--dataset", "x", "--set", "learning_rate=1e999"], "be a finite number"),
+    ],
+)  # fmt: skip
+def test_what_no_command_can_take(cli: Any, tiny: Path, arguments: list[str], message: str) -> None:
+    ran = cli(*(str(tiny) if one == "MODEL" else one for one in arguments))
+    assert (ran.code, message in ran.err) == (2, True), ran.err

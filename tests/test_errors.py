@@ -38,3 +38,17 @@ def test_text_and_exit_code(error: HarnessError, code: int, text: str) -> None:
 def test_the_parts_of_a_user_error_can_be_read_apart() -> None:
     error = UserError("a.yaml:3, limit", "found 0", "Give 1 or more.")
     assert (error.where, error.what, error.fix) == ("a.yaml:3, limit", "found 0", "Give 1 or more.")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("\x1b[31ma.yaml", "\x9b2J", "\u202eb"),
+        StepError("\x1b[31ma", "\x9b2J", "\u202e"),
+        CorruptionError("\x1b[31m \x9b \u202e"),
+    ],
+)
+def test_what_steers_a_terminal_is_made_visible(error: HarnessError) -> None:
+    text = str(error)
+    assert not {"\x1b", "\x9b", "\u202e"} & set(text)
+    assert [mark in text for mark in ("⟨U+001B⟩", "⟨U+009B⟩", "⟨U+202E⟩")] == [True] * 3

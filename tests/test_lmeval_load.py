@@ -10,7 +10,7 @@ import pytest
 
 from harness.catalog import Catalog, Chosen
 from harness.errors import UserError
-from harness.lmeval_load import _folders_by_name, _include_folder, compiled_once, tasks_folder
+from harness.lmeval_load import _folders_by_name, _include_folder, compiled_once, load, tasks_folder
 
 pytest.importorskip("lm_eval")
 
@@ -118,3 +118,91 @@ def test_data_of_another_commit_than_the_one_in_the_id_are_not_read(
     with _either_cache({"some/rows": commit}):
         datasets.load_dataset("some/rows")
     assert asked == [("some/rows", newest), ("some/rows", commit), ("some/rows", commit), (str(snapshot), None)]
+
+
+THEIRS = """\
+task: theirs
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{q}}"
+doc_to_target: "{{a}}"
+"""
+CODE = "import pathlib\npathlib.Path('executed').touch()\ndef run(*found):\n    return 'x'\n"
+ASK = "Read that code first; then pass --trust-task-code (in Python: trust_task_code=True)."
+
+
+def loaded(folder: Path, name: str = "theirs", *, trusted: bool = False) -> list[str]:
+    """Names of the tasks that a folder of a stranger brings, loaded."""
+    catalog = Catalog(trust_task_code=trusted)
+    catalog.add_folder(folder, "a stranger")
+    entry = catalog.tasks[name]
+    return sorted(load(Chosen(entry, entry.spec, None, None)))
+
+
+@pytest.fixture
+def theirs(alone: Path) -> Path:
+    """A stranger's folder with data, code, and a second folder that may be included from."""
+    folder = alone / "theirs"
+    (alone / "elsewhere").mkdir()
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text('{"q": "Q", "a": "A"}\n', encoding="utf-8")
+    for place in (folder, alone / "elsewhere"):
+        (place / "evil.py").write_text(CODE, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ("doc_to_target: !function evil.run\n", "theirs asks to run code (!function evil.run)"),
+        ("process_docs: !function os.system\n", "theirs asks to run code (!function os.system)"),
+        ("class: !function evil.run\n", "theirs asks to run code (!function evil.run)"),
+        ("include: ../elsewhere/base.yaml\n", "elsewhere asks to run code (!function evil.run)"),
+        (
+            "metric_list: [{metric: ./evil}]\n",
+            "metric './evil' is none of lm-eval's own: `evaluate` would run a script",
+        ),
+        ("metric_list: [{metric: exact_match, hf_evaluate: true}]\n", "metric 'exact_match' is none of lm-eval's own"),
+    ],
+)
+def test_a_strangers_yaml_runs_no_code_unasked(theirs: Path, more: str, what: str) -> None:
+    (theirs / "t.yaml").write_text(THEIRS + more, encoding="utf-8")
+    (theirs / "group.yaml").write_text("group: all\ntask: [theirs]\n", encoding="utf-8")
+    (theirs.parent / "elsewhere" / "base.yaml").write_text("doc_to_target: !function evil.run\n", encoding="utf-8")
+    for name in ("theirs", "all"):
+        with pytest.raises(UserError) as caught:
+            loaded(theirs, name)
+        assert caught.value.where == f"--task {name}"
+        assert what in caught.value.what
+        assert caught.value.fix == ASK
+    assert not Path("executed").exists()
+
+
+def test_it_runs_where_the_user_says_so(theirs: Path) -> None:
+    (theirs / "t.yaml").write_text(f"{THEIRS}doc_to_choice: !function evil.run\n", encoding="utf-8")
+    assert loaded(theirs, trusted=True) == ["theirs"]
+    assert Path("executed").exists()
+
+
+def test_plain_yaml_and_lm_evals_own_code_need_no_leave(theirs: Path) -> None:
+    (theirs / "t.yaml").write_text(f"{THEIRS}metric_list: [{{metric: exact_match}}]\n", encoding="utf-8")
+    assert loaded(theirs) == ["theirs"]
+    # hellaswag's own process_docs, by an include, over a row that it can read.
+    row = '{"q": "Q", "a": "A", "ctx_a": "x", "ctx_b": "y", "activity_label": "z", "endings": ["e"], "label": "0"}\n'
+    (theirs / "rows.jsonl").write_text(row, encoding="utf-8")
+    text = THEIRS.replace("test: rows", "train: rows.jsonl, validation: rows.jsonl, test: rows")
+    (theirs / "t.yaml").write_text(
+        f"{text}include: {tasks_folder() / 'hellaswag' / 'hellaswag.yaml'}\n", encoding="utf-8"
+    )
+    assert loaded(theirs) == ["theirs"]
+
+
+def test_a_template_of_lm_evals_reaches_nothing_of_python() -> None:
+    import jinja2
+    from lm_eval import utils
+
+    with compiled_once(), pytest.raises(jinja2.TemplateError):
+        utils.apply_template("{{ cycler.__init__.__globals__.os.system('touch executed') }}", {})
+    assert not Path("executed").exists()

@@ -178,3 +178,17 @@ def test_a_tokenizer_that_cannot_be_opened(tiny: Path, tmp_path: Path) -> None:
     (copy / "tokenizer.json").write_text('{"model": 3}', encoding="utf-8")
     with pytest.raises(UserError, match="its tokenizer cannot be opened: "):
         open_tokenizer(look(copy))
+
+
+@pytest.mark.parametrize(
+    "name", ["../other/model.safetensors", "/etc/passwd", "a/../../b.safetensors", "", "\x1b[31m/../x"]
+)
+def test_an_index_that_leads_out_of_the_folder(tiny: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(tiny, tmp_path / "other")
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": name}}), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        look(folder)
+    shown = name.replace("\x1b", "⟨U+001B⟩")
+    assert f"index.json: names a shard outside its folder: {shown}\n" in str(caught.value)

@@ -19,6 +19,7 @@ from unittest.mock import patch
 HERE = Path(__file__).parent
 OURS = HERE.parents[1]
 SECONDS = 20
+"""Longest that a case may take."""
 CANARY = "executed"
 """A file of this name in the working folder: somebody's code has run."""
 EXPECTED = {0, 2, 3, 4}
@@ -139,11 +140,13 @@ def _alarm(seconds: int) -> Iterator[None]:
     def ring(number: int, frame: FrameType | None) -> None:
         raise Hang
 
+    # So much processor time, or fifteen times as long in all: beside others everything takes longer.
     real = signal.signal
-    before = real(signal.SIGALRM, ring)
+    before = [real(signal.SIGALRM, ring), real(signal.SIGPROF, ring)]
     # What hangs outside of Python cannot be interrupted: the process ends, and says where.
-    faulthandler.dump_traceback_later(6 * seconds, exit=True, file=sys.__stderr__)
-    signal.alarm(seconds)
+    faulthandler.dump_traceback_later(20 * seconds, exit=True, file=sys.__stderr__)
+    signal.alarm(15 * seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         # The runner's own handlers of the two stay.
         own = (signal.SIGTERM, signal.SIGUSR1)
@@ -151,8 +154,10 @@ def _alarm(seconds: int) -> Iterator[None]:
             yield
     finally:
         signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         faulthandler.cancel_dump_traceback_later()
-        real(signal.SIGALRM, before)
+        real(signal.SIGALRM, before[0])
+        real(signal.SIGPROF, before[1])
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ STRANGE = (
     "../../etc/passwd", "/root/x", "~nobody-here/x", LONG, f"a/{LONG}", "x/" * 2500, "\udcff", "caf\udce9/x",
     "\x1b[31mred\x1b[0m", "\x9b2J", "\u202egnp", "a\nb", "a\tb", "\r", "\u00e9\u4e2d\U0001f4a9", "%s %n {0} {x}",
     "$HOME", "`id`", "{{ 7 * 7 }}", "{{ x", "{% for i in range(10 ** 9) %}{% endfor %}", "{{ 'a' * 10 ** 10 }}",
-    "{{ 9 ** 9 ** 9 }}", "{{ 1 / 0 }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ 9 ** (9 ** 9) }}", "{{ 1 / 0 }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     f"{{{{ cycler.__init__.__globals__.os.system('touch {CANARY}') }}}}",
     f"!!python/object/apply:os.system ['touch {CANARY}']", "!function evil.run", "http://", "http://[::1",
     "http://127.0.0.1:1/v1", "http://127.0.0.1:99999/v1", "https://x.invalid/v1", "http://a b/", "jsonl:",
@@ -271,7 +271,7 @@ def _alike(old: str, new: str) -> bool:
 def _mutate_arguments(arguments: list[str], draw: random.Random) -> str:
     """Put something strange in the place of an argument, or of a part of one; now and then of an option's name."""
     names = [at for at, one in enumerate(arguments) if one.startswith("--")]
-    values = [at for at in range(1, len(arguments)) if at not in names]
+    values = [at for at in range(1, len(arguments)) if at not in names] or names
     place = draw.choice(values if draw.random() < 0.93 or not names else names)
     old, strange, how = arguments[place], draw.choice(STRANGE), draw.random()
     if how < 0.05:

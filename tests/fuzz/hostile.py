@@ -74,7 +74,7 @@ class _Hostile:
         for template in (
             LOOP,
             "{% for i in range(10**9) %}{% endfor %}",
-            "{{ 9 ** 9 ** 9 }}",
+            "{{ 9 ** (9 ** 9) }}",
             IN_JINJA,
             "{{ 1 / 0 }}",
             "{{ x",
@@ -203,7 +203,7 @@ class _Hostile:
             LOOP,
             "{% for i in range(10**9) %}{% endfor %}",
             "{{ 'a' * 10 ** 10 }}",
-            "{{ 9 ** 9 ** 9 }}",
+            "{{ 9 ** (9 ** 9) }}",
             IN_JINJA,
             "{{ 1 / 0 }}",
         ):
