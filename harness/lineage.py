@@ -44,6 +44,13 @@ def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
     return default
 
 
+def _is_partial(config: dict[str, Any]) -> bool:
+    """Whether an adapter may lie on some only of the modules that share a last name."""
+    targets = config.get("target_modules")
+    some = config.get("layers_to_transform") is not None or bool(config.get("exclude_modules"))
+    return some or isinstance(targets, str) or any("." in target for target in targets or ())
+
+
 def ancestry(start: AdapterInfo | None) -> list[dict[str, str]]:
     """Name and digest of every adapter that one continues from, the oldest first."""
     if start is None:
@@ -134,7 +141,9 @@ def concatenate(first: Path, second: Path, out: Path) -> None:
         merged[f"{module}.lora_A.weight"] = torch.cat(a_parts).contiguous()
         merged[f"{module}.lora_B.weight"] = torch.cat(b_parts, dim=1).contiguous()
     total = sum(ranks)
-    targets = sorted({module.rsplit(".", 1)[-1] for module in modules})
+    # By their last names where both have all such modules, else one by one.
+    names = {module.removeprefix("base_model.model.") for module in modules}
+    targets = sorted(names if any(map(_is_partial, configs)) else {name.rsplit(".", 1)[-1] for name in names})
     config = {**configs[1], "r": total, "lora_alpha": total, "rank_pattern": {}, "alpha_pattern": {}}
     config.update(target_modules=targets, use_rslora=False, inference_mode=True)
     config.update(layers_to_transform=None, layers_pattern=None, exclude_modules=None, init_lora_weights=True)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from harness.alignment import Alignment
 from harness.errors import UserError
-from harness.lineage import concatenate
+from harness.lineage import concatenate, refuse_unless_plain
 from harness.models import inspect_adapter, inspect_model
 from harness.specs import ModelSpec
 from harness.testing import tiny_model
@@ -89,6 +89,8 @@ def test_concatenation_is_exact(tiny: Path, tmp_path: Path, one: dict[str, Any],
     assert (logits(whole) - expected).abs().max() < 1e-5 * expected.abs().max()
     assert (logits(alone) - expected).abs().max() > 1e-2
     assert "default" in whole.peft_config
+    # The file holds just the tensors that its configuration asks for.
+    inspect_adapter(str(tmp_path / "sum"), inspect_model(ModelSpec(model=str(tiny))))
 
 
 @pytest.fixture
@@ -214,8 +216,11 @@ def test_what_cannot_be_added_is_refused(align: Align, sft: Path, change: dict[s
     shutil.copytree(sft, "odd", ignore=shutil.ignore_patterns("checksums.json"))
     config = json.loads(Path("odd/adapter_config.json").read_text())
     Path("odd/adapter_config.json").write_text(json.dumps({**config, **change}))
-    with pytest.raises(UserError) as refused:
+    # As it stands its file has not the tensors for that, which is found first.
+    with pytest.raises(UserError, match="--from odd: "):
         align("dpo", "dpo", start="odd")
+    with pytest.raises(UserError) as refused:
+        refuse_unless_plain({**config, **change}, "--from odd")
     assert str(refused.value).startswith("--from odd: cannot be continued exactly")
     assert reason in refused.value.what
     assert not Path("dpo").exists()
