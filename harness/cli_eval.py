@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from harness.errors import ExitCode, UserError
+from harness.text import visible
 
 PluginFiles = Annotated[list[str] | None, typer.Option("--plugin", help="Loose plugin file to load (repeatable).")]
 Folders = Annotated[list[str] | None, typer.Option("--tasks", help="Folder of task YAML files (repeatable).")]
@@ -135,7 +136,7 @@ def _print_report(report: Any, root: Path) -> None:
 
     console = Console()
     console.print(terminal_table(report))
-    console.print(f"{root / 'report' / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+    console.print(visible(f"{root / 'report' / 'report.html'}"), markup=False, highlight=False, soft_wrap=True)
 
 
 def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
