@@ -22,7 +22,17 @@ from hypothesis import strategies as st
 from harness import store
 from harness.errors import CorruptionError, UserError
 from harness.records import StepRecord
-from harness.store import Journal, RunStore, StepFolder, read_members, read_rows, rows_digest, write_bytes, write_rows
+from harness.store import (
+    Journal,
+    RunStore,
+    StepFolder,
+    read_json,
+    read_members,
+    read_rows,
+    rows_digest,
+    write_bytes,
+    write_rows,
+)
 
 BATCHES = [[{"id": f"{b}-{i}", "text": "naïve\n\u2028" * b, "p": 0.25} for i in range(3)] for b in range(3)]
 HEADER = 10
@@ -427,5 +437,5 @@ def test_clear_does_not_follow_a_link_out_of_the_run(tmp_path: Path) -> None:
 
 def test_json_that_is_deeper_than_python_goes_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("[" * 100_000, encoding="utf-8")
-    with pytest.raises(CorruptionError, match="plan.json: damaged"):
+    with pytest.raises(CorruptionError, match=r"plan\.json: damaged"):
         read_json(tmp_path / "plan.json")
