@@ -93,7 +93,7 @@ def _check_arguments(arguments: list[str]) -> None:
     for argument in arguments:
         if not argument.isprintable() and not _is_text(argument):
             raise UserError(repr(argument), "is not UTF-8", "Give names and texts in UTF-8.")
-        if argument.startswith("~"):
+        if str(Path(argument)).startswith("~"):  # ./~x, too
             try:
                 Path(argument).expanduser()
             except RuntimeError:
@@ -249,8 +249,8 @@ def plugins_new(
 
     folder = out or Path(f"harness-{name.replace('_', '-')}")
     for path in write_package(kind, name, folder):
-        print(path)
-    print(f"next: pip install -e {folder} && python -m pytest {folder}")
+        print(visible(str(path)))
+    print(visible(f"next: pip install -e {folder} && python -m pytest {folder}"))
 
 
 @data_app.command("list")

@@ -10,6 +10,7 @@ import typer.core
 
 from harness.cli_eval import DataRevisions
 from harness.errors import ExitCode, UserError
+from harness.text import visible
 
 OWN_GRID = "its own grid"
 """What a bare ``--search`` stands for."""
@@ -116,7 +117,7 @@ def align(
         if search is not None:
             return _search(search, (method, base, dataset), out, {**common, "reporter": reporter})
         made = run(method, base, dataset, out=out, reporter=reporter, **common)
-    print(made.folder)
+    print(visible(str(made.folder)))
     return ExitCode.DONE
 
 
@@ -126,8 +127,8 @@ def _search(texts: list[str], what: tuple[str, Any, str], out: Path | None, comm
     if out is None:
         raise UserError(OPTION, "where the cells go is not said", "Add --out FOLDER.")
     found = search(*what, out=out, grid=parse_grid([text for text in texts if text != OWN_GRID]), **common)
-    print((found.folder / "search.md").read_text(encoding="utf-8"))
-    print(found.folder / BEST)
+    print(visible((found.folder / "search.md").read_text(encoding="utf-8"), lines=True))
+    print(visible(str(found.folder / BEST)))
     return ExitCode.STEPS_FAILED if any(cell.error for cell in found.cells) else ExitCode.DONE
 
 

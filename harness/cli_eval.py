@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from harness.errors import ExitCode, UserError
+from harness.text import visible
 
 if TYPE_CHECKING:
     from harness.compare import ComparisonReport
@@ -151,7 +152,7 @@ def _print_report(report: Any, root: Path) -> None:
 
     console = Console()
     console.print(terminal_table(report))
-    console.print(f"{root / 'report' / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+    console.print(visible(f"{root / 'report' / 'report.html'}"), markup=False, highlight=False, soft_wrap=True)
 
 
 def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:

@@ -96,7 +96,7 @@ def merge(
             if note is not None:
                 reporter.note(f"note: {note}")
     _print_totals(made.record)
-    print(made.folder)
+    print(visible(str(made.folder)))
     return ExitCode.DONE
 
 
@@ -228,5 +228,5 @@ def fold(
             reporter.note(f"note: {note}")
     for one in made.record["probe"].get("comparisons", []):
         print(visible(probe_line(one).removeprefix("* ")))
-    print(made.folder)
+    print(visible(str(made.folder)))
     return ExitCode.DONE

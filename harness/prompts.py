@@ -44,6 +44,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
     The tokenizer's default specials; none if the text already starts with BOS (or EOS, for a tokenizer without BOS).
     """
+    _check_text(text)
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if prefix is not None and text.startswith(str(tokenizer.decode(prefix))):
         return list(tokenizer.encode(text, add_special_tokens=False))
@@ -82,8 +83,19 @@ def encode_rendered(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) ->
     """Token ids of rendered conversations; the template has written BOS where it wants one, so none is added."""
     if not texts:
         return []
+    for text in texts:
+        _check_text(text)
     encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
     return [[int(i) for i in ids] for ids in encoded["input_ids"]]
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        shown = text[max(0, error.start - 40) : error.end + 10]
+        what = f"half a surrogate pair, which no tokenizer takes: {shown!r}"
+        raise UserError("prompt", what, "Mend that row of the data.") from None
 
 
 def encode_chat(

@@ -104,7 +104,7 @@ def read_json(path: Path) -> Any:
         text = data.rpartition(f',\n  "{CHECKSUM}"'.encode())[0]
         if isinstance(value, dict) and value.pop(CHECKSUM, None) is not None and data != _sealed(text):
             raise ValueError("it is not what was written")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptionError(f"{path}: damaged ({error}); delete it or start over with --fresh") from None
     return value
 

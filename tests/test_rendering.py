@@ -10,7 +10,7 @@ import jinja2
 import pytest
 
 from harness.errors import UserError
-from harness.prompts import render, render_chats
+from harness.prompts import encode_rendered, render, render_chats
 from harness.rendering import bounded, sandbox
 
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -71,3 +71,11 @@ def test_a_sandbox_calls_nothing(tmp_path: Path) -> None:
     with pytest.raises(jinja2.TemplateError):
         sandbox(jinja2.StrictUndefined).from_string(template).render()
     assert not canary.exists()
+
+
+def test_half_a_surrogate_pair_is_no_prompt(tiny: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny)
+    with pytest.raises(UserError, match=r"prompt: half a surrogate pair, which no tokenizer takes: 'ab\\ud800'"):
+        encode_rendered(tokenizer, ["ok", "ab\ud800"])

@@ -532,3 +532,9 @@ def test_clear_does_not_follow_a_link_out_of_the_run(tmp_path: Path) -> None:
     run.clear()
     assert (tmp_path / "elsewhere" / "mine.txt").read_text() == "mine"
     assert not run.report.is_symlink()
+
+
+def test_json_that_is_deeper_than_python_goes_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(CorruptionError, match=r"plan\.json: damaged"):
+        read_json(tmp_path / "plan.json")

@@ -270,6 +270,8 @@ def _alike(old: str, new: str) -> bool:
 
 def _mutate_arguments(arguments: list[str], draw: random.Random) -> str:
     """Put something strange in the place of an argument, or of a part of one; now and then of an option's name."""
+    if len(arguments) == 1:
+        arguments.append("")
     names = [at for at, one in enumerate(arguments) if one.startswith("--")]
     values = [at for at in range(1, len(arguments)) if at not in names] or names
     place = draw.choice(values if draw.random() < 0.93 or not names else names)

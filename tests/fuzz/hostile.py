@@ -282,7 +282,7 @@ class _Hostile:
             )
             yield Case(
                 f"name, adapter {name!r:.30}",
-                ["fold", f"./{name}", "--base", str(self.base), "--out", "out"],
+                ["fold", f"./{name}", "--base", str(self.base), "--out", "out", "--probe-prompts", "0"],
                 {},
                 partial(_linked, self.a0, name),
             )
