@@ -322,6 +322,10 @@ def _write(root: Path, spec: AlignSpec, cells: Sequence[Cell], best: Cell | None
         write_bytes(root / "search.md", table(record).encode())
 
 
+def _plain(comparison: Comparison) -> dict[str, Any]:
+    return {key: value for key, value in asdict(comparison).items() if key != "at"}
+
+
 def _described(cell: Cell) -> dict[str, Any]:
     return {
         "values": cell.values,
@@ -330,6 +334,6 @@ def _described(cell: Cell) -> dict[str, Any]:
         "id": cell.plan.id,
         "heldout": {name: asdict(summary) for name, summary in cell.heldout.items()},
         "error": cell.error,
-        "against_best": asdict(cell.against) if cell.against is not None else None,
+        "against_best": _plain(cell.against) if cell.against is not None else None,
         "p_adjusted": cell.p_adjusted,
     }

@@ -181,7 +181,7 @@ def test_a_tokenizer_that_cannot_be_opened(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../other/model.safetensors", "/etc/passwd", "a/../../b.safetensors", "", "\x1b[31m/../x"]
+    "name", ["../other/model.safetensors", "/etc/passwd", "a/../../b.safetensors", "\x1b[31m/../x"]
 )
 def test_an_index_that_leads_out_of_the_folder(tiny: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(tiny, tmp_path / "other")

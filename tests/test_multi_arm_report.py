@@ -342,7 +342,7 @@ def test_an_older_run_with_a_raw_base_gives_no_verdict(bare: Path, sums: Path, p
     }
     for task in plan["tasks"]:
         del task["template"]
-    (root / "plan.json").write_text(json.dumps(plan))
+    harness.store.write_json(root / "plan.json", plan)
     report = write_reports(root)
     (one,) = report.differences
     assert (one.verdict, one.difference, one.p_adjusted) == ("not comparable", None, None)

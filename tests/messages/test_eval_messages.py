@@ -368,7 +368,7 @@ def test_settings(refused: Refused, alone: Path) -> None:
     says(
         refused(),
         "harness.yaml:2, enginee: unknown key 'enginee'",
-        "Did you mean 'engine'? Allowed keys: engine, plugins, task_folders, options.",
+        "Did you mean 'engine'? Allowed keys: engine, plugins, task_folders, data_revisions, options.",
     )
 
 

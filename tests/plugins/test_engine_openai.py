@@ -328,7 +328,7 @@ def test_a_busy_server_is_waited_for_as_long_as_it_says_and_is_allowed(
     fake.script = lambda body, attempt: busy if attempt == 1 else None
     server: Any = opened(max_wait=max_wait)._server  # type: ignore[attr-defined]
     patient = Patient()
-    answer = server.post("completions", {"prompt": "p"}, patient, "digest")
+    answer = server.post("completions", {"model": "tiny", "prompt": "p"}, patient, "digest")
     assert answer["choices"][0]["text"] == "after p"
     assert patient.waits == [waited]
 
