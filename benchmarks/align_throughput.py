@@ -122,12 +122,12 @@ class Meter:
 
 def prepare(spec: dict[str, Any]) -> None:
     """Write the model and the pairs, and what `harness align` makes of them: the rows that both arms train on."""
-    from harness.alignment import plan_align
-    from harness.models import open_tokenizer
-    from harness.registry import load_plugins
-    from harness.selection import select
-    from harness.specs import AlignSpec, ModelSpec
-    from harness.tokenise import tokenise_demonstrations, tokenise_pairs
+    from harness.alignment.run import plan_align
+    from harness.contracts.registry import load_plugins
+    from harness.core.specs import AlignSpec, ModelSpec
+    from harness.data.selection import select
+    from harness.data.tokenise import tokenise_demonstrations, tokenise_pairs
+    from harness.models.inspect import open_tokenizer
 
     folder, count = Path(spec["folder"]), spec["steps"] * spec["batch_size"]
     if spec["model"] == str(folder / "model"):
@@ -204,7 +204,7 @@ def asked(spec: dict[str, Any]) -> dict[str, Any]:
 
 def harness_arm(spec: dict[str, Any], meter: Meter) -> None:
     """`harness align`, timed from when its rows are tokenised, as the TRL arm's are."""
-    from harness import alignment
+    from harness.alignment import run as alignment
 
     run = alignment._Run
     run._train_all = meter.around("train", run._train_all)  # type: ignore[method-assign]
@@ -234,8 +234,8 @@ def train_with_trl(spec: dict[str, Any], rows: list[dict[str, Any]], meter: Mete
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     from harness import load_plugins
-    from harness.contracts import Aligner
-    from harness.training import settings
+    from harness.alignment.driver import settings
+    from harness.contracts.aligner import Aligner
 
     cuda = torch.cuda.is_available()
     aligner = load_plugins().find(Aligner, spec["method"], "--method")

@@ -175,7 +175,7 @@ class Bench:
         seconds = []
         for _ in range(times + 1):
             begun = time.perf_counter()
-            command = [sys.executable, "-c", "from harness.cli import main; main()", "--help"]
+            command = [sys.executable, "-c", "from harness.cli.app import main; main()", "--help"]
             subprocess.run(command, env=self.environment, check=True, capture_output=True)
             seconds.append(time.perf_counter() - begun)
         return statistics.median(seconds[1:])

@@ -46,11 +46,10 @@ def child_harness(marks: dict[str, float], arguments: list[str]) -> None:
     import lm_eval.tasks  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
-    import harness.execute  # noqa: F401
-    from harness import generate
-    from harness.cli import main
-    from harness_plugins.engine_transformers import TransformersEngine
-    from harness_plugins.transformers_session import TransformersSession
+    from harness.cli.app import main
+    from harness.evaluation import ask as generate
+    from harness_plugins.engines.transformers.engine import TransformersEngine
+    from harness_plugins.engines.transformers.session import TransformersSession
 
     _imported(marks)
     for name in ("batches", "run"):
@@ -87,10 +86,10 @@ def child_raw(marks: dict[str, float], arguments: list[str]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
     from harness import Request
-    from harness.models import inspect_model
-    from harness.specs import Decoding, ModelSpec
-    from harness.store import read_rows
-    from harness_plugins.engine_transformers import TransformersEngine
+    from harness.core.specs import Decoding, ModelSpec
+    from harness.models.inspect import inspect_model
+    from harness.steps.journal import read_rows
+    from harness_plugins.engines.transformers.engine import TransformersEngine
 
     _imported(marks)
     engine = TransformersEngine()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.results import open_run
+from harness.report.read import open_run
 
 Key = tuple[str, int]
 

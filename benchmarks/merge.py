@@ -114,8 +114,8 @@ def _harness(config: Path, out: Path, threads: int) -> Any:
     import torch  # noqa: F401
 
     import harness
-    from harness.merge_config import read_merge_config
-    from harness.registry import load_plugins
+    from harness.contracts.registry import load_plugins
+    from harness.merging.mergekit.config import read_merge_config
 
     registry, merge = load_plugins(), harness.merge
     return lambda: merge(read_merge_config(config), out=out, workers=threads, registry=registry)

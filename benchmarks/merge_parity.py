@@ -294,7 +294,7 @@ def by_mergekit(python: Path, configs: dict[str, dict[str, Any]], folder: Path) 
 def by_harness(name: str, folder: Path) -> dict[str, torch.Tensor]:
     """Our result, by the command line."""
     out = folder / f"{name}-harness"
-    code = "from harness.cli import main; main()"
+    code = "from harness.cli.app import main; main()"
     command = [sys.executable, "-c", code, "merge", "--config", f"{name}.yaml", "--out", str(out), "--seed", "1"]
     run([*command, "--device", "cpu"], folder)
     return loaded(out)

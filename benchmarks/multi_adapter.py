@@ -263,7 +263,7 @@ class Bench:
         """The base's answers to the same tasks by one engine."""
         cost = self.eval(self.model, f"speed-{engine}", engine=engine)
         tokens = 0
-        from harness.store import read_rows
+        from harness.steps.journal import read_rows
 
         for file in (self.folder / f"speed-{engine}").glob("steps/answers-*/artifact/answers.jsonl.gz"):
             tokens += sum(len(row["output"].get("token_ids", ())) for row in read_rows(file))
@@ -364,10 +364,12 @@ def child(marks_file: Path, arguments: list[str]) -> None:
 
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
-    from harness import fold, generate, scoring
-    from harness.cli import main
-    from harness_plugins.engine_transformers import TransformersEngine
-    from harness_plugins.engine_vllm import VllmEngine
+    from harness.cli.app import main
+    from harness.evaluation import ask as generate
+    from harness.evaluation import scores as scoring
+    from harness.merging.fold import run as fold
+    from harness_plugins.engines.transformers.engine import TransformersEngine
+    from harness_plugins.engines.vllm.engine import VllmEngine
 
     if "vllm" in arguments:
         import vllm  # noqa: F401

@@ -95,11 +95,11 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from harness.config import Config as Config
-    from harness.contracts import CONTRACT_VERSION as CONTRACT_VERSION
-    from harness.contracts import Engine as Engine
-    from harness.contracts import Scorer as Scorer
-    from harness.generation_config import end_tokens as end_tokens
-    from harness.generation_config import generation_identity as generation_identity
-    from harness.machine import torch_device as torch_device
-    from harness.precision import settle_dtype as settle_dtype
+    from harness.contracts.engine import Engine as Engine
+    from harness.contracts.plugin import CONTRACT_VERSION as CONTRACT_VERSION
+    from harness.contracts.scorer import Scorer as Scorer
+    from harness.core.config import Config as Config
+    from harness.core.machine import torch_device as torch_device
+    from harness.models.generation_config import end_tokens as end_tokens
+    from harness.models.generation_config import generation_identity as generation_identity
+    from harness.models.precision import settle_dtype as settle_dtype

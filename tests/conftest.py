@@ -113,7 +113,7 @@ class Cli:
         self._capture, self._monkeypatch = capture, monkeypatch
 
     def __call__(self, *arguments: str | os.PathLike[str]) -> Ran:
-        from harness import cli
+        from harness.cli import app as cli
 
         self._capture.readouterr()
         real, own = signal.signal, (signal.SIGTERM, signal.SIGUSR1)

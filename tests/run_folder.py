@@ -1,4 +1,4 @@
-"""Writes a run folder by hand, through `harness.store`, as the executor does: what the tests of reports start from."""
+"""Writes a run folder by hand, through the store, as the executor does: what the tests of reports start from."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from harness.provenance import file_digest
-from harness.records import Metric, Output, Row, StepRecord
-from harness.store import Journal, RunStore, rows_digest, write_json, write_rows
+from harness.core.records import Metric, Output, Row, StepRecord
+from harness.steps.files import write_json
+from harness.steps.journal import Journal, rows_digest, write_rows
+from harness.steps.provenance import file_digest
+from harness.steps.store import RunStore
 
 MODEL = {"name": "tiny", "architecture": "LlamaForCausalLM", "dtype": "bfloat16", "size_bytes": 16_000_000}
 ACC = Metric(name="acc", higher_is_better=True, unit="proportion", low=0.0, high=1.0, chance=0.25)

@@ -12,12 +12,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import harness
-from harness import adapter_keys, regex_guard
-from harness.adapter_keys import PREFIX
-from harness.errors import UserError
-from harness.models import adapter_modules, inspect_adapter, inspect_model
-from harness.records import AdapterInfo, ModelInfo
-from harness.specs import ModelSpec
+from harness.core import regex_guard
+from harness.core.errors import UserError
+from harness.core.records import AdapterInfo, ModelInfo
+from harness.core.specs import ModelSpec
+from harness.models import adapter_keys
+from harness.models.adapter_keys import PREFIX
+from harness.models.inspect import adapter_modules, inspect_adapter, inspect_model
 from harness.testing import tiny_adapter
 
 ONE = "model.layers.1.self_attn.q_proj"
@@ -211,14 +212,14 @@ def test_a_damaged_one_is_refused_wherever_it_is_given(
 
 
 def _fold(adapter: Path, base: Path, out: Path) -> None:
-    from harness.fold import fold
+    from harness.merging.fold.run import fold
 
     fold(str(adapter), str(base), out=out, probe_prompts=0)
 
 
 def _continue_from(adapter: Path, base: Path) -> None:
-    from harness.align_checks import find_start
-    from harness.specs import AlignSpec
+    from harness.alignment.checks import find_start
+    from harness.core.specs import AlignSpec
 
     spec = AlignSpec(method="dpo", dataset="d", model=ModelSpec(model=str(base)), start=str(adapter))
     find_start(spec, inspect_model(spec.model), None)

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from harness import regex_guard
-from harness.errors import UserError
-from harness.lineage import ancestry
-from harness.merge_models import open_checkpoint
-from harness.models import inspect_adapter, inspect_model, read_chat_template
-from harness.records import AdapterInfo
-from harness.specs import ModelSpec
+from harness.core import regex_guard
+from harness.core.errors import UserError
+from harness.core.records import AdapterInfo
+from harness.core.specs import ModelSpec
+from harness.merging.sources import open_checkpoint
+from harness.models.chat_templates import read_chat_template
+from harness.models.inspect import inspect_adapter, inspect_model
+from harness.models.lineage import ancestry
 from harness.testing import tiny_adapter
 
 HOSTILE: tuple[Any, ...] = (

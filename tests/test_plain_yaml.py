@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import load_yaml, set_path
-from harness.errors import UserError
-from harness.plain_yaml import MOST_DEPTH, NotPlain, read_yaml
-from harness.search import parse_grid
+from harness.core.config import load_yaml, set_path
+from harness.core.errors import UserError
+from harness.core.plain_yaml import MOST_DEPTH, NotPlain, read_yaml
+from harness.study.search import parse_grid
 
 # 10 values (a list and what is in it), then 1 + 9 times as many: 91, 820, 7,381, 66,430, and 597,871 on line 6.
 MULTIPLYING = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

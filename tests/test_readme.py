@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from harness.cli import app
-from harness.registry import load_plugins
+from harness.cli.app import app
+from harness.contracts.registry import load_plugins
 
 README = Path(__file__).parent.parent / "README.md"
 TEXT = README.read_text(encoding="utf-8")

@@ -9,9 +9,9 @@ from typing import Any
 import jinja2
 import pytest
 
-from harness.errors import UserError
-from harness.prompts import encode_rendered, render, render_chats
-from harness.rendering import bounded, sandbox
+from harness.core.errors import UserError
+from harness.models.prompts import encode_rendered, render, render_chats
+from harness.models.rendering import bounded, sandbox
 
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
@@ -28,7 +28,7 @@ def test_a_loop_is_interrupted_and_nothing_stays() -> None:
 def test_a_chat_template_that_loops(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoTokenizer
 
-    monkeypatch.setattr("harness.prompts.SECONDS", 0.3)
+    monkeypatch.setattr("harness.models.prompts.SECONDS", 0.3)
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny)
     with pytest.raises(UserError, match=r"chat template: rendering took more than 0\.4 s"):
         render_chats(tokenizer, [[{"role": "user", "content": "hello"}]], template=LOOP)

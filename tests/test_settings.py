@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from harness.errors import UserError
-from harness.settings import load_settings
+from harness.core.errors import UserError
+from harness.core.user_defaults import load_settings
 
 PLUGIN = "open('executed', 'w')\n"
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from harness import config
-from harness.contracts import CONTRACT_VERSION, Plugin
-from harness.records import canonical
-from harness.registry import HEAVY, Origin, Registry, admit, load_plugins
+from harness.contracts.plugin import CONTRACT_VERSION, Plugin
+from harness.contracts.registry import HEAVY, Origin, Registry, admit, load_plugins
+from harness.core import config
+from harness.core.records import canonical
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.@+-]*")
 

@@ -9,14 +9,15 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from harness.catalog import Catalog, Entry
-from harness.config import parse_options
-from harness.contracts import Dataset, DatasetJob, DatasetRow, Scorer
-from harness.errors import UserError
-from harness.records import canonical
-from harness.registry import Registry, load_plugins
-from harness.row_schema import FIELDS, row_problem
-from harness.specs import DatasetRef, ScorerRef
+from harness.contracts.dataset import Dataset, DatasetJob, DatasetRow
+from harness.contracts.registry import Registry, load_plugins
+from harness.contracts.scorer import Scorer
+from harness.core.config import parse_options
+from harness.core.errors import UserError
+from harness.core.records import canonical
+from harness.core.specs import DatasetRef, ScorerRef
+from harness.data.row_schema import FIELDS, row_problem
+from harness.tasks.catalog import Catalog, Entry
 from harness.testing.common import check_identity, check_plugin, demand, options_of
 
 
@@ -101,7 +102,9 @@ def _check_row(schema: Any, row: Any) -> None:
     rule = f"A row of {schema!r} holds {holds}; a row without is dropped and counted."
     demand(bool(row.data) and not lacking, rule, f"row {row.id} has {sorted(row.data)}, nothing in {lacking}")
     problem = row_problem(schema, row.data)
-    demand(problem is None, f"A row of {schema!r} is like harness.row_schema.EXAMPLES.", f"row {row.id}: {problem}")
+    demand(
+        problem is None, f"A row of {schema!r} is like harness.data.row_schema.EXAMPLES.", f"row {row.id}: {problem}"
+    )
 
 
 def _check_dropped(first: Mapping[str, int], second: Mapping[str, int]) -> None:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from harness.contracts import Availability, Capabilities, Engine, Session
-from harness.models import inspect_adapter, inspect_model, open_tokenizer
-from harness.records import AdapterInfo, ModelInfo, Output, Request, canonical
-from harness.specs import Decoding, ModelSpec
+from harness.contracts.engine import Availability, Capabilities, Engine, Session
+from harness.core.records import AdapterInfo, ModelInfo, Output, Request, canonical
+from harness.core.specs import Decoding, ModelSpec
+from harness.models.inspect import inspect_adapter, inspect_model, open_tokenizer
 from harness.testing.common import check_identity, check_plugin, demand, in_fresh_process, options_of
 from harness.testing.tiny import SENTENCES, tiny_adapter, tiny_model
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from harness.contracts import Executor
+from harness.contracts.executor import Executor
 from harness.testing.common import check_plugin, demand, options_of
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from harness.contracts import Factors, Merged, Merger
-from harness.errors import UserError
+from harness.contracts.merger import Factors, Merged, Merger
+from harness.core.errors import UserError
 from harness.testing.common import check_plugin, demand, options_of
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness.contracts import Scorer, ScorerContext
-from harness.records import Answer, Metric, Output, Request, Sample, Score, canonical
-from harness.specs import Decoding
+from harness.contracts.scorer import Scorer, ScorerContext
+from harness.core.records import Answer, Metric, Output, Request, Sample, Score, canonical
+from harness.core.specs import Decoding
 from harness.testing.common import check_identity, check_plugin, demand, options_of
 
 _EXAMPLES = (

@@ -9,11 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness.contracts import Adapter, Aligner, PairLogps, Stage, TrainingJob
-from harness.errors import StepError
-from harness.pairwise import PairwiseLoss
-from harness.recipes import Recipe
-from harness.row_schema import FIELDS
+from harness.alignment.pairwise import PairwiseLoss
+from harness.contracts.adapter import Adapter
+from harness.contracts.aligner import Aligner, PairLogps, Stage, TrainingJob
+from harness.contracts.recipe import Recipe
+from harness.core.errors import StepError
+from harness.data.row_schema import FIELDS
 from harness.testing.common import check_plugin, demand, options_of
 from harness.testing.tiny import SENTENCES, tiny_model
 
@@ -124,7 +125,7 @@ def _check_loss(aligner: PairwiseLoss, config: Any, count: int) -> None:
     """The loss and the rewards of made-up pairs; the trainer would find the same faults once there is a model."""
     import torch
 
-    from harness.pairwise_trainer import losses, rewards
+    from harness.alignment.pairwise_trainer import losses, rewards
 
     lengths_B = torch.arange(2, 2 + count)
     policy = PairLogps(
@@ -210,7 +211,7 @@ def _train(
 
 def _held_losses(trainer: Any, held: Sequence[Mapping[str, Any]]) -> list[float]:
     """Held-out rows measured as `harness align` does it."""
-    from harness.heldout import LOSS, measure
+    from harness.alignment.heldout import LOSS, measure
 
     rule = "The trainer evaluates the held-out rows of the job (`eval_dataset=job.heldout`)."
     demand(trainer.eval_dataset is not None, rule, "it has no `eval_dataset`")

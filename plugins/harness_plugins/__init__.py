@@ -8,14 +8,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from harness.contracts import Adapter, Aligner, Dataset, Engine, Executor, Merger, Scorer
-from harness.hookspecs import hookimpl
+from harness.contracts.adapter import Adapter
+from harness.contracts.aligner import Aligner
+from harness.contracts.dataset import Dataset
+from harness.contracts.engine import Engine
+from harness.contracts.executor import Executor
+from harness.contracts.hookspecs import hookimpl
+from harness.contracts.merger import Merger
+from harness.contracts.scorer import Scorer
 
 
 @hookimpl
 def register_aligners() -> Iterator[Aligner]:
     """SFT, DPO and the preference losses that are one function each."""
-    from harness_plugins.aligners import Cdpo, Dpo, Ipo, Orpo, Sft
+    from harness_plugins.aligners.preference import Cdpo, Dpo, Ipo, Orpo
+    from harness_plugins.aligners.sft import Sft
 
     yield Sft()
     yield Dpo()
@@ -27,7 +34,7 @@ def register_aligners() -> Iterator[Aligner]:
 @hookimpl
 def register_adapters() -> Iterator[Adapter]:
     """LoRA, QLoRA, and full fine-tuning."""
-    from harness_plugins.adapters import Full, Lora, Qlora
+    from harness_plugins.adapters.lora import Full, Lora, Qlora
 
     yield Lora()
     yield Qlora()
@@ -37,8 +44,9 @@ def register_adapters() -> Iterator[Adapter]:
 @hookimpl
 def register_mergers() -> Iterator[Merger]:
     """Means and arcs of weights, and what is done to differences from a base."""
-    from harness_plugins.mergers import Linear, Nuslerp, Slerp, SlerpDelta
-    from harness_plugins.mergers_delta import DareLinear, DareTies, TaskArithmetic, Ties
+    from harness_plugins.mergers.deltas import DareLinear, DareTies, TaskArithmetic, Ties
+    from harness_plugins.mergers.linear import Linear
+    from harness_plugins.mergers.spherical import Nuslerp, Slerp, SlerpDelta
 
     yield Linear()
     yield Slerp()
@@ -53,9 +61,9 @@ def register_mergers() -> Iterator[Merger]:
 @hookimpl
 def register_engines() -> Iterator[Engine]:
     """transformers, vLLM, and any OpenAI-compatible URL."""
-    from harness_plugins.engine_openai import OpenAIEngine
-    from harness_plugins.engine_transformers import TransformersEngine
-    from harness_plugins.engine_vllm import VllmEngine
+    from harness_plugins.engines.openai.engine import OpenAIEngine
+    from harness_plugins.engines.transformers.engine import TransformersEngine
+    from harness_plugins.engines.vllm.engine import VllmEngine
 
     yield TransformersEngine()
     yield VllmEngine()
@@ -65,12 +73,12 @@ def register_engines() -> Iterator[Engine]:
 @hookimpl
 def register_scorers() -> Iterator[Scorer]:
     """Classifiers, plain text comparison, and lm-eval's own metrics."""
-    from harness_plugins.scorer_alpaca import AlpacaEvalScorer
-    from harness_plugins.scorer_attack import Attack
-    from harness_plugins.scorer_classifier import ClassifierScorer, ToxicityScorer
-    from harness_plugins.scorer_lmeval import LmEvalScorer
-    from harness_plugins.scorers_attack import AttackClassifier, AttackLlm, RefusalScorer
-    from harness_plugins.scorers_text import ExactMatch, Includes, Regex
+    from harness_plugins.scorers.alpaca.scorer import AlpacaEvalScorer
+    from harness_plugins.scorers.attack.judges import AttackClassifier, AttackLlm, RefusalScorer
+    from harness_plugins.scorers.attack.together import Attack
+    from harness_plugins.scorers.classifier import ClassifierScorer, ToxicityScorer
+    from harness_plugins.scorers.lm_eval import LmEvalScorer
+    from harness_plugins.scorers.text import ExactMatch, Includes, Regex
 
     yield ToxicityScorer()
     yield ClassifierScorer()
@@ -88,11 +96,11 @@ def register_scorers() -> Iterator[Scorer]:
 @hookimpl
 def register_datasets() -> Iterator[Dataset]:
     """Rows of the hub, of a file, RealToxicityPrompts, Red-Instruct's questions, and preferences to align with."""
-    from harness_plugins.datasets_align import BeaverTails, HhRlhf, Summarize
-    from harness_plugins.datasets_alpaca import AlpacaEval
-    from harness_plugins.datasets_eval import HubDataset, JsonlDataset, RealToxicityPrompts
-    from harness_plugins.datasets_red import CategoricalHarmfulQA, DangerousQA, HarmfulQA
-    from harness_plugins.datasets_trl import TrlFormats
+    from harness_plugins.datasets.alpaca import AlpacaEval
+    from harness_plugins.datasets.files import HubDataset, JsonlDataset, RealToxicityPrompts
+    from harness_plugins.datasets.preferences import BeaverTails, HhRlhf, Summarize
+    from harness_plugins.datasets.red_instruct import CategoricalHarmfulQA, DangerousQA, HarmfulQA
+    from harness_plugins.datasets.trl import TrlFormats
 
     yield HubDataset()
     yield JsonlDataset()
@@ -110,7 +118,7 @@ def register_datasets() -> Iterator[Dataset]:
 @hookimpl
 def register_executors() -> Iterator[Executor]:
     """In this process, one group after another."""
-    from harness_plugins.executor_local import LocalExecutor
+    from harness_plugins.executors.local import LocalExecutor
 
     yield LocalExecutor()
 

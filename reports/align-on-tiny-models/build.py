@@ -44,7 +44,7 @@ def recipe(method: str, adapter: str, data: str) -> dict[str, Any]:
 def train(base: str, folder: Path) -> None:
     """Train every arm that is not there yet."""
     import harness
-    from harness.registry import load_plugins
+    from harness.contracts.registry import load_plugins
 
     registry = load_plugins()
     for data in DATA:
@@ -129,7 +129,7 @@ def _json(path: Path) -> Any:
 
 
 def _values(path: Path, name: str) -> dict[str, float]:
-    from harness.store import read_rows
+    from harness.steps.journal import read_rows
 
     return {row["id"]: row[name] for row in read_rows(path / "training" / "heldout.jsonl.gz")}
 
@@ -138,7 +138,7 @@ def _over_seeds(paths: list[Path], name: str, start: dict[str, float] | None) ->
     """Mean over rows and seeds, crossed bootstrap; of a loss, its change from the start."""
     import numpy as np
 
-    from harness.stats import crossed_bootstrap
+    from harness.core.stats import crossed_bootstrap
 
     found = [_values(path, name) for path in paths]
     ids = sorted(set.intersection(*(set(values) for values in found)))

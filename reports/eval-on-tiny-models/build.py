@@ -32,7 +32,7 @@ def collect(folder: Path) -> None:
     records.mkdir(exist_ok=True)
     for name in RUNS:
         _write(records / f"run-{name}.json", record_of(folder / name))
-    from harness.compare import compare_runs
+    from harness.report.compare import compare_runs
 
     # tiny-base has no chat template, so that without leave these two are not comparable.
     runs = folder / "tox-tiny-base", folder / "tox-tiny-instruct"
@@ -45,7 +45,7 @@ def _write(path: Path, data: Any) -> None:
 
 def record_of(root: Path) -> dict[str, Any]:
     """What a run did and found, without texts."""
-    from harness.results import open_run
+    from harness.report.read import open_run
 
     run = open_run(root)
     model = run.plan["model"]

@@ -106,8 +106,8 @@ def collect(folder: Path) -> None:
 
 def _differences(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Minus the base, paired by sample; Holm over everything in the table."""
-    from harness.compare import compare_runs
-    from harness.stats import holm
+    from harness.core.stats import holm
+    from harness.report.compare import compare_runs
 
     names = {path: name for name, path in ARMS.items()}
     found = {}
@@ -140,7 +140,7 @@ def _rows(run: Path) -> list[Any]:
 
 
 def _reported(run: Path) -> Any:
-    from harness.report import write_reports
+    from harness.report.build import write_reports
 
     write_reports(run)
     return _json(run / "report" / "report.json")

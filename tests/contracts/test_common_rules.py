@@ -12,8 +12,8 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
 from harness import Config, Executor, Scorer
-from harness.errors import UserError
-from harness.registry import load_plugins
+from harness.contracts.registry import load_plugins
+from harness.core.errors import UserError
 from harness.testing import check_executor, check_plugin, registry_of
 
 

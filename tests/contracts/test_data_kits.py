@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from harness import Config, Dataset, DatasetJob, DatasetRow, Metric, Scorer, UserError
-from harness.registry import Origin, Registered, Registry
+from harness.contracts.registry import Origin, Registered, Registry
 from harness.testing import check_dataset, check_tasks
 
 SOURCE = (("a", "one"), ("b", ""), ("c", "three"))

@@ -10,7 +10,7 @@ import pytest
 from pydantic import Field
 
 from harness import Adapter, Aligner, Config, Factors, Merged, Merger, PairwiseLoss, Stage, TrainingJob
-from harness.scaffold import write_package
+from harness.contracts.scaffold import write_package
 from harness.testing import check_adapter, check_aligner, check_merger
 
 

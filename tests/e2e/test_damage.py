@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from harness.catalog import load_catalog
-from harness.execute import run_plan
-from harness.plan import plan_eval
-from harness.progress import Reporter
-from harness.registry import load_plugins
-from harness.specs import EvalSpec, ModelSpec
-from harness.store import Journal, read_members, read_rows
+from harness.contracts.registry import load_plugins
+from harness.core.progress import Reporter
+from harness.core.specs import EvalSpec, ModelSpec
+from harness.evaluation.plan import plan_eval
+from harness.evaluation.run import run_plan
+from harness.steps.journal import Journal, read_members, read_rows
+from harness.tasks.catalog import load_catalog
 from tests.damage import HARMS, files_of, one_by_one
 
 BATCH, N = 4, 30
@@ -301,8 +301,8 @@ def test_weights_that_changed_in_place(run: Any, alone: Path, tiny: Path, slow_e
     assert weights.stat().st_size == stat.st_size
     ran = cli(*slow_eval, "--out", out)
     assert ran.code == 2
-    from harness.models import inspect_model
-    from harness.specs import ModelSpec
+    from harness.core.specs import ModelSpec
+    from harness.models.inspect import inspect_model
 
     second = inspect_model(ModelSpec(model=str(model))).weights_digest
     assert first != second

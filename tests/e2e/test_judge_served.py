@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from harness.serving import serve
+from harness.serving.server import serve
 
 SHARED = os.environ.get("HARNESS_SHARED")
 pytestmark = [

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from harness import store
-from harness.store import Journal, read_rows
+from harness.steps import files
+from harness.steps.journal import Journal, read_rows
 from harness.testing import tiny_adapter
 
 BATCH = 4  # of slow_engine.py
@@ -34,7 +34,7 @@ def count(file: Path) -> int:
 
 
 def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "harness.cli", *arguments]
+    command = [sys.executable, "-m", "harness.cli.app", *arguments]
     return subprocess.Popen(
         command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -129,13 +129,13 @@ def die_at(step: int) -> None:
         def half() -> None:
             append(journal, rows)
             whole = journal.path.read_bytes()
-            start_of_member = whole.rfind(store._MEMBER)
+            start_of_member = whole.rfind(journal._MEMBER)
             os.truncate(journal.path, start_of_member + (len(whole) - start_of_member) // 2)
 
         next_moment(half)
         append(journal, rows)
 
-    store.os.replace = replaced  # type: ignore[assignment]
+    files.os.replace = replaced  # type: ignore[assignment]
     Journal.append = appended  # type: ignore[method-assign]
 
 

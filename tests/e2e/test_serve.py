@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from harness.serving import Server, serve
+from harness.serving.server import Server, serve
 from harness.testing import tiny_adapter
 
 pytestmark = [
@@ -119,7 +119,7 @@ def test_a_served_adapter_has_the_numbers_of_the_adapter(
 
 
 def answers(out: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    from harness.store import read_rows
+    from harness.steps.journal import read_rows
 
     files = out.glob("steps/answers-*/artifact/answers.jsonl.gz")
     return {(row["item"], row["index"]): row["output"] for file in files for row in read_rows(file)}

@@ -90,7 +90,7 @@ def run_case(case: Case, folder: Path, limit: int = SECONDS) -> Verdict:
 
 
 def _main(arguments: list[str]) -> int:
-    from harness import cli
+    from harness.cli import app as cli
 
     try:
         with patch.object(sys, "argv", ["harness", *arguments]):
@@ -174,7 +174,11 @@ def _stopping_at_the_plan(settled: list[str]) -> Iterator[None]:
             raise Planned
         return run_plan(plan, *rest, **more)
 
-    from harness import alignment, execute, merging, search, serving
+    from harness.alignment import run as alignment
+    from harness.evaluation import run as execute
+    from harness.merging import run as merging
+    from harness.serving import server as serving
+    from harness.study import search
 
     run_plan = execute.run_plan
     with contextlib.ExitStack() as stack:

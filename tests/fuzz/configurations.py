@@ -200,8 +200,13 @@ def bases(models: Path, engine: Path) -> list[Base]:
 def keys_of() -> dict[str, tuple[str, ...]]:
     """Every key that `--set` takes, by task, engine, method and merger."""
     from harness import TaskSpec, load_plugins
-    from harness.contracts import Adapter, Aligner, Dataset, Engine, Merger, Scorer
-    from harness.specs import DatasetRef, Decoding, LmEvalRef
+    from harness.contracts.adapter import Adapter
+    from harness.contracts.aligner import Aligner
+    from harness.contracts.dataset import Dataset
+    from harness.contracts.engine import Engine
+    from harness.contracts.merger import Merger
+    from harness.contracts.scorer import Scorer
+    from harness.core.specs import DatasetRef, Decoding, LmEvalRef
 
     registry = load_plugins()
     found = {

@@ -210,9 +210,9 @@ def test_another_commit_than_the_pinned_one_is_named_by_whoever_wants_it(
     refuse: Refuse, alone: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Offline, with what is not the pinned revision in the cache: refused; accepted, its commit is in every name."""
-    from harness.align_plan import plan_align
-    from harness.registry import load_plugins
-    from harness.specs import AlignSpec, ModelSpec
+    from harness.alignment.plan import plan_align
+    from harness.contracts.registry import load_plugins
+    from harness.core.specs import AlignSpec, ModelSpec
 
     commit = "0123456789abcdef" * 2 + "01234567"
     monkeypatch.setenv("HF_HUB_CACHE", str(alone / "hub"))

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from pydantic import Field
 
-from harness.config import Config, load_yaml, parse, parse_options, set_path
-from harness.errors import ExitCode, UserError, nearest, unknown
+from harness.core.config import Config, load_yaml, parse, parse_options, set_path
+from harness.core.errors import ExitCode, UserError, nearest, unknown
 
 
 class Data(Config):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from harness import merge_write
+from harness.merging import write as merge_write
 from harness.testing import tiny_adapter, tiny_model
 
 Refuse = Callable[..., str]
@@ -286,7 +286,7 @@ def test_probes_that_hold_nothing(refuse: Refuse) -> None:
 
 
 def test_more_texts_than_fit(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
-    from harness import fold_probe
+    from harness.merging.fold import probe as fold_probe
 
     monkeypatch.setattr(fold_probe, "MOST_BYTES", 100_000)
     message = refuse("fold", "a0", "--base", "base")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.contracts import Scorer
-from harness.errors import UserError
-from harness.registry import Registry, load_plugins
+from harness.contracts.registry import Registry, load_plugins
+from harness.contracts.scorer import Scorer
+from harness.core.errors import UserError
 
 
 def said(file: Path) -> str:

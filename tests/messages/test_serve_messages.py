@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from harness import serve_check
-from harness.contracts import ServerCommand
-from harness.machine import Gpu
+from harness.contracts.engine import ServerCommand
+from harness.core.machine import Gpu
+from harness.serving import check as serve_check
 from harness.testing import tiny_adapter, tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -143,7 +143,7 @@ def test_an_architecture_that_vllm_has_not(
 
 
 def test_no_vllm(cli: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from harness_plugins import engine_vllm
+    from harness_plugins.engines.vllm import engine as engine_vllm
 
     monkeypatch.setattr(engine_vllm, "distribution", lambda: None)
     monkeypatch.setattr(engine_vllm, "has_nvidia_gpu", lambda: False)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import CorruptionError, UserError
-from harness.store import RunStore, read_json, slug
+from harness.core.errors import CorruptionError, UserError
+from harness.steps.files import read_json, slug
+from harness.steps.store import RunStore
 
 
 def test_an_output_folder_that_is_a_file(tmp_path: Path) -> None:

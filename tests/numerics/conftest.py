@@ -50,7 +50,7 @@ def adapted(tiny: Path) -> Callable[..., Any]:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from harness_plugins.adapters import Lora
+        from harness_plugins.adapters.lora import Lora
 
         torch.manual_seed(1)
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -69,7 +69,7 @@ def adapted(tiny: Path) -> Callable[..., Any]:
 
 @pytest.fixture
 def job(tokenizer: Any, tmp_path: Path) -> Job:
-    """``job(aligner, model, rows, heldout, **config)``: a job as harness.alignment hands it over, CPU, seed 0."""
+    """``job(aligner, model, rows, heldout, **config)``: a job as harness.alignment.run hands it over, CPU, seed 0."""
 
     def make(
         aligner: Any,
@@ -81,7 +81,7 @@ def job(tokenizer: Any, tmp_path: Path) -> Job:
     ) -> TrainingJob:
         from datasets import Dataset
 
-        from harness.training import settings
+        from harness.alignment.driver import settings
 
         recipe = aligner.Config(**{"batch_size": len(rows), "steps": 1, "log_every": 1, **config})
         fixed = settings(

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from harness import Merger, load_plugins
-from harness.merge_config import read_merge_config
-from harness.merge_recipe import MergeRecipe, Source, TensorRecipe, recipe_of
+from harness.merging.mergekit.config import read_merge_config
+from harness.merging.tensor_plan import MergeRecipe, Source, TensorRecipe, recipe_of
 
 PEER = Path(__file__).parent / "mergekit_0.1.5"
 DATA = json.loads((PEER / "merges.json").read_text(encoding="utf-8"))

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from harness import align, load_plugins
-from harness_plugins.aligners import Dpo, Ipo, Sft
+from harness_plugins.aligners.preference import Dpo, Ipo
+from harness_plugins.aligners.sft import Sft
 
 Job = Callable[..., Any]
 KEPT = 1e9
@@ -19,8 +20,8 @@ KEPT = 1e9
 
 
 def referenced(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with log-probabilities under the base, as harness.alignment adds them."""
-    from harness.reference import pair_scorer
+    """Rows with log-probabilities under the base, as harness.alignment.run adds them."""
+    from harness.alignment.reference import pair_scorer
 
     with model.disable_adapter():
         values = pair_scorer(model, tokenizer)(rows)
@@ -305,7 +306,7 @@ def test_the_optimiser_by_device() -> None:
     """Table 6: paged AdamW where there is CUDA, torch's AdamW elsewhere; both are names that transformers knows."""
     from transformers.training_args import OptimizerNames
 
-    from harness.training import optimizer_name
+    from harness.alignment.driver import optimizer_name
 
     assert [optimizer_name(cuda) for cuda in (True, False)] == ["paged_adamw_32bit", "adamw_torch"]
     assert {OptimizerNames(optimizer_name(cuda)) for cuda in (True, False)} == {
@@ -316,7 +317,7 @@ def test_the_optimiser_by_device() -> None:
 
 def test_micro_batches_divide_the_effective_batch() -> None:
     """Divisors of 10: 1, 2, 5, 10; of 16: 1, 2, 4, 8, 16; 7 has none between."""
-    from harness.training import micro_batch_size
+    from harness.alignment.driver import micro_batch_size
 
     assert [micro_batch_size(10, most) for most in (1, 2, 4, 5, 9, 10, 99)] == [1, 2, 2, 5, 5, 10, 10]
     assert [micro_batch_size(16, most) for most in (4, 3, 16)] == [4, 2, 16]

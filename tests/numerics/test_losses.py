@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from harness import PairLogps
-from harness_plugins.aligners import Cdpo, Dpo, Ipo, Orpo, Sft
+from harness_plugins.aligners.preference import Cdpo, Dpo, Ipo, Orpo
+from harness_plugins.aligners.sft import Sft
 
 
 def logps(chosen: float, rejected: float, chosen_tokens: int = 5, rejected_tokens: int = 10) -> PairLogps:

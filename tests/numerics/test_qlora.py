@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from harness import align
-from harness_plugins.adapters import Qlora
-from harness_plugins.aligners import Dpo, Sft
+from harness_plugins.adapters.lora import Qlora
+from harness_plugins.aligners.preference import Dpo
+from harness_plugins.aligners.sft import Sft
 
 bnb = pytest.importorskip("bitsandbytes")
 Job = Callable[..., Any]
@@ -31,7 +32,7 @@ def linear_layers(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def quantised(folder: Path, config: Any) -> Any:
-    """The base in 4 bit as harness.alignment opens it, with an adapter whose B is not zero."""
+    """The base in 4 bit as harness.alignment.run opens it, with an adapter whose B is not zero."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -201,8 +202,8 @@ def test_an_adapter_is_evaluated_on_the_base_that_is_asked_for(tiny: Path, tmp_p
     import torch
 
     from harness import ModelSpec, Request, inspect_model
-    from harness.models import inspect_adapter
-    from harness_plugins.engine_transformers import TransformersEngine
+    from harness.models.inspect import inspect_adapter
+    from harness_plugins.engines.transformers.engine import TransformersEngine
 
     trained = quantised(tiny, options())
     trained.save_pretrained(tmp_path / "adapter")
@@ -229,7 +230,7 @@ def test_an_adapter_is_evaluated_on_the_base_that_is_asked_for(tiny: Path, tmp_p
 
 def test_an_nf4_base_without_bitsandbytes_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from harness import ModelSpec, UserError, inspect_model
-    from harness_plugins.engine_transformers import TransformersEngine
+    from harness_plugins.engines.transformers.engine import TransformersEngine
 
     engine, model = TransformersEngine(), inspect_model(ModelSpec(model=str(tiny)))
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)

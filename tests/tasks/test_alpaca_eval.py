@@ -17,11 +17,11 @@ import pytest
 
 import harness_tasks
 from harness import UserError
-from harness.catalog import Catalog
-from harness.config import parse_options
-from harness.contracts import DatasetJob, DatasetRow
-from harness_plugins.datasets_alpaca import AlpacaEval
-from harness_plugins.scorer_alpaca import AlpacaEvalScorer
+from harness.contracts.dataset import DatasetJob, DatasetRow
+from harness.core.config import parse_options
+from harness.tasks.catalog import Catalog
+from harness_plugins.datasets.alpaca import AlpacaEval
+from harness_plugins.scorers.alpaca.scorer import AlpacaEvalScorer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 fake: ModuleType = importlib.import_module("judge_server")

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 import harness_tasks
-from harness.catalog import Catalog
-from harness.results import open_run
-from harness.store import read_rows
+from harness.report.read import open_run
+from harness.steps.journal import read_rows
+from harness.tasks.catalog import Catalog
 
 TESTS = Path(__file__).parent.parent
 sys.path.insert(0, str(TESTS))
@@ -243,7 +243,7 @@ def test_killed_in_the_middle_of_judging_pays_for_the_rest_alone(
     judge.say = slow
     command = arguments(tiny, red, "dangerous_qa", *judged_by(judge.url, concurrency=1, served_model="stub-judge"))
     child = subprocess.Popen(
-        [sys.executable, "-m", "harness.cli", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "harness.cli.app", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
         assert fourth.wait(120)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from harness import EvalSpec, ModelSpec, load_plugins
-from harness.catalog import load_catalog
-from harness.plan import EvalPlan, plan_eval
-from harness_plugins.scorer_lmeval import extract_flexible
+from harness.evaluation.plan import EvalPlan, plan_eval
+from harness.tasks.catalog import load_catalog
+from harness_plugins.scorers.lm_eval import extract_flexible
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from judge_server import JudgeServer, judge_server

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 import harness_tasks
-from harness.catalog import Catalog
-from harness.config import parse_options
-from harness.contracts import DatasetJob, DatasetRow
-from harness_plugins import datasets_eval
-from harness_plugins.datasets_eval import RealToxicityPrompts
-from harness_plugins.scorer_classifier import ToxicityScorer
+from harness.contracts.dataset import DatasetJob, DatasetRow
+from harness.core.config import parse_options
+from harness.tasks.catalog import Catalog
+from harness_plugins.datasets import files as datasets_eval
+from harness_plugins.datasets.files import RealToxicityPrompts
+from harness_plugins.scorers.classifier import ToxicityScorer
 
 FOLDER = Path(harness_tasks.__path__[0])
 SHARED = os.environ.get("HARNESS_SHARED")

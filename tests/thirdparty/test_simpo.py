@@ -55,10 +55,10 @@ def run(environment: dict[str, str], code: str, *arguments: str) -> str:
     return done.stdout
 
 
-CLI = "from harness.cli import main; main()"
+CLI = "from harness.cli.app import main; main()"
 ALL = """
 import json, sys
-from harness.cli import main
+from harness.cli.app import main
 for arguments in json.loads(sys.argv.pop()):
     sys.argv = ["harness", *arguments]
     try:

@@ -1,0 +1,231 @@
+"""`harness eval`, and what looks at its runs: `harness report` and `harness compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from harness.core.errors import ExitCode, UserError
+from harness.core.text import visible
+
+if TYPE_CHECKING:
+    from harness.report.model import ComparisonReport
+
+PluginFiles = Annotated[list[str] | None, typer.Option("--plugin", help="Loose plugin file to load (repeatable).")]
+Folders = Annotated[list[str] | None, typer.Option("--tasks", help="Folder of task YAML files (repeatable).")]
+DataRevisions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data-revision",
+        metavar="OWNER/NAME=COMMIT",
+        help="Read a hub data set at this commit, not at the pinned one (repeatable).",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def options_of(pairs: list[str] | None) -> dict[str, Any]:
+    """``--set`` values as nested options."""
+    from harness.core.config import set_path
+
+    options: dict[str, Any] = {}
+    for pair in pairs or ():
+        set_path(options, pair)
+    return options
+
+
+def eval_(
+    model: Annotated[str, typer.Option(help="Model folder, hub id, or URL of an OpenAI-compatible endpoint.")],
+    task: Annotated[
+        list[str] | None, typer.Option(help="Task name, NAME:raw, NAME:chat, lm_eval:NAME or YAML.")
+    ] = None,
+    suite: Annotated[str | None, typer.Option(help="Suite name; `quick` if no task is given either.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="Folder or hub id of a peft adapter, or a folder of adapters (repeatable)."),
+    ] = None,
+    with_base: Annotated[
+        bool | None,
+        typer.Option("--with-base/--no-base", help="Evaluate the base too; by default beside several adapters."),
+    ] = None,
+    control: Annotated[str | None, typer.Option(help="Value of the adapter's conditioning.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None,
+    engine: Annotated[str | None, typer.Option(help="transformers, vllm, openai, or auto.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Samples per leaf task (per subject of MMLU, say).")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of few-shot choice, sampling and resampling.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Run folder; continues if it holds this evaluation.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run folder holds and start over.")] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="engine.KEY=V, TASK.limit=N, TASK.scorer.KEY=V.")
+    ] = None,
+    parity: Annotated[int | None, typer.Option(help="Samples per task that a second engine answers too.")] = None,
+    parity_engine: Annotated[str, typer.Option(help="The second engine.")] = "transformers",
+    max_judge_cost: Annotated[
+        float | None, typer.Option(help="Most that a judge may cost in this run (in the currency of its prices).")
+    ] = None,
+    data_revision: DataRevisions = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto (fp32 on a CPU, else as stored), float32, bfloat16, float16.")
+    ] = "auto",
+    plugin: PluginFiles = None,
+    tasks: Folders = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load pickled weights (can run code).")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+    trust_task_code: Annotated[
+        bool, typer.Option("--trust-task-code", help="Run code that lm-eval YAML of yours names (!function).")
+    ] = False,
+    allow_template_mismatch: Annotated[
+        bool, typer.Option("--allow-template-mismatch", help="Go on when adapter and model differ in template.")
+    ] = False,
+) -> int:
+    """Evaluate a model, or many adapters of one base: helpfulness and harmlessness, with intervals."""
+    from harness.contracts.registry import load_plugins
+    from harness.core.config import laid_over, parse_options
+    from harness.core.progress import for_terminal
+    from harness.core.specs import ModelSpec
+    from harness.core.user_defaults import load_settings
+    from harness.data.hub import parse_revisions
+    from harness.evaluation.run import evaluate
+    from harness.report.build import write_reports
+
+    _check_numbers(limit, parity, max_judge_cost)
+    settings = load_settings()
+    model_spec = parse_options(
+        ModelSpec,
+        {
+            "model": model,
+            "revision": revision,
+            "control": control,
+            "dtype": dtype,
+            "allow_pickle": allow_pickle,
+            "trust_remote_code": trust_remote_code,
+            "allow_template_mismatch": allow_template_mismatch,
+        },
+        "harness eval",
+    )
+    with for_terminal() as reporter:
+        evaluation = evaluate(
+            model_spec,
+            tasks=task or (),
+            suite=suite,
+            out=out,
+            fresh=fresh,
+            registry=load_plugins([*settings.plugins, *(plugin or ())]),
+            reporter=reporter,
+            adapters=adapter or (),
+            with_base=with_base,
+            engine=engine or settings.engine,
+            limit=limit,
+            seed=seed,
+            options=laid_over(settings.options, options_of(set_)),
+            task_folders=(*settings.task_folders, *(tasks or ())),
+            data_revisions={**settings.data_revisions, **parse_revisions(data_revision or ())},
+            trust_task_code=trust_task_code,
+            parity=parity,
+            parity_engine=parity_engine,
+            max_judge_cost=max_judge_cost,
+        )
+        spent = ", ".join(f"{name} {value:.1f}" for name, value in evaluation.seconds.items() if value)
+        if spent:
+            reporter.note(f"seconds: {spent}")
+    _print_report(write_reports(evaluation.root), evaluation.root)
+    return ExitCode.STEPS_FAILED if evaluation.failures else ExitCode.DONE
+
+
+def _check_numbers(limit: int | None, parity: int | None, cost: float | None) -> None:
+    if limit is not None and limit < 1:
+        raise UserError("--limit", f"{limit} is no positive number", "Give 1 or more, or leave it out for all samples.")
+    if parity is not None and parity < 1:
+        raise UserError("--parity", f"{parity} is no positive number", "Give 1 or more, or leave it out.")
+    if cost is not None and cost < 0:
+        raise UserError("--max-judge-cost", f"{cost:g} is negative", "Give 0 or more, or leave it out.")
+
+
+def _print_report(report: Any, root: Path) -> None:
+    from rich.console import Console
+
+    from harness.report.build import terminal_table
+
+    console = Console()
+    console.print(terminal_table(report))
+    console.print(visible(f"{root / 'report' / 'report.html'}"), markup=False, highlight=False, soft_wrap=True)
+
+
+def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+    """Rebuild a run's report from its records, and print it."""
+    from harness.report.build import write_reports
+
+    _print_report(write_reports(run), run)
+
+
+def compare(
+    run_a: Annotated[Path, typer.Argument(help="Run folder of the reference; alone: its arms against its base.")],
+    run_b: Annotated[Path | None, typer.Argument(help="Run folder of the candidate.")] = None,
+    fail_if_worse: Annotated[bool, typer.Option("--fail-if-worse", help="Exit 4 if B is significantly worse.")] = False,
+    show: Annotated[int, typer.Option(help="Samples that changed, per metric, to show.")] = 3,
+    every: Annotated[bool, typer.Option("--all", help="Also metrics that the leaderboard does not show.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    alpha: Annotated[float, typer.Option(help="Level of the tests, Holm-adjusted over the table.")] = 0.05,
+    allow_engine_mismatch: Annotated[
+        bool, typer.Option("--allow-engine-mismatch", help="Compare runs of engines that no parity record joins.")
+    ] = False,
+    allow_prompt_mismatch: Annotated[
+        bool, typer.Option("--allow-prompt-mismatch", help="Compare what was asked raw or in another chat template.")
+    ] = False,
+    as_json: Json = False,
+) -> int:
+    """Paired differences between two runs, or between the arms and the base of one, with the samples that changed."""
+    from harness.report import compare as comparing
+    from harness.report import compare_text
+
+    result = comparing.compare_runs(
+        run_a,
+        run_b,
+        seed=seed,
+        alpha=alpha,
+        allow_engine_mismatch=allow_engine_mismatch,
+        allow_prompt_mismatch=allow_prompt_mismatch,
+    )
+    if as_json:
+        import json
+
+        print(json.dumps(result.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        from rich.console import Console
+
+        console = Console()
+        console.print(compare_text.comparison_table(result, everything=every))
+        changed = (
+            comparing.changed_samples(
+                run_a, run_b, limit=show, everything=every, allow_prompt_mismatch=allow_prompt_mismatch
+            )
+            if show
+            else []
+        )
+        console.print(compare_text.changed_text(changed, result), markup=False, highlight=False, soft_wrap=True)
+    if fail_if_worse:
+        if result.regressions:
+            return ExitCode.REGRESSION
+        _refuse_unjudged(result)
+    return ExitCode.STEPS_FAILED if result.failed else ExitCode.DONE
+
+
+def _refuse_unjudged(result: ComparisonReport) -> None:
+    """A gate must not pass what it could not judge because A and B were asked differently.
+
+    Raises:
+        UserError: a primary metric is of that kind.
+    """
+    found = result.asked_differently
+    if found:
+        shown = "; ".join(f"{one.label} {one.metric}: {one.prompts_differ}" for one in found[:3])
+        raise UserError(
+            "--fail-if-worse",
+            f"{len(found)} of the primary metrics cannot be judged, as A and B were asked differently ({shown})",
+            "Ask both alike (NAME:raw, or base and adapters in one run: harness eval --with-base), or pass "
+            "--allow-prompt-mismatch.",
+        )

@@ -1,0 +1,76 @@
+"""The contract of data sets: rows with stable ids from a pinned revision."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel
+
+from harness.contracts.plugin import Plugin
+
+RowSchema = Literal["prompts", "demonstrations", "pairs", "rated"]
+"""What rows hold; :mod:`harness.data.row_schema` has an example of each."""
+
+
+@dataclass(frozen=True)
+class DatasetRow:
+    """One row with a stable id; ``data`` follows the dataset's declared schema."""
+
+    id: str
+    data: Mapping[str, Any]
+
+
+class Dataset(Plugin):
+    """Rows with stable ids from a pinned revision; counts what it drops and why."""
+
+    kind = "dataset"
+    schema: ClassVar[RowSchema | type[BaseModel]]
+    subsets: ClassVar[tuple[str, ...]] = ()
+    source: ClassVar[str] = ""
+    licence: ClassVar[str] = "unknown"
+    revision: ClassVar[str | None] = None
+
+    @abstractmethod
+    def rows(self, job: DatasetJob) -> Iterator[DatasetRow]:
+        """Yield rows in a fixed order. Call ``job.drop(reason)`` for every row left out."""
+
+    def schema_of(self, job: DatasetJob) -> RowSchema | type[BaseModel]:
+        """The schema of these rows, for a data set whose files decide it; ``schema`` otherwise."""
+        return self.schema
+
+    def heldout_split(self, job: DatasetJob) -> str | None:
+        """Name of the official held-out split; None: there is none, and a hash of each prompt decides."""
+        return None
+
+    def identity(self, job: DatasetJob) -> dict[str, Any]:
+        """What pins the rows: enters the id of every step that reads them."""
+        return {
+            "name": self.name,
+            "subset": job.subset,
+            "split": job.split,
+            "revision": job.revision or self.revision,
+            "options": job.options.model_dump(mode="json"),
+        }
+
+
+@dataclass
+class DatasetJob:
+    """One request for rows, and the count of what was dropped."""
+
+    subset: str | None
+    split: str | None
+    revision: str | None
+    options: Any
+    dropped: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Say something about the rows that a reader of the numbers should know; goes into the record."""
+        self.notes.append(text)
+
+    def drop(self, reason: str) -> None:
+        """Count one row that is left out."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1

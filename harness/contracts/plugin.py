@@ -1,0 +1,27 @@
+"""What all kinds of plugins share.
+
+A plugin is an object of a contract class, registered by a hook of :mod:`harness.contracts.hookspecs` and chosen by name.
+Each states a nested ``Config`` (frozen, extra fields forbidden, a description with unit per field) and the contract
+version it was written for. Heavy imports (torch, transformers, vllm, datasets) go inside methods.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from typing import ClassVar
+
+from harness.core import config
+
+CONTRACT_VERSION = 1
+
+
+class Plugin(ABC):
+    """What all kinds share."""
+
+    kind: ClassVar[str]
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    contract: ClassVar[int] = CONTRACT_VERSION
+
+    class Config(config.Config):
+        """No options."""

@@ -1,0 +1,94 @@
+"""The contract of scorers: what turns answers into numbers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from harness.contracts.plugin import Plugin
+from harness.core.records import Answer, Metric, Sample, Score
+
+
+@dataclass(frozen=True)
+class ScorerContext:
+    """What a scorer may use besides samples and answers."""
+
+    task: str
+    seed: int
+    folder: Path | None = None
+    """A folder of the run that survives interruption: for a judge's verdicts, say."""
+    shared: Path | None = None
+    """The same for all steps of the run: what a judge said there needs no second call, nor a second payment."""
+    progress: Callable[[int], None] = lambda more: None
+    """Told how many more samples have been scored."""
+    stored: Callable[[int], None] = lambda more: None
+    """Told how many more samples an earlier run has scored: they cost no time now."""
+    open_engine: Callable[..., Any] | None = None
+    """Opens a model for the scorer (a judge, say): ``open_engine(...)``; the scorer closes it."""
+    runtime: Any = None
+    """The open task; used by the scorer that hands lm-eval's own metrics through."""
+
+
+Need = Literal["classifier", "engine", "endpoint"]
+
+
+class Scorer(Plugin):
+    """Turns answers into numbers; sees only samples and answers, never the model under test."""
+
+    kind = "scorer"
+    needs: ClassVar[Need | None] = None
+
+    @abstractmethod
+    def metrics(self, options: Any) -> tuple[Metric, ...]:
+        """Direction, unit, range and chance level of every number that :meth:`score` returns."""
+
+    def metrics_of(self, options: Any, context: ScorerContext) -> tuple[Metric, ...]:
+        """As :meth:`metrics`, asked after :meth:`score`, for a scorer that learns its metrics from the open task."""
+        return self.metrics(options)
+
+    @abstractmethod
+    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], context: ScorerContext) -> list[Score]:
+        """One score per sample, in order. What cannot be scored is ``Score.absent``, never a number.
+
+        Options are ``self.options``; a scorer's model is opened here once for all samples.
+        """
+
+    def identity(self, options: Any) -> dict[str, Any]:
+        """What of the scorer enters a scores step's id; a scorer with a model adds the digest of its weights."""
+        return {"name": self.name, "options": options.model_dump(mode="json")}
+
+    def label(self, options: Any) -> str | None:
+        """What a task's name carries in rows because of this scorer, the judge say: ``alpaca_eval2@LABEL``."""
+        return None
+
+    def aggregate(self, metric: Metric, scores: Sequence[Score]) -> float | None:
+        """One number over samples, for a metric that declares ``aggregate="corpus"`` (perplexity, F1, BLEU)."""
+        raise NotImplementedError(f"{self.name} declares {metric.name} as a corpus metric and does not aggregate it")
+
+    def notes(self) -> tuple[str, ...]:
+        """What should stand beside the numbers, asked after :meth:`score`: which judge, what it cost."""
+        return ()
+
+    def withheld(self, metric: Metric, scores: Sequence[Score]) -> str | None:
+        """Why this metric's mean must not be shown although there are scores; None: it may."""
+        return None
+
+    def close(self) -> None:
+        """Release what :meth:`score` opened; called once after the last call of it."""
+
+    def check(self, options: Any) -> None:
+        """Raise a UserError before anything runs if the scorer cannot work (a missing model, a missing key)."""
+
+    @property
+    def options(self) -> Any:
+        """The options in force (set by the harness through :meth:`bound`)."""
+        return self.__dict__.get("_options") or self.Config()
+
+    def bound(self, options: Any) -> Scorer:
+        """A copy of this scorer with its options."""
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__, _options=options)
+        return copy

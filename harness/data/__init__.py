@@ -1,0 +1,1 @@
+"""Rows: which, in what order, as token ids."""

@@ -1,0 +1,1 @@
+"""A tiny world of its own, from start to leaderboard."""

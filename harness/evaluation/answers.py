@@ -1,0 +1,171 @@
+"""Answers: one engine, opened once, is asked what the arms of a group want to know, task by task, all arms at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+from harness.contracts.engine import Session
+from harness.evaluation import ask as generate
+from harness.evaluation.load import Group, Loaded
+from harness.evaluation.resume import ANSWERS_FILE
+from harness.evaluation.session import Running, Unit, is_fatal
+from harness.steps.files import write_json
+from harness.steps.journal import Journal, intact, write_rows
+from harness.steps.provenance import record
+
+REQUESTS_AT_ONCE = 200_000
+"""Most requests that lie in the memory at once; arms beyond that are asked in a second round of the same task."""
+
+
+class Answering:
+    """Carries out one group."""
+
+    def __init__(self, run: Running, group: Group, broken: Mapping[str, Exception]) -> None:
+        self.run, self.group, self._broken = run, group, broken
+        self._engine = Loaded(run, run.plan, group)
+        self.answered: dict[str, generate.Answered] = {}
+
+    def carry_out(self) -> None:
+        """Answer every unit of the group, task by task, and close the engine."""
+        tasks: dict[tuple[int, str], list[Unit]] = {}
+        for unit in self.group.units:
+            tasks.setdefault((id(unit.task.chosen), unit.task.variant), []).append(unit)
+        try:
+            for units in tasks.values():
+                for chunk in self._chunks(units):
+                    self._answer(chunk)
+        finally:
+            self._engine.close()
+
+    def _chunks(self, units: Sequence[Unit]) -> Iterator[Sequence[Unit]]:
+        size = max(1, len(units))
+        first = units[0]
+        if len(units) > 1 and first.id not in self._broken:
+            each = sum(len(sample.requests) for sample in self.run.questions(first).samples)
+            size = max(1, REQUESTS_AT_ONCE // max(1, each))
+        for start in range(0, len(units), size):
+            yield units[start : start + size]
+
+    # -------------------------------------------------------------------------------------------------------- asking
+
+    def _answer(self, units: Sequence[Unit]) -> None:
+        """Answer one task for several arms. Where that fails, arm by arm, so that only the guilty one is lost."""
+        asked: list[tuple[Unit, generate.Part]] = []
+        for unit in units:
+            with self.run.contained(unit, self.run.folder(unit)):
+                if unit.id in self._broken:
+                    raise self._broken[unit.id]
+                part = self._part(unit)
+                if part is not None:
+                    asked.append((unit, part))
+        if len(asked) > 1:
+            try:
+                self._ask(asked)
+                return
+            except Exception as error:
+                if is_fatal(error):
+                    raise
+                if not self._engine.is_open:  # it would not open for one of them either
+                    for unit, _ in asked:
+                        self.run.fail(unit, self.run.folder(unit), error)
+                    return
+                self.run.reporter.note(f"{asked[0][0].task.name}: {error}; its arms are asked one by one")
+            self._engine.close()  # what failed may have broken the engine
+        for unit, part in asked:
+            with self.run.contained(unit, self.run.folder(unit)):
+                self._ask([(unit, part)])
+
+    def _part(self, unit: Unit) -> generate.Part | None:
+        """What is to be asked for one arm, its step begun; None if all of it was stored before."""
+        run, folder, opened = self.run, self.run.folder(unit), self.run.opened(unit)
+        journal = Journal(folder.artifact / ANSWERS_FILE)
+        status = folder.status()
+        if status is not None:
+            answered = generate.load_answers(opened.samples, journal) if status.status == "done" else None
+            if answered is not None and answered.digest == status.digest:
+                run.reporter.note(f"{self._said(unit)}: all {answered.reused} answers were stored before")
+                self._keep(unit, answered)
+                return None
+            folder.reopen(status.error or "the stored answers are not those that were recorded")
+        run.registry.announce("step_started", step={"id": folder.id, "kind": "answers", "task": unit.task.name})
+        requests = run.store.requests(opened.digest)
+        if not intact(requests):
+            write_rows(requests, opened.rows())
+        step = {
+            "arm": unit.arm.name,
+            "task": unit.task.name,
+            "variant": unit.task.variant,
+            "config": unit.task.config,
+            "requests": requests.name,
+            "questions": opened.digest,
+            "dropped": opened.dropped,
+            "notes": list(opened.notes),
+        }
+        folder.begin(step, record({}))
+        return generate.Part(opened.samples, journal, self._engine.sender(unit.arm))
+
+    def _ask(self, asked: Sequence[tuple[Unit, generate.Part]]) -> None:
+        run, task = self.run, asked[0][0].task
+        totals = [sum(len(sample.requests) for sample in part.samples) for _, part in asked]
+        title = f"{self._said(asked[0][0])} ({task.variant})"
+        if len(asked) > 1:
+            title = f"{task.name} ({task.variant}), {len(asked)} arms"
+
+        def open_session() -> Session:
+            session = self._engine.session()
+            for unit, _ in asked:
+                folded = {"folded": unit.arm.folded} if unit.arm.folded is not None else {}
+                facts = record({"engine": dict(session.facts), **folded})
+                write_json(run.folder(unit).path / "provenance.json", facts)
+            return session
+
+        advance = run.reporter.start(title, sum(totals))
+        begun, loaded = time.perf_counter(), run.seconds["load"]
+        try:
+            answers = generate.answer(
+                [part for _, part in asked], open_session, advance, batchwise=not run.plan.engine.remote
+            )
+        finally:
+            for _, part in asked:
+                part.journal.close()
+        load = run.seconds["load"] - loaded
+        spent = time.perf_counter() - begun - load
+        run.seconds["answer"] += spent
+        # What was asked together was paid together: each arm bears the share of what was computed for it.
+        computed = sum(answered.computed for answered in answers)
+        for (unit, _), answered, total in zip(asked, answers, totals, strict=True):
+            share = answered.computed / computed if computed else 1 / len(asked)
+            self._ended(unit, answered, total, {"load": load * share, "compute": spent * share})
+
+    def _ended(self, unit: Unit, answered: generate.Answered, total: int, seconds: Mapping[str, float]) -> None:
+        run, folder, opened = self.run, self.run.folder(unit), self.run.opened(unit)
+        if str(answered.damage):
+            run.reporter.note(f"{folder.path.name}: found {answered.damage}; what was lost was asked again")
+            folder.log("recovered", damage=str(answered.damage))
+        if answered.reused:
+            run.reporter.note(f"{self._said(unit)}: {answered.reused} of {total} answers were stored before")
+        folder.log("answered", computed=answered.computed, reused=answered.reused, errors=answered.errors)
+        failed = answered.wholly_failed()
+        if failed is not None:
+            run.fail(unit, folder, failed)
+            return
+        counts = {
+            "samples": len(opened.samples),
+            "requests": total,
+            "errors": answered.errors,
+            "batch_dependent": answered.batch_dependent,
+            **{f"dropped: {reason}": count for reason, count in opened.dropped.items()},
+        }
+        run.finish(folder, answered.digest, counts, seconds)
+        self._keep(unit, answered)
+
+    def _keep(self, unit: Unit, answered: generate.Answered) -> None:
+        """Hold answers for scoring where there is one arm; those of many are read back when they are scored."""
+        if len(self.run.plan.arms) == 1:
+            self.answered[unit.id] = answered
+        else:
+            self.run.forget(unit)
+
+    def _said(self, unit: Unit) -> str:
+        return unit.task.name if len(self.run.plan.arms) == 1 else f"{unit.arm.name}, {unit.task.name}"

@@ -1,0 +1,115 @@
+"""Opens what an engine can serve at once: the base with adapters beside it, or one with an adapter folded into it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from harness.contracts.engine import Session
+from harness.core.records import AdapterInfo, ModelInfo, Request
+from harness.evaluation.plan import ArmPlan, EvalPlan
+from harness.evaluation.session import Running, Unit
+
+
+@dataclass(frozen=True)
+class Group:
+    """Arms that one open engine serves, and what is to be answered of them."""
+
+    arms: tuple[ArmPlan, ...]
+    units: tuple[Unit, ...]
+
+    @property
+    def folded(self) -> bool:
+        """Whether its one adapter is folded into the base."""
+        return self.arms[0].folded is not None
+
+
+def groups_of(plan: EvalPlan, units: Sequence[Unit]) -> Iterator[Group]:
+    """Cut the arms that have something to answer into groups: those served together first, then each folded one."""
+    waiting = {unit.arm.name for unit in units}
+    arms = [arm for arm in plan.arms if arm.name in waiting]
+    most = max(1, plan.engine.capabilities(plan.model, plan.engine_options).max_adapters)
+    served: list[list[ArmPlan]] = []
+    for arm in arms:
+        if arm.folded is not None:
+            continue
+        if not served or sum(one.adapter is not None for one in served[-1]) >= most:
+            served.append([])
+        served[-1].append(arm)
+    for chunk in [*served, *([arm] for arm in arms if arm.folded is not None)]:
+        names = {arm.name for arm in chunk}
+        yield Group(tuple(chunk), tuple(unit for unit in units if unit.arm.name in names))
+
+
+class Loaded:
+    """An engine for one group, opened when it is first asked for."""
+
+    def __init__(self, run: Running, plan: EvalPlan, group: Group) -> None:
+        """``plan`` says which engine: the run's own plan, or that of a second engine."""
+        self._run, self._plan, self._group = run, plan, group
+        self._session: Session | None = None
+
+    def session(self) -> Session:
+        """The open engine.
+
+        Raises:
+            UserError: it cannot be opened as asked.
+            StepError: the engine refused the model.
+        """
+        if self._session is None:
+            arms = self._group.arms
+            with self._run.clock("load"):
+                model, adapters = self._served()
+                said = arms[0].name if len(arms) == 1 else f"{model.name} with {len(adapters)} adapters"
+                beside = f" ({self._plan.engine.name})" if self._plan is not self._run.plan else ""
+                self._run.reporter.note(f"loading {said}{beside}")
+                self._session = self._plan.engine.open(model, adapters, self._plan.engine_options)
+        return self._session
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it was opened, and not closed since."""
+        return self._session is not None
+
+    def sender(self, arm: ArmPlan) -> Callable[[Request], Request]:
+        """A request names the adapter by its short name; the open engine knows it by its label, or has it folded in."""
+        name = None if self._group.folded else arm.label
+        if arm.adapter is None or name == arm.adapter.name:
+            return lambda request: request
+        return lambda request: replace(request, adapter=name)
+
+    def close(self) -> None:
+        """Close the engine, and remove the checkpoint that it had open."""
+        if self._session is not None:
+            session, self._session = self._session, None
+            session.close()
+        if self._group.folded:
+            remove_scratch(self._run.store.scratch)
+
+    def _served(self) -> tuple[ModelInfo, list[AdapterInfo]]:
+        arms = self._group.arms
+        if self._group.folded:
+            return self._folded(arms[0]), []
+        adapters = [arm.adapter.model_copy(update={"name": arm.label}) for arm in arms if arm.adapter is not None]
+        # Templates may differ from arm to arm: engines do not read them, as prompts come as token ids.
+        return arms[0].model, adapters
+
+    def _folded(self, arm: ArmPlan) -> ModelInfo:
+        from harness.merging.fold.run import fold_into
+
+        assert arm.adapter is not None
+        spec, out = self._plan.spec.model, self._run.store.scratch / arm.adapter.digest[:16]
+        # A folder that lies there was cut short or is of another base.
+        remove_scratch(self._run.store.scratch)
+        self._run.reporter.note(f"folding {arm.label} into a temporary checkpoint: {arm.folded}")
+        out.parent.mkdir()
+        fold_into(arm.model, arm.adapter, out, dtype=spec.dtype, reporter=self._run.reporter)
+        # Everything but the weights is the base's, its name too; nobody asks for the digest of what is soon deleted.
+        return arm.model.model_copy(update={"path": str(out), "pickled": False})
+
+
+def remove_scratch(folder: Path) -> None:
+    """Delete temporary checkpoints, also those that a killed run left behind."""
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,203 @@
+"""Walk a plan: open what is needed once, answer, score, record. And `evaluate`, the same from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.contracts.executor import Executor
+from harness.contracts.registry import Registry, load_plugins
+from harness.core.config import parse_options
+from harness.core.errors import HarnessError
+from harness.core.progress import Reporter
+from harness.core.records import Row, digest_of
+from harness.core.specs import EvalSpec, ModelSpec
+from harness.evaluation.answers import Answering
+from harness.evaluation.ask import Answered
+from harness.evaluation.load import Group, groups_of, remove_scratch
+from harness.evaluation.parity_run import Parity, second_plan
+from harness.evaluation.plan import EvalPlan, plan_eval
+from harness.evaluation.resume import SCORES_FILE, check_folder, claim
+from harness.evaluation.scores import Scoring
+from harness.evaluation.session import Running, Unit
+from harness.steps.files import read_json, slug
+from harness.steps.store import RunStore
+from harness.tasks.catalog import load_catalog
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+EXECUTOR = "local"
+
+
+@dataclass
+class Evaluation:
+    """What one evaluation left behind."""
+
+    root: Path
+    plan: EvalPlan
+    rows: list[Row]
+    """Whole-task rows."""
+    leaves: list[Row]
+    """Rows of leaf tasks (MMLU subjects, BBH files)."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Step folder name -> why it failed."""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The whole-task rows as a data frame, one row per number."""
+        import pandas as pd
+
+        return pd.DataFrame([row.model_dump(mode="json") for row in self.rows])
+
+
+def evaluate(
+    model: str | ModelSpec,
+    *,
+    tasks: Sequence[str] = (),
+    suite: str | None = None,
+    adapter: str | None = None,
+    out: str | Path | None = None,
+    fresh: bool = False,
+    registry: Registry | None = None,
+    reporter: Reporter | None = None,
+    **settings: Any,
+) -> Evaluation:
+    """Evaluate one model, or many adapters of one base on one loaded engine: what `harness eval` does.
+
+    Args:
+        model: folder or hub id; a ``ModelSpec`` for revision, dtype and trust settings.
+        tasks: task names; with ``suite`` both run. Neither: suite ``quick``.
+        suite: suite name.
+        adapter: folder or hub id of a peft adapter: only it is evaluated.
+        out: run folder; continues if it holds this very evaluation. By default ``runs/<model>-<digest>``.
+        fresh: delete what the folder holds of an earlier run first.
+        registry: from ``load_plugins``; all installed plugins by default.
+        reporter: says what is going on; silent by default.
+        **settings: further fields of ``EvalSpec``: ``adapters`` (several, or folders of several: they and the base are
+            evaluated), engine, limit, seed, options, task_folders, trust_task_code, ...
+
+    Raises:
+        UserError: a mistake of the user's, before anything ran.
+        StepError: every step failed.
+    """
+    model_spec = model if isinstance(model, ModelSpec) else ModelSpec(model=str(model))
+    if adapter is not None:
+        model_spec = model_spec.model_copy(update={"adapter": str(adapter)})
+    settings["task_folders"] = tuple(str(folder) for folder in settings.get("task_folders", ()))
+    settings["adapters"] = tuple(str(one) for one in settings.get("adapters", ()))
+    fields = {"model": model_spec, "tasks": tuple(tasks), "suite": suite, **settings}
+    spec = parse_options(EvalSpec, fields, "harness eval")
+    registry = registry or load_plugins()
+    catalog = load_catalog(registry, spec.task_folders, trust_task_code=spec.trust_task_code)
+    plan = plan_eval(spec, registry, catalog)
+    return run_plan(plan, registry, default_out(plan) if out is None else Path(out), fresh=fresh, reporter=reporter)
+
+
+def default_out(plan: EvalPlan) -> Path:
+    """``runs/<arm>-<digest>``: the same command finds its folder again."""
+    ids = [[task.answers_id, *(step.id for step in task.scores)] for task in plan.tasks]
+    return Path("runs") / f"{slug(plan.arm)}-{digest_of([plan.arm, ids])[:8]}"
+
+
+def run_plan(
+    plan: EvalPlan, registry: Registry, out: Path, *, fresh: bool = False, reporter: Reporter | None = None
+) -> Evaluation:
+    """Carry out a plan in a run folder; what is there already is kept."""
+    reporter = reporter or Reporter()
+    # Asked before the lock as well: nothing is written into a folder that is somebody else's.
+    RunStore(out).refuse_strangers() if fresh else check_folder(out, plan)
+    with RunStore(out) as store:
+        if not fresh:
+            check_folder(out, plan)
+        run = _Run(plan, registry, store, reporter)
+        try:
+            evaluation = run.carry_out(fresh)
+        finally:
+            run.close()
+        registry.announce("study_finished", run=out)
+        for warning in registry.warnings:
+            reporter.note(f"warning: {warning}")
+        registry.warnings.clear()
+        return evaluation
+
+
+class _Run:
+    """One pass over a plan: groups of answers, then scores, through an executor."""
+
+    def __init__(self, plan: EvalPlan, registry: Registry, store: RunStore, reporter: Reporter) -> None:
+        self.plan, self.store, self.reporter = plan, store, reporter
+        self.run = Running(plan, registry, store, reporter)
+        self._answered: dict[str, Answered] = {}
+        self._broken: dict[str, Exception] = {}
+        self._second = second_plan(plan, registry)
+
+    def carry_out(self, fresh: bool = False) -> Evaluation:
+        """Prepare, answer, close the model, score, collect the numbers.
+
+        Every task is opened before anything is deleted, written or loaded: what a mistake refuses leaves no trace.
+        """
+        run = self.run
+        self.reporter.note(f"engine {self.plan.engine.name} ({self.plan.engine_reason})")
+        if self.plan.dtype_note is not None:
+            self.reporter.note(f"note: {self.plan.dtype_note}")
+        for task in {task.name: task for task in self.plan.tasks}.values():
+            if task.chosen.asked is not None:
+                self.reporter.note(f"{task.name} ({task.variant}) {task.chosen.spec.notes[-1]}")
+        pending = [unit for unit in run.units if fresh or not run.ended(unit)]
+        self._broken = {unit.id: error for unit in pending if (error := run.unopenable(unit)) is not None}
+        if fresh:
+            self.store.clear()
+            run.forget_folders()
+        claim(self.store, self.plan, self.reporter)
+        remove_scratch(self.store.scratch)
+        executor = run.registry.find(Executor, EXECUTOR, "executor")
+        executor.carry_out(self._groups(pending), lambda group: group(), executor.Config())
+        if not pending:
+            self.reporter.note("everything was done before")
+        rows, leaves = self._collect()
+        if run.last_error is not None and not rows:
+            raise run.last_error
+        return Evaluation(self.store.root, self.plan, rows, leaves, run.failures, dict(run.seconds))
+
+    def _groups(self, pending: Sequence[Unit]) -> Iterator[Callable[[], None]]:
+        """Groups as they become ready: answers by what one open engine serves, then scores, which need all of them."""
+        for group in groups_of(self.plan, pending):
+            yield partial(self._answer, group)
+        if pending:
+            yield partial(Scoring(self.run, self._answered).carry_out, pending)
+        if self._second is not None:
+            yield partial(self._measure, Parity(self.run, self._second))
+
+    def _measure(self, parity: Parity) -> None:
+        """What fails here takes no score with it."""
+        try:
+            parity.carry_out()
+        except HarnessError as error:
+            self.run.failures["parity"] = str(error)
+            self.reporter.note(f"failed: parity: {error}")
+
+    def _answer(self, group: Group) -> None:
+        answering = Answering(self.run, group, self._broken)
+        answering.carry_out()
+        self._answered.update(answering.answered)
+
+    def close(self) -> None:
+        """Close whatever is open, also after an error."""
+        for scorer in self.run.scorers:
+            scorer.close()
+
+    def _collect(self) -> tuple[list[Row], list[Row]]:
+        """Rows of every scores step that is done, in the plan's order."""
+        rows: list[Row] = []
+        for unit in self.run.units:
+            for step in unit.task.scores:
+                folder = self.run.scores_folder(unit, step)
+                status = folder.status()
+                if status is not None and status.status == "done":
+                    stored = read_json(folder.artifact / SCORES_FILE)
+                    rows += [Row.model_validate(row) for row in stored["rows"]]
+        return [row for row in rows if row.leaf is None], [row for row in rows if row.leaf is not None]

@@ -1,0 +1,155 @@
+"""Scores: every scorer over the stored answers of every arm, after the model under test is closed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from harness.contracts.scorer import ScorerContext
+from harness.core.errors import CorruptionError
+from harness.core.progress import Bar
+from harness.core.records import Score
+from harness.evaluation import ask as generate
+from harness.evaluation.plan import ScoresStep
+from harness.evaluation.resume import ANSWERS_FILE, SAMPLES_FILE, SCORES_FILE
+from harness.evaluation.rows import RowContext, Scored, build_rows, check_scores, sample_rows
+from harness.evaluation.session import Running, Unit
+from harness.models.precision import asked_dtype
+from harness.steps.files import read_json, write_json
+from harness.steps.folder import StepFolder
+from harness.steps.journal import Journal, rows_digest, write_rows
+from harness.steps.provenance import record
+from harness.tasks.questions import OpenTask
+
+
+class Scoring:
+    """Scores units whose answers are there; scorers open what they need once for all of them."""
+
+    def __init__(self, run: Running, answered: Mapping[str, generate.Answered]) -> None:
+        self.run, self._answered = run, answered
+
+    def carry_out(self, units: Sequence[Unit]) -> None:
+        """Score; what fails, also by a user's mistake, fails its own step and leaves the others their scores."""
+        for unit in units:
+            if not self._has_answers(unit):
+                continue
+            for step in unit.task.scores:
+                with self.run.contained(unit, self.run.scores_folder(unit, step), mistakes=True):
+                    self._score(unit, step, self._answers(unit))
+            self.run.forget(unit)
+
+    def _has_answers(self, unit: Unit) -> bool:
+        status = self.run.folder(unit).status()
+        return unit.id in self._answered or (status is not None and status.status == "done")
+
+    def _answers(self, unit: Unit) -> generate.Answered:
+        kept = self._answered.get(unit.id)
+        if kept is not None:
+            return kept
+        folder = self.run.folder(unit)
+        stored = generate.load_answers(self.run.opened(unit).samples, Journal(folder.artifact / ANSWERS_FILE))
+        if stored is None:
+            raise CorruptionError(f"{folder.path.name}: its answers are no longer there; run the same command again")
+        return stored
+
+    def _score(self, unit: Unit, step: ScoresStep, answered: generate.Answered) -> None:
+        run, folder, opened = self.run, self.run.scores_folder(unit, step), self.run.opened(unit)
+        status = folder.status()
+        if status is not None and status.status == "done":
+            stored = read_json(folder.path / "step.json")
+            if stored.get("answers_digest") == answered.digest:
+                return
+            folder.reopen("the answers it scored have changed")
+        elif status is not None:
+            folder.reopen(status.error or "it had failed")
+        run.registry.announce("step_started", step={"id": folder.id, "kind": "scores", "task": unit.task.name})
+        with run.clock("score"):
+            begun = time.perf_counter()
+            title = f"{unit.task.name}: {step.ref.name}"
+            if len(run.plan.arms) > 1:
+                title = f"{unit.arm.name}, {title}"
+            bar = Bar(run.reporter.start(title, len(opened.samples)), len(opened.samples))
+            context = ScorerContext(
+                task=unit.task.name,
+                seed=run.plan.spec.seed,
+                folder=folder.artifact,
+                shared=run.store.judge,
+                progress=bar.advance,
+                stored=bar.stored,
+                open_engine=_opener(run),
+                runtime=opened.runtime,
+            )
+            folder.begin(self._json(unit, step, answered, opened), record({}))
+            scores = step.scorer.score(opened.samples, answered.answers, context)
+            bar.fill()
+            # lm-eval's metrics are known once its task is open.
+            metrics = step.scorer.metrics_of(step.scorer.options, context)
+            check_scores(step.scorer, metrics, scores, opened.samples)
+            self._write(folder, unit, step, Scored(metrics, scores), answered)
+            spent = time.perf_counter() - begun
+        digest = rows_digest(sample_rows(opened.samples, answered.answers, scores))
+        run.finish(folder, digest, _counts(scores), {"compute": spent})
+
+    def _json(self, unit: Unit, step: ScoresStep, answered: generate.Answered, opened: OpenTask) -> dict[str, Any]:
+        return {
+            "arm": unit.arm.name,
+            "task": unit.task.name,
+            "variant": unit.task.variant,
+            "title": f"{unit.task.name} ({unit.task.variant})",
+            "scorer": step.ref.name,
+            "config": step.config,
+            "answers": unit.id,
+            "answers_folder": self.run.folder(unit).path.name,
+            "answers_digest": answered.digest,
+            "requests": self.run.store.requests(opened.digest).name,
+        }
+
+    def _write(
+        self, folder: StepFolder, unit: Unit, step: ScoresStep, scored: Scored, answered: generate.Answered
+    ) -> None:
+        opened, arm, task = self.run.opened(unit), unit.arm, unit.task
+        label = step.scorer.label(step.scorer.options)
+        lent = f"asked in the chat template of {arm.template_of}, as the base has none"
+        folded = f"{arm.label} was folded into the base, as the engine cannot serve it: {arm.folded}"
+        context = RowContext(
+            model=arm.model.name,
+            adapter=arm.label,
+            task=task.name if label is None else f"{task.name}@{label}",
+            variant=task.variant,
+            template=task.template,
+            scorer=step.ref.name,
+            step=folder.id,
+            dtype=None if self.run.plan.engine.remote else asked_dtype(arm.model),
+            notes=(
+                *((self.run.plan.dtype_note,) if self.run.plan.dtype_note is not None else ()),
+                *task.chosen.spec.notes,
+                *opened.notes,
+                *step.scorer.notes(),
+                *((lent,) if arm.template_of is not None else ()),
+                *((folded,) if arm.folded is not None else ()),
+            ),
+        )
+        rows = build_rows(context, step.scorer, scored, opened.samples, answered.answers)
+        write_rows(folder.artifact / SAMPLES_FILE, sample_rows(opened.samples, answered.answers, scored.scores))
+        described = read_json(folder.path / "step.json")
+        described["metrics"] = [metric.model_dump(mode="json") for metric in scored.metrics]
+        write_json(folder.path / "step.json", described)
+        write_json(folder.artifact / SCORES_FILE, {"rows": [row.model_dump(mode="json") for row in rows]})
+
+
+def _counts(scores: Sequence[Score]) -> dict[str, int]:
+    again = sum(bool(score.detail.get("again")) for score in scores)
+    return {
+        "samples": len(scores),
+        "unscored": sum(any(value is None for value in score.values.values()) for score in scores),
+        **({"again": again} if again else {}),
+    }
+
+
+def _opener(run: Running) -> Any:
+    """How a scorer opens an engine of its own: a local judge, say."""
+    from harness.evaluation.engines import open_engine
+
+    return partial(open_engine, run.registry)

@@ -1,0 +1,232 @@
+"""What the parts of one pass over a plan share: step folders, open tasks, clocks, and what becomes of a failure."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.contracts.registry import Registry
+from harness.contracts.scorer import Scorer
+from harness.core.errors import HarnessError, StepError, UserError
+from harness.core.progress import Reporter
+from harness.core.records import StepKind, StepRecord
+from harness.core.text import portable
+from harness.evaluation.plan import ArmPlan, EvalPlan, ScoresStep, TaskPlan
+from harness.evaluation.resume import SCORES_FILE, damage
+from harness.models.inspect import open_tokenizer
+from harness.steps.files import is_disk_full
+from harness.steps.folder import StepFolder
+from harness.steps.provenance import file_digest, record
+from harness.steps.store import RunStore
+from harness.tasks.questions import OpenTask, open_task, steered
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One task of one arm: an answers step and the scores steps on it."""
+
+    arm: ArmPlan
+    task: TaskPlan
+
+    @property
+    def id(self) -> str:
+        """Of its answers step."""
+        return self.task.answers_id
+
+
+class Running:
+    """One pass over a plan in one process."""
+
+    def __init__(self, plan: EvalPlan, registry: Registry, store: RunStore, reporter: Reporter) -> None:
+        self.plan, self.registry, self.store, self.reporter = plan, registry, store, reporter
+        self.seconds: dict[str, float] = {"prepare": 0.0, "load": 0.0, "answer": 0.0, "score": 0.0}
+        self.failures: dict[str, str] = {}
+        self.last_error: HarnessError | None = None
+        self._tokenizers: dict[str | None, Any] = {}
+        self._questions: dict[tuple[int, str, str | None], OpenTask] = {}
+        self._open: dict[str, OpenTask] = {}
+        self._folders = {
+            (path.name.partition("-")[0], path.name.rpartition("-")[2]): path
+            for path in sorted((store.root / "steps").glob("*-*"))
+        }
+
+    @property
+    def units(self) -> list[Unit]:
+        """Every task of every arm."""
+        return [Unit(arm, task) for arm in self.plan.arms for task in arm.tasks]
+
+    @property
+    def scorers(self) -> Iterable[Scorer]:
+        """Every scorer once, however many arms share it."""
+        return {id(step.scorer): step.scorer for unit in self.units for step in unit.task.scores}.values()
+
+    def folder(self, unit: Unit) -> StepFolder:
+        """Of the answers."""
+        return self._folder("answers", f"{unit.arm.name}-{unit.task.name}", unit.id)
+
+    def scores_folder(self, unit: Unit, step: ScoresStep) -> StepFolder:
+        """Of one scorer's scores."""
+        return self._folder("scores", f"{unit.arm.name}-{unit.task.name}-{step.ref.name}", step.id)
+
+    def _folder(self, kind: StepKind, arm: str, step_id: str) -> StepFolder:
+        folder = self.store.step(kind, arm, step_id)
+        # A step is its id: in company its arm may go by another name than alone.
+        known = self._folders.setdefault((kind, step_id[:12]), folder.path)
+        return StepFolder(known, step_id, kind)
+
+    def forget_folders(self) -> None:
+        """The run folder was cleared."""
+        self._folders = {}
+
+    def ended(self, unit: Unit) -> bool:
+        """Whether all of a unit's steps are done and their files still hold what was recorded.
+
+        Steps of which that is not so are reopened, so that they alone are done again.
+        """
+        whole = True
+        for folder in [self.folder(unit), *(self.scores_folder(unit, step) for step in unit.task.scores)]:
+            status = folder.status()
+            if status is None or status.status != "done":
+                if status is None and (folder.path / "status.json").exists():
+                    self.reporter.note(f"{folder.path.name}: status.json is damaged; it is done again where needed")
+                whole = False
+                continue
+            problem = damage(folder, status, self.store) or self._worth_another_try(status)
+            if problem is not None:
+                self.reporter.note(f"{folder.path.name}: {problem}; it is done again where needed")
+                folder.reopen(problem)
+                whole = False
+        return whole
+
+    def _worth_another_try(self, status: StepRecord) -> str | None:
+        """Calls of an endpoint, the model's or a judge's, that failed and may do better now."""
+        errors = status.counts.get("errors", 0)
+        if status.kind == "answers" and errors and self.plan.engine.remote:
+            return f"{errors} of {status.counts['requests']} calls of the endpoint failed"
+        again = status.counts.get("again", 0)
+        return f"{again} of {status.counts['samples']} calls of the judge failed" if again else None
+
+    # ---------------------------------------------------------------------------------------------------- open tasks
+
+    def unopenable(self, unit: Unit) -> Exception | None:
+        """Open a task; a user's mistake is raised, anything else fails this task alone."""
+        try:
+            self.questions(unit)
+        except UserError:
+            raise
+        except Exception as error:
+            return error
+        return None
+
+    def questions(self, unit: Unit) -> OpenTask:
+        """A unit's task as the base is asked it; arms with the same template share it."""
+        task, model = unit.task, unit.arm.model
+        key = (id(task.chosen), task.variant, task.template)
+        if key not in self._questions:
+            with self.clock("prepare"):
+                self.reporter.note(f"preparing {task.name} ({task.variant})")
+                tokenizer = self._tokenizer(unit.arm)
+                opened = open_task(task.chosen, task.variant, model, tokenizer, self.registry, seed=self.plan.spec.seed)
+                self._questions[key] = opened
+                for note in opened.notes:
+                    self.reporter.note(f"note: {note}")
+        return self._questions[key]
+
+    def opened(self, unit: Unit) -> OpenTask:
+        """A unit's task as its arm is asked it; kept until :meth:`forget`."""
+        if unit.id not in self._open:
+            name = unit.arm.adapter.name if unit.arm.adapter is not None else None
+            self._open[unit.id] = steered(self.questions(unit), name, unit.arm.control)
+        return self._open[unit.id]
+
+    def forget(self, unit: Unit) -> None:
+        """Let an arm's requests go: hundreds of arms would fill the memory."""
+        if len(self.plan.arms) > 1:
+            self._open.pop(unit.id, None)
+
+    def _tokenizer(self, arm: ArmPlan) -> Any:
+        # An endpoint whose tokenizer nobody named is sent text; its folder is empty.
+        if not arm.model.path:
+            return None
+        if arm.model.template_digest not in self._tokenizers:
+            self._tokenizers[arm.model.template_digest] = open_tokenizer(arm.model)
+        return self._tokenizers[arm.model.template_digest]
+
+    # ------------------------------------------------------------------------------------------------ time and failure
+
+    @contextmanager
+    def clock(self, name: str) -> Iterator[None]:
+        """Add the time spent to one part of the account."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - begun
+
+    @contextmanager
+    def contained(self, unit: Unit, folder: StepFolder, *, mistakes: bool = False) -> Iterator[None]:
+        """A step that fails is recorded and does not stop the others; a full disk does.
+
+        ``mistakes``: a user's mistake fails the step too, instead of stopping the run.
+        """
+        try:
+            yield
+        except Exception as error:
+            if is_fatal(error, mistakes=mistakes):
+                raise
+            self.fail(unit, folder, error)
+
+    def fail(self, unit: Unit, folder: StepFolder, error: Exception) -> None:
+        """Record that a step failed."""
+        kept = error if isinstance(error, HarnessError) else StepError(folder.path.name, _described(error))
+        kept.__cause__ = None if kept is error else error
+        self.last_error = kept
+        self.failures[folder.path.name] = str(kept)
+        self.reporter.note(f"failed: {kept}")
+        if not (folder.path / "step.json").exists():
+            folder.begin({"arm": unit.arm.name, "task": unit.task.name, "variant": unit.task.variant}, record({}))
+        ended = StepRecord(id=folder.id, kind=folder.kind, status="failed", error=portable(str(kept)))
+        folder.log("failed", error=ended.error)
+        folder.finish(ended)
+        self.registry.announce("step_finished", record=ended)
+
+    def finish(
+        self,
+        folder: StepFolder,
+        digest: str,
+        counts: dict[str, int],
+        seconds: Mapping[str, float],
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        """Record that a step is done."""
+        ended = StepRecord(
+            id=folder.id,
+            kind=folder.kind,
+            status="done",
+            digest=digest,
+            files={SCORES_FILE: file_digest(folder.artifact / SCORES_FILE)} if folder.kind == "scores" else {},
+            counts=counts,
+            seconds={name: round(value, 3) for name, value in seconds.items()},
+            notes=notes,
+        )
+        folder.finish(ended)
+        self.registry.announce("step_finished", record=ended)
+
+
+def is_fatal(error: Exception, *, mistakes: bool = False) -> bool:
+    """Whether an error ends the run rather than one step of it."""
+    if isinstance(error, UserError):
+        return not mistakes
+    return isinstance(error, OSError) and is_disk_full(error)
+
+
+def _described(error: Exception) -> str:
+    """Type, message and place of an exception, without folders: it goes into files that may be published."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" (at {Path(frames[-1].filename).name}:{frames[-1].lineno}, in {frames[-1].name})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"

@@ -1,0 +1,1 @@
+"""Judges' annotations: win rates, agreement, calibration."""

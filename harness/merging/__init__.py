@@ -1,0 +1,1 @@
+"""Models into one: merging and folding."""

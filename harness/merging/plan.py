@@ -1,0 +1,107 @@
+"""Which models a merge takes, whether they fit, and every tensor that it makes. Reads headers alone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.contracts.merger import Merger
+from harness.contracts.registry import Registry
+from harness.core.errors import UserError
+from harness.core.records import digest_of
+from harness.core.specs import MergeInput, MergeSpec
+from harness.merging.compute import Maker
+from harness.merging.inputs import OpenModels, open_models
+from harness.merging.tensor_plan import MergeRecipe, TensorRecipe, recipe_of
+from harness.merging.threads import Clock
+from harness.steps.provenance import NUMERICS, code_digest
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything one merge will do, and the id that names it."""
+
+    spec: MergeSpec
+    merger: Merger
+    opened: OpenModels
+    recipe: MergeRecipe
+    device: str
+    id: str
+    identity: dict[str, Any]
+    seconds: float
+    """What planning took; digests of weights that were not known yet are most of it."""
+
+
+def parse_input(given: str | Path | tuple[str | Path, float] | MergeInput) -> MergeInput:
+    """``ARM[:weight]``, a pair, or the thing itself; a path that exists is never cut at a colon."""
+    if isinstance(given, MergeInput):
+        return given
+    if isinstance(given, tuple):
+        return MergeInput(ref=str(given[0]), weight=float(given[1]))
+    text = str(given)
+    ref, colon, weight = text.rpartition(":")
+    if not colon or Path(text).expanduser().exists():
+        return MergeInput(ref=text)
+    try:
+        return MergeInput(ref=ref, weight=float(weight))
+    except ValueError:
+        raise UserError("--inputs", f"{weight!r} in {text!r} is no weight", "Write ARM:0.5, or ARM alone.") from None
+
+
+def plan_merge(spec: MergeSpec, registry: Registry, device: str = "auto") -> MergePlan:
+    """Find the models, check that they fit, and list every tensor. Reads headers alone.
+
+    Raises:
+        UserError: whatever the user must mend before anything runs.
+    """
+    begun = time.perf_counter()
+    entry = registry.registered(Merger, spec.method, "METHOD")
+    merger = entry.plugin
+    assert isinstance(merger, Merger)
+    if spec.rank is not None and spec.form == "model":
+        raise UserError("--rank", "is of an adapter, and a model is written", "Add --as adapter.")
+    opened = open_models(spec)
+    recipe = recipe_of(spec, merger, opened.names, opened.info.config, opened.base_names)
+    device = _device(device)
+    maker = Maker(opened, merger, spec.seed, device, Clock())
+    for one in recipe.tensors:
+        maker.check(one)
+    identity = {
+        "kind": "merge",
+        "method": spec.method,
+        "tensors": digest_of([_canonical(one) for one in recipe.tensors]),
+        "base": opened.info.identity(),
+        "base_adapter": opened.base.digest if opened.base is not None and opened.base.adapter is not None else None,
+        "inputs": [{"digest": model.digest, "on": model.info.weights_digest} for model in opened.inputs],
+        "config_changes": {**opened.config_changes, **recipe.config_changes},
+        "template": opened.template,
+        "seed": spec.seed,
+        "dtype": spec.dtype,
+        "form": spec.form,
+        "rank": spec.rank,
+        "device": device.partition(":")[0],
+        "code": code_digest(entry),
+        "numerics": NUMERICS,
+    }
+    seconds = time.perf_counter() - begun
+    return MergePlan(spec, merger, opened, recipe, device, digest_of(identity), identity, seconds)
+
+
+def _canonical(recipe: TensorRecipe) -> list[Any]:
+    base = [recipe.base.model, recipe.base.tensor] if recipe.base is not None else None
+    sources = [[source.model, source.tensor] for source in recipe.sources]
+    return [recipe.name, sources, base, list(recipe.weights), recipe.options.model_dump(mode="json")]
+
+
+def _device(asked: str) -> str:
+    """The device; torch is only asked where the machine has an NVIDIA driver."""
+    if asked == "cpu" or (asked == "auto" and not Path("/proc/driver/nvidia").exists()):
+        return "cpu"
+    import torch
+
+    present = torch.cuda.is_available()
+    if asked != "auto" and not present:
+        raise UserError("--device", f"{asked}, and torch finds no CUDA device", "Give --device cpu or auto.")
+    return asked if asked != "auto" else "cuda" if present else "cpu"

@@ -1,0 +1,224 @@
+"""Merge models: adapters and checkpoints into one model or one adapter, streamed. And `merge`, the same from Python.
+
+Nothing is written but the output folder, which appears when it is whole; no input model is ever in memory whole.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from harness.contracts.registry import Registry, load_plugins
+from harness.core.config import Config, parse_options
+from harness.core.progress import Reporter
+from harness.core.records import StepRecord
+from harness.core.specs import MergeInput, MergeSpec, ModelSpec
+from harness.merging.compute import Maker
+from harness.merging.page import render
+from harness.merging.plan import MergePlan, parse_input, plan_merge
+from harness.merging.publish import RECORD, appearing, done_before
+from harness.merging.record import lineage_of, merge_card, record_of
+from harness.merging.tensor_plan import TensorRecipe
+from harness.merging.threads import Clock, Job, carry_out, default_workers
+from harness.merging.write import SHARD_SIZE, Plan, Shards, check_disk, target_dtype, write_small_files
+from harness.models.lineage import LINEAGE
+from harness.models.tensors import FLOATS
+from harness.steps.files import read_json, write_bytes, write_json
+
+
+class Running(Config):
+    """How a merge is carried out; none of it changes a byte of a tensor, but for the device."""
+
+    workers: int | None = Field(None, ge=1, description="threads; the number of cores, at most 8, when absent")
+    shard_size: int = Field(SHARD_SIZE, ge=1, description="most bytes of tensors in one file")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="cpu, cuda, or auto: cuda if present")
+
+
+@dataclass(frozen=True)
+class Merging:
+    """What one merge left behind."""
+
+    folder: Path
+    id: str
+    record: dict[str, Any] = field(default_factory=dict)
+    """What ``merge.json`` holds."""
+    before: bool = False
+    """Whether the folder held this merge already."""
+
+
+def merge(
+    method: str | MergeSpec,
+    inputs: Sequence[str | Path | tuple[str | Path, float] | MergeInput] = (),
+    *,
+    base: str | Path | ModelSpec | None = None,
+    out: str | Path,
+    fresh: bool = False,
+    registry: Registry | None = None,
+    reporter: Reporter | None = None,
+    **settings: Any,
+) -> Merging:
+    """Merge models: what `harness merge` does.
+
+    Args:
+        method: registered merger (slerp, dare_ties, ...), or a ``MergeSpec`` instead of inputs, base and settings.
+        inputs: adapters and checkpoints, folders or hub ids, in order; ``"PATH:0.3"`` or ``(path, 0.3)`` with a weight.
+        base: the model that differences are taken from.
+        out: folder of the result; returns at once if it holds this very merge.
+        fresh: replace another merge that the folder holds.
+        registry: from ``load_plugins``; all installed plugins by default.
+        reporter: says what is going on; silent by default.
+        **settings: further fields of ``MergeSpec`` (options, seed, dtype, form, rank) and ``Running`` (workers,
+            shard_size, device).
+
+    Raises:
+        UserError: a mistake of the user's, before anything was written.
+    """
+    running = parse_options(Running, {k: settings.pop(k) for k in Running.model_fields if k in settings}, "merge")
+    if isinstance(method, MergeSpec):
+        spec = method.model_copy(update=settings)
+    else:
+        fields: dict[str, Any] = {"method": method, "inputs": tuple(parse_input(one) for one in inputs), **settings}
+        if base is not None:
+            fields["base"] = base if isinstance(base, ModelSpec) else ModelSpec(model=str(base))
+        spec = parse_options(MergeSpec, fields, "harness merge")
+    registry = registry or load_plugins()
+    reporter = reporter or Reporter()
+    plan = plan_merge(spec, registry, running.device)
+    return run_merge(plan, Path(out), running, fresh=fresh, registry=registry, reporter=reporter)
+
+
+def run_merge(
+    plan: MergePlan, out: Path, running: Running, *, fresh: bool, registry: Registry, reporter: Reporter
+) -> Merging:
+    """Carry out a plan; the folder appears at the end, or not at all."""
+    if (before := done_before(out, plan.id, fresh=fresh, reporter=reporter)) is not None:
+        return Merging(out, plan.id, before, before=True)
+    registry.announce("step_started", step={"id": plan.id, "kind": "merge", "arm": out.name})
+    run = _Run(plan, running, reporter)
+    record = run.carry_out(out)
+    ended = StepRecord(
+        id=plan.id,
+        kind="merge",
+        status="done",
+        counts=record["counts"],
+        seconds=record["seconds"],
+        notes=tuple(record["notes"]),
+    )
+    registry.announce("step_finished", record=ended)
+    return Merging(out, plan.id, record)
+
+
+class _Run:
+    """One pass over a merge."""
+
+    def __init__(self, plan: MergePlan, running: Running, reporter: Reporter) -> None:
+        self.plan, self.running, self.reporter = plan, running, reporter
+        self.clock = Clock()
+        self.seconds: dict[str, float] = {"plan": plan.seconds}
+        self.workers = running.workers or default_workers()
+        self.low_rank: dict[str, Any] = {}
+
+    def carry_out(self, out: Path) -> dict[str, Any]:
+        """Merge, write, record."""
+        begun = time.perf_counter()
+        import torch  # noqa: F401 - so that its import is on its own account
+
+        self.seconds["import"] = time.perf_counter() - begun
+        plan = self.plan
+        maker = Maker(plan.opened, plan.merger, plan.spec.seed, plan.device, self.clock)
+        begun = time.perf_counter()
+        maker.merger = maker.prepared(plan.recipe.tensors)
+        self.seconds["prepare"] = time.perf_counter() - begun
+        begun = time.perf_counter()
+        with appearing(out) as folder:
+            if plan.spec.form == "adapter":
+                files = self._write_adapter(out, folder, maker)
+            else:
+                files = self._write_model(out, folder, maker)
+            self.seconds["compute"] = time.perf_counter() - begun
+            record = record_of(self, maker, files)
+            write_json(folder / RECORD, record)
+            write_bytes(folder / "merge.html", render(record).encode())
+            write_json(folder / LINEAGE, lineage_of(plan))
+            write_bytes(folder / "README.md", merge_card(record).encode())
+        found: dict[str, Any] = read_json(out / RECORD)
+        return found
+
+    def _write_model(self, out: Path, folder: Path, maker: Maker) -> dict[str, int]:
+        plan = self.plan
+        plans = {recipe.name: self._planned(recipe, maker) for recipe in plan.recipe.tensors}
+        check_disk(out.absolute().parent, sum(one.size for one in plans.values()), f"--out {out}")
+        shards = Shards(folder, list(plans.values()), self.running.shard_size)
+
+        def job(recipe: TensorRecipe) -> Job:
+            one = plans[recipe.name]
+            return Job(one, maker.needs(recipe), lambda: maker.make(recipe, one.dtype))
+
+        try:
+            advance = self.reporter.start(f"merge {out.name}", len(plans))
+            carry_out([job(recipe) for recipe in plan.recipe.tensors], shards, self.workers, self.clock, advance)
+            files = shards.finish()
+        finally:
+            shards.close()
+        changes = {**plan.opened.config_changes, **plan.recipe.config_changes}
+        write_small_files(
+            folder, plan.opened.info, changes=changes, dtype=plan.spec.dtype, template=plan.opened.template
+        )
+        return files
+
+    def _planned(self, recipe: TensorRecipe, maker: Maker) -> Plan:
+        origin = maker.origin(recipe)
+        entry = maker.model(origin).entry(origin.tensor)
+        dtype = target_dtype(entry.dtype, self.plan.spec.dtype) if entry.dtype in FLOATS else entry.dtype
+        return Plan(recipe.name, dtype, entry.shape)
+
+    def _write_adapter(self, out: Path, folder: Path, maker: Maker) -> dict[str, int]:
+        import torch
+
+        from harness.merging.low_rank import changed_recipes, is_transposed, low_rank, rank_of, write_adapter_config
+
+        plan, opened = self.plan, self.plan.opened
+        assert opened.base is not None
+        recipes = changed_recipes(plan.recipe.tensors, maker)
+        rank = rank_of(opened, recipes, plan.spec.rank)
+        # An adapter is small: fp32 unless asked otherwise, so that exact stays exact.
+        dtype = target_dtype("F32", plan.spec.dtype)
+        target = getattr(torch, plan.spec.dtype if plan.spec.dtype != "auto" else "float32")
+        transposed = is_transposed(opened)
+        plans, jobs = [], []
+        for recipe in recipes:
+            rows, columns = opened.base.entry(recipe.base.tensor if recipe.base else recipe.name).shape
+            rows, columns = (columns, rows) if transposed else (rows, columns)
+            stem = f"base_model.model.{recipe.name.removesuffix('.weight')}"
+            a = Plan(f"{stem}.lora_A.weight", dtype, (rank, columns))
+            b = Plan(f"{stem}.lora_B.weight", dtype, (rows, rank))
+            plans += [a, b]
+            jobs.append((recipe, a, b))
+        check_disk(out.absolute().parent, sum(one.size for one in plans), f"--out {out}")
+        shards = Shards(folder, plans, 1 << 62, stem="adapter_model")
+
+        def make(recipe: TensorRecipe, b: Plan) -> torch.Tensor:
+            found = low_rank(recipe, maker, rank)
+            first, second = (found.b.t(), found.a.t()) if transposed else (found.a, found.b)
+            shards.write(b.name, second.to(target).contiguous())
+            self.low_rank[recipe.name] = {"how": found.how, "lost": found.lost, "whole": found.whole}
+            return first.to(target).contiguous()
+
+        def job(recipe: TensorRecipe, a: Plan, b: Plan) -> Job:
+            return Job(a, maker.needs(recipe), lambda: make(recipe, b))
+
+        try:
+            advance = self.reporter.start(f"merge {out.name}", len(jobs))
+            carry_out([job(*one) for one in jobs], shards, self.workers, self.clock, advance)
+            files = shards.finish()
+        finally:
+            shards.close()
+        write_adapter_config(folder, opened, recipes, rank)
+        if opened.template is not None:
+            write_bytes(folder / "chat_template.jinja", opened.template.encode())
+        return files

@@ -1,0 +1,1 @@
+"""What a model or adapter folder holds, found out without loading it."""

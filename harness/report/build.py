@@ -1,0 +1,200 @@
+"""Records -> report.json -> terminal table, Markdown and HTML. Imports no heavy package.
+
+A report holds nothing of its own: it can be deleted and is rebuilt from the records, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness import __version__
+from harness.core.records import Row
+from harness.core.text import clip, portable, task_label, visible
+from harness.report.compare import compare_arms
+from harness.report.engines import stored_parity
+from harness.report.leaderboard import markdown_lines, terminal_table
+from harness.report.model import Difference, Report, TaskReport
+from harness.report.pairing import base_of
+from harness.report.read import RunResult, TaskResult, open_run
+from harness.report.text import markdown
+from harness.steps.files import read_json, write_bytes
+from harness.steps.store import RunStore
+
+__all__ = ["Report", "TaskReport", "build_report", "load_report", "terminal_table", "write_reports"]
+
+
+def load_report(run: Path) -> Report:
+    """Read the report.json of a run as it lies there.
+
+    Raises:
+        CorruptionError: the file is torn.
+    """
+    return Report.model_validate(read_json(RunStore(run).report / "report.json"))
+
+
+def build_report(run: RunResult) -> Report:
+    """Gather the numbers of a run. Steps that failed or have not ended are named in the notes."""
+    plan = run.plan
+    tasks, rows, leaves, notes = [], [], [], []
+    several = len(run.arms) > 1
+    for task in run.tasks:
+        name = task_label(task.name, task.variant)
+        if several:
+            name = f"{visible(str(task.info.get('arm')))}, {name}"
+        for step in task.failed():
+            reason = (step.record.error if step.record is not None else None) or "no reason recorded"
+            notes.append(f"{name}: {step.id[:12]} failed: {clip(reason, 400)}")
+        if task.unfinished():
+            notes.append(f"{name}: not finished; the same command continues it.")
+        for step in task.scores:
+            if step.done:
+                rows += [row for row in step.rows if row.leaf is None]
+                leaves += [row for row in step.rows if row.leaf is not None]
+        for step in task.steps:
+            notes += [f"{name}: {note}" for note in (step.record.notes if step.record is not None else ())]
+        tasks.append(_task_report(task, several))
+    differences = _against_base(run)
+    notes += [f"{one.label}: {one.notes[0]} (A: the base)" for one in differences if one.prompts_differ is not None]
+    parity = stored_parity(run)
+    notes += [parity.summary(), *parity.problems] if parity is not None else []
+    notes += [f"{arm['name']}: folded into the base: {arm['folded']}" for arm in plan.get("arms", ()) if arm["folded"]]
+    return Report(
+        harness=__version__,
+        model=portable(plan.get("model") or {}),
+        adapter=portable(plan.get("adapter")) or None,
+        engine=portable(plan.get("engine") or {}),
+        spec=portable(plan.get("spec") or {}),
+        rows=tuple(_portable_row(row) for row in rows),
+        leaves=tuple(_portable_row(row) for row in leaves),
+        tasks=tuple(tasks),
+        arms=tuple(portable(plan.get("arms", ()))) if several else (),
+        differences=differences,
+        parity=parity.model_dump(mode="json") if parity is not None else None,
+        notes=tuple(dict.fromkeys(portable(notes))),
+        provenance=_provenance(run),
+    )
+
+
+def _against_base(run: RunResult) -> tuple[Difference, ...]:
+    """Every arm minus the base; nothing while a task has not ended, as Holm's correction is over all of them."""
+    base, others = base_of(run)
+    if base is None or not others or any(task.unfinished() for task in run.tasks):
+        return ()
+    return compare_arms(run).differences
+
+
+def write_reports(store_root: Path) -> Report:
+    """Write report.json, report.md and report.html of a run folder from its records.
+
+    Raises:
+        UserError: the folder is not a run.
+        CorruptionError: a record is damaged.
+    """
+    from harness.report.html import render
+
+    run = open_run(store_root)
+    report = build_report(run)
+    folder = RunStore(store_root).report
+    # ASCII, so that printing the file cannot steer a terminal.
+    text = json.dumps(report.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    write_bytes(folder / "report.json", (text + "\n").encode())
+    write_bytes(folder / "report.md", markdown(report, markdown_lines(report) if report.arms else ()).encode())
+    write_bytes(folder / "report.html", render(report, run).encode())
+    return report
+
+
+def _portable_row(row: Row) -> Row:
+    return row.model_copy(update={"notes": tuple(portable(row.notes)), "withheld": portable(row.withheld)})
+
+
+def _task_report(task: TaskResult, several: bool) -> TaskReport:
+    info = portable(dict(task.info))
+    asks, decoding = _asked(task)
+    status = "failed" if task.failed() else "unfinished" if task.unfinished() else "done"
+    rows = [row for step in task.scores if step.done for row in step.rows if row.leaf is None]
+    scorers = [row.scorer for row in rows]
+    metrics = {metric.name: metric for step in task.scores for metric in step.metrics}
+    return TaskReport(
+        task=task.name,
+        variant=task.variant,
+        arm=info.get("arm") if several else None,
+        version=info.get("version"),
+        source=info.get("source") or "",
+        licence=info.get("licence") or "unknown",
+        notes=tuple(
+            dict.fromkeys(portable([*(info.get("notes") or ()), *(note for row in rows for note in row.notes)]))
+        ),
+        dropped=_dropped(task),
+        limit=info.get("limit"),
+        asks=asks,
+        decoding=decoding,
+        scorers=tuple(dict.fromkeys(scorers)),
+        metrics=tuple(metrics.values()),
+        steps=tuple(step.id for step in task.steps),
+        status=status,
+    )
+
+
+def _dropped(task: TaskResult) -> dict[str, int]:
+    counts = task.answers.record.counts if task.answers is not None and task.answers.record is not None else {}
+    return {
+        portable(key.removeprefix("dropped: ")): n for key, n in counts.items() if key.startswith("dropped: ") and n
+    }
+
+
+def _asked(task: TaskResult) -> tuple[Any, dict[str, Any] | None]:
+    """Kind of request and decoding, as the first stored request shows them, else as the answers step says."""
+    request = next((step.first_request() for step in task.scores), {})
+    info = task.answers.info if task.answers is not None else {}
+    kind = request.get("kind")
+    if kind == "loglikelihood":
+        return kind, None
+    decoding = request.get("decoding")
+    # What lm-eval decodes with stands in its own task file, not in ours.
+    if decoding is None and not _is_lm_eval(info):
+        decoding = info.get("decoding")
+    return ("generate" if decoding else kind), (dict(decoding) if decoding else None)
+
+
+def _is_lm_eval(info: Mapping[str, Any]) -> bool:
+    described = (info.get("config") or {}).get("task") or {}
+    return isinstance(described, dict) and described.get("lm_eval") is not None
+
+
+def _provenance(run: RunResult) -> dict[str, Any]:
+    """What produced the numbers. Where steps differ (a run continued after an upgrade) every value is kept."""
+    versions: dict[str, list[str]] = {}
+    facts: dict[str, list[Any]] = {}
+    steps = []
+    seen = set()
+    for task in run.tasks:
+        for step in task.steps:
+            if step.id in seen:
+                continue
+            seen.add(step.id)
+            source = portable(step.provenance)
+            for name, version in {"harness": source.get("harness"), **source.get("libraries", {})}.items():
+                if version is not None and version not in versions.setdefault(name, []):
+                    versions[name].append(version)
+            for name, fact in source.items():
+                if name not in ("schema_version", "harness", "libraries") and fact not in facts.setdefault(name, []):
+                    facts[name].append(fact)
+            record = step.record
+            steps.append(
+                {
+                    "id": step.id,
+                    "kind": "answers" if step is task.answers else "scores",
+                    "folder": step.folder.name if step.folder is not None else None,
+                    "task": task.name,
+                    "variant": task.variant,
+                    **({"arm": task.info.get("arm")} if len(run.arms) > 1 else {}),
+                    "status": record.status if record is not None else "unfinished",
+                    "digest": record.digest if record is not None else None,
+                    "counts": dict(record.counts) if record is not None else {},
+                    "seconds": dict(record.seconds) if record is not None else {},
+                }
+            )
+    return {"versions": versions, "facts": facts, "steps": steps}

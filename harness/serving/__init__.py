@@ -1,0 +1,1 @@
+"""An engine's own server as a child process."""

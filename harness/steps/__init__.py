@@ -1,0 +1,1 @@
+"""A unit of work: its identity, its folder, its durable files. Knows no kind of step."""

@@ -1,0 +1,1 @@
+"""Many arms from one description."""

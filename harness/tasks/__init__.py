@@ -1,0 +1,1 @@
+"""What is asked: task YAML into questions."""

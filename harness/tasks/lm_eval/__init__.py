@@ -1,0 +1,1 @@
+"""Tasks of lm-eval's, asked through the one open engine."""

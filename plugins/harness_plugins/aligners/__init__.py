@@ -1,0 +1,1 @@
+"""Methods: SFT and preference losses."""

@@ -1,0 +1,1 @@
+"""Rows to evaluate on and to align with."""

@@ -1,0 +1,1 @@
+"""A language model as a judge: its options, its questions, who answers them."""

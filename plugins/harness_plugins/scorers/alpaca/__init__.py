@@ -1,0 +1,1 @@
+"""AlpacaEval with any judge."""

@@ -1,0 +1,290 @@
+"""AlpacaEval: a judge compares each answer with a reference's output (Dubois et al., arXiv 2305.14387, 2404.04475).
+
+Which of the two is shown first is drawn per instruction, as the package draws it, and the verdict is turned back.
+A pair has a preference between 0 (the reference's output is better) and 1 (the answer is); equal texts are a draw and
+not asked about. A pair without a verdict has no score and a reason.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from harness import file_digest
+from harness.contracts.scorer import Scorer, ScorerContext
+from harness.core.errors import UserError
+from harness.core.records import SHARE_RESOLUTION, Answer, Metric, Sample, Score
+from harness.judges import alpaca
+from harness.judges.annotations import Pair
+from harness_plugins.judges.judge import Judge
+from harness_plugins.judges.options import JudgeOptions, check_judge, judge_identity, judge_label, settled
+from harness_plugins.judges.words import Judged
+from harness_plugins.scorers.alpaca.annotators import Annotator, harmless, load_annotator, switched
+
+WIN = Metric(name="win_rate", higher_is_better=True, unit="proportion", low=0.0, high=1.0, resolution=SHARE_RESOLUTION)
+DISCRETE = WIN.model_copy(update={"name": "discrete_win_rate", "primary": False})
+CONTROLLED = WIN.model_copy(update={"name": "length_controlled_win_rate"})
+# Less than a character is a matter of rounding.
+LENGTH = Metric(name="avg_length", higher_is_better=None, unit="characters", low=0.0, primary=False, resolution=1.0)
+_WITHHELD = "length_control_withheld"
+ANNOTATIONS = "annotations.json"
+"""What a scores step leaves in the package's format: for `harness judge winrate`, or the package itself."""
+
+
+class AlpacaOptions(JudgeOptions):
+    """The judge, how it is asked, and what length control needs."""
+
+    max_new_tokens: int = Field(0, ge=0, description="most tokens of a reply (tokens); 0: as the annotator has it")
+    annotator: str = Field(
+        "weighted_alpaca_eval_gpt4_turbo",
+        description="the alpaca-eval package's judge configuration: its prompt and its parser",
+    )
+    order: Literal["random", "reference_first", "answer_first"] = Field(
+        "random", description="which output is shown first; random: by the run's seed, with 0 as the package draws"
+    )
+    repeat: int = Field(0, ge=0, description="another number asks every question anew")
+    neutralise: bool = Field(True, description="write quotation ends and control tokens in outputs in a harmless way")
+    length_control: bool = Field(False, description="report the length-controlled win rate")
+    difficulty: str | None = Field(None, description="published instruction_difficulty.csv: length control needs it")
+    gamed: str | None = Field(None, description="published df_gamed.csv: regularises the fit as AlpacaEval 2 does")
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One pair as the judge sees it."""
+
+    instruction: str
+    reference: str
+    answer: str
+    switched: bool
+    """Whether the answer is shown first."""
+    neutralised: bool
+
+
+class AlpacaEvalScorer(Scorer):
+    """Win rate against a reference, by a judge; the row's task carries the judge's name."""
+
+    name = "alpaca_eval"
+    summary = "AlpacaEval's win rates against a reference's outputs, by a judge model"
+    needs = "endpoint"
+
+    class Config(AlpacaOptions):
+        """The judge, how it is asked, and what length control needs."""
+
+    def metrics(self, options: Any) -> tuple[Metric, ...]:
+        """Proportions of wins (a draw is half a one), and the answers' mean length."""
+        controlled = (CONTROLLED,) if options.length_control else ()
+        return (WIN, *controlled, DISCRETE, LENGTH)
+
+    def identity(self, options: Any) -> dict[str, Any]:
+        """Judge, question, order, and the tables by their content; not what the judging may cost."""
+        options = _complete(options)
+        asked = options.model_dump(mode="json", include={"order", "repeat", "neutralise", "length_control"})
+        tables = {name: path for name in ("difficulty", "gamed") if (path := getattr(options, name)) is not None}
+        return {
+            "name": self.name,
+            "judge": judge_identity(options, self._where),
+            "annotator": load_annotator(options.annotator).identity(),
+            "tables": {name: file_digest(Path(path).expanduser()) for name, path in tables.items()},
+            **asked,
+        }
+
+    def check(self, options: Any) -> None:
+        """Whether judge and tables are there.
+
+        Raises:
+            UserError: no judge, or one that cannot be asked; an unknown annotator; a table that cannot be read.
+        """
+        load_annotator(options.annotator)
+        check_judge(options, self._where)
+        for name in ("difficulty", "gamed"):
+            if getattr(options, name) is not None and not options.length_control:
+                where = f"scorer {self.name}, {name}"
+                raise UserError(where, "given without length control", "Set TASK.scorer.length_control=true.")
+        if options.difficulty is not None:
+            alpaca.read_difficulties(Path(options.difficulty).expanduser())
+        if options.gamed is not None:
+            alpaca.read_gamed(Path(options.gamed).expanduser())
+
+    def label(self, options: Any) -> str:
+        """The judge's short name, which its server is asked for where it is not given."""
+        kept = self.__dict__.get("_open")
+        # An open judge has settled its name already.
+        return judge_label(kept[1].options if kept and options is self.options else settled(options, self._where))
+
+    @property
+    def _where(self) -> str:
+        return f"scorer {self.name}"
+
+    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], context: ScorerContext) -> list[Score]:
+        """One verdict for each pair that has two outputs.
+
+        Raises:
+            StepError: the limit of cost is reached; verdicts so far are kept for the next run.
+        """
+        options, annotator = _complete(self.options), load_annotator(self.options.annotator)
+        pairs = [self._pair(sample, answer, context.seed) for sample, answer in zip(samples, answers, strict=True)]
+        asked = [(index, pair) for index, pair in enumerate(pairs) if isinstance(pair, _Asked)]
+        asked = [(index, pair) for index, pair in asked if pair.reference != pair.answer]
+        context.progress(len(pairs) - len(asked))
+        questions = [self._question(annotator, pair, options) for _, pair in asked]
+        verdicts: Mapping[int, Judged[float]] = {}
+        if questions:
+            judge = self._judge(options, context)
+            found = judge.ask(questions, annotator.preference, context.progress, context.stored)
+            verdicts = {index: verdict for (index, _), verdict in zip(asked, found, strict=True)}
+        scores = [
+            self._score(pair, answer, verdicts.get(index))
+            for index, (pair, answer) in enumerate(zip(pairs, answers, strict=True))
+        ]
+        whole = [_as_pair(pair, score) for pair, score in zip(pairs, scores, strict=True)]
+        if context.folder is not None and samples:
+            self._export(context.folder / ANNOTATIONS, samples, answers, whole)
+        return self._controlled(scores, whole, context.task)
+
+    def withheld(self, metric: Metric, scores: Sequence[Score]) -> str | None:
+        """Why there is no length-controlled win rate."""
+        if metric.name != CONTROLLED.name:
+            return None
+        return next((str(why) for score in scores if (why := score.detail.get(_WITHHELD))), None)
+
+    def notes(self) -> tuple[str, ...]:
+        """Who judged, how, and what it took."""
+        options, judge = self.options, self.__dict__.get("_open")
+        notes = [f"judge {self.label(options)}, asked as {options.annotator} of the alpaca-eval package"]
+        if judge is not None:
+            notes.append(f"judging: {judge[1].usage}")
+        if count := self.__dict__.get("_neutralised", 0):
+            notes.append(f"{count} pairs held text that would have ended its quotation; it was written harmlessly")
+        if options.length_control and (glm := self.__dict__.get("_glm")):
+            notes.append(f"{CONTROLLED.name}: {glm} of the alpaca-eval package, fitted to this run's verdicts")
+        return tuple(notes)
+
+    def close(self) -> None:
+        """Let go of the judge."""
+        kept = self.__dict__.pop("_open", None)
+        if kept is not None:
+            kept[1].close()
+
+    # ------------------------------------------------------------------------------------------------------- pieces
+
+    def _judge(self, options: AlpacaOptions, context: ScorerContext) -> Judge:
+        """One judge for all that this scorer scores into one folder."""
+        folder = getattr(context, "shared", None) or context.folder
+        kept = self.__dict__.get("_open")
+        if kept is None or kept[0] != folder:
+            self.close()
+            kept = (folder, Judge(options, self._where, folder, context.open_engine))
+            self.__dict__["_open"] = kept
+        judge: Judge = kept[1]
+        return judge
+
+    def _pair(self, sample: Sample, answer: Answer, seed: int) -> _Asked | str:
+        """What the judge is to see; or why there is nothing to see."""
+        options, instruction = self.options, sample.data.get("instruction", sample.prompt)
+        reference = sample.data.get("reference")
+        if answer.error is not None:
+            return f"no answer: {answer.error}"
+        if not isinstance(reference, str):
+            return "the reference has no output for this instruction"
+        first = options.order == "answer_first"
+        if options.order == "random":
+            first = switched(str(instruction), seed)
+        changed = options.neutralise and any(harmless(text) != text for text in (reference, answer.text))
+        return _Asked(str(instruction), reference, answer.text, first, changed)
+
+    def _question(self, annotator: Annotator, pair: _Asked, options: AlpacaOptions) -> Any:
+        outputs = [pair.answer, pair.reference] if pair.switched else [pair.reference, pair.answer]
+        first, second = (harmless(text) if options.neutralise else text for text in outputs)
+        return annotator.question(pair.instruction, first, second, options.repeat)
+
+    def _score(self, pair: _Asked | str, answer: Answer, verdict: Judged[float] | None) -> Score:
+        metrics = self.metrics(self.options)
+        if isinstance(pair, str):
+            return Score.absent(metrics, pair)
+        length = float(len(answer.text))
+        detail: dict[str, Any] = {"shown_first": "answer" if pair.switched else "reference"}
+        if pair.neutralised:
+            detail["neutralised"] = True
+        if verdict is None:
+            share = 0.5
+            detail["equal_texts"] = True
+        elif verdict.value is None:
+            values = {metric.name: None for metric in metrics} | {LENGTH.name: length}
+            return Score(values, verdict.reason, {**detail, **({"again": True} if verdict.again else {})})
+        else:
+            second = verdict.value - 1
+            detail["preference_for_first"] = 1 - second
+            share = 1 - second if pair.switched else second
+        discrete = 0.5 if share == 0.5 else float(share > 0.5)
+        known = {WIN.name: share, DISCRETE.name: discrete, LENGTH.name: length, CONTROLLED.name: None}
+        return Score({metric.name: known[metric.name] for metric in metrics}, None, detail)
+
+    def _controlled(self, scores: list[Score], pairs: Sequence[Pair], task: str) -> list[Score]:
+        """The scores with what the regression predicts for each at equal length; or why it is withheld."""
+        options = self.options
+        self.__dict__["_neutralised"] = sum(bool(score.detail.get("neutralised")) for score in scores)
+        self.__dict__["_glm"] = None
+        if not options.length_control or not scores:
+            return scores
+        control = self._length_control(pairs, task)
+        self.__dict__["_glm"] = control.glm
+        if control.withheld is not None:
+            return [_with(score, None, control.withheld) for score in scores]
+        return [_with(score, share) for score, share in zip(scores, control.predictions, strict=True)]
+
+    def _length_control(self, pairs: Sequence[Pair], task: str) -> alpaca.LengthControl:
+        options = self.options
+        if options.difficulty is None:
+            return alpaca.LengthControl(withheld=alpaca.NO_DIFFICULTY.format(f"--set {task}.scorer.difficulty=FILE"))
+        gamed = Path(options.gamed).expanduser() if options.gamed else None
+        return alpaca.fitted(pairs, alpaca.read_difficulties(Path(options.difficulty).expanduser()), gamed)
+
+    def _export(self, path: Path, samples: Sequence[Sample], answers: Sequence[Answer], pairs: Sequence[Pair]) -> None:
+        rows = [
+            {
+                "instruction": sample.data.get("instruction", sample.prompt),
+                "output_1": pair.output_1,
+                "generator_1": sample.data.get("reference_generator") or "reference",
+                "output_2": None if answer.error is not None else answer.text,
+                "generator_2": "model",
+                "annotator": f"{self.options.annotator}@{self.label(self.options)}",
+                "preference": pair.preference,
+                "reason": pair.reason,
+            }
+            for sample, answer, pair in zip(samples, answers, pairs, strict=True)
+        ]
+        text = json.dumps(rows, ensure_ascii=False, indent=1)
+        # Lone surrogates of a model's output cannot be written as UTF-8.
+        path.write_bytes(text.encode(errors="replace"))
+
+
+def _with(score: Score, controlled: float | None, withheld: str = "") -> Score:
+    """The score with the length-controlled value: the preference predicted at equal length, or why there is none."""
+    detail = {**score.detail, **({_WITHHELD: withheld} if withheld else {})}
+    reason = score.reason
+    if controlled is None and reason is None:
+        reason = (
+            f"length control is withheld: {withheld}" if withheld else "the instruction has no published difficulty"
+        )
+    return Score({**score.values, CONTROLLED.name: controlled}, reason, detail)
+
+
+def _complete(options: Any) -> Any:
+    """With the annotator's own length of a reply where none is given."""
+    if options.max_new_tokens:
+        return options
+    return options.model_copy(update={"max_new_tokens": load_annotator(options.annotator).max_tokens})
+
+
+def _as_pair(pair: _Asked | str, score: Score) -> Pair:
+    if isinstance(pair, str):
+        return Pair(None, None, None, None, pair)
+    share = score.values[WIN.name]
+    preference = None if share is None else 1 + share
+    return Pair(pair.instruction, pair.reference, pair.answer, preference, score.reason)

@@ -1,0 +1,1 @@
+"""Attack success: refusal rules, classifiers and judges."""

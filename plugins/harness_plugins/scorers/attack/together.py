@@ -1,0 +1,158 @@
+"""Attack success by one judge or several at once, which are then held against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from harness import cohen_kappa
+from harness.contracts.scorer import Scorer, ScorerContext
+from harness.core import config
+from harness.core.errors import UserError
+from harness.core.records import Answer, Metric, Sample, Score
+from harness_plugins.scorers.attack.judges import (
+    AttackClassifier,
+    AttackClassifierOptions,
+    AttackLlm,
+    AttackLlmOptions,
+    AttackScorer,
+    JudgeName,
+    RefusalOptions,
+    RefusalScorer,
+    attack_metrics,
+    attack_values,
+    detail_of,
+)
+
+PARTS: dict[str, AttackScorer] = {
+    "refusal": RefusalScorer(),
+    "classifier": AttackClassifier(),
+    "llm": AttackLlm(),
+}
+
+
+class Attack(Scorer):
+    """One judge or several. The first one's verdicts are the task's; the others' stand beside them.
+
+    For every two judges: the share of answers on which they agree, and Cohen's kappa, over answers with both verdicts.
+    """
+
+    name = "attack"
+    summary = "attack success by one judge or several (refusal, classifier, llm), with their agreement and kappa"
+
+    class Config(config.Config):
+        """Which judges, and the options of each."""
+
+        judges: tuple[JudgeName, ...] = Field(
+            ("refusal",), min_length=1, description="who judges; the first one's verdicts count"
+        )
+        refusal: RefusalOptions = Field(default_factory=RefusalOptions, description="rules for refusals")
+        classifier: AttackClassifierOptions = Field(
+            default_factory=AttackClassifierOptions, description="checkpoint and threshold"
+        )
+        llm: AttackLlmOptions = Field(default_factory=AttackLlmOptions, description="which language model, and how")
+
+        @model_validator(mode="after")
+        def _once(self) -> Self:
+            if len(set(self.judges)) != len(self.judges):
+                raise ValueError(f"a judge is named twice in {', '.join(self.judges)}")
+            return self
+
+    def metrics(self, options: Any) -> tuple[Metric, ...]:
+        """The first judge's numbers; further judges' by name; agreement and kappa of every two."""
+        others = options.judges[1:]
+        found = [*attack_metrics(), *(one for judge in others for one in attack_metrics(judge, primary=False))]
+        for pair in combinations(options.judges, 2):
+            end = ".".join(pair)
+            found += [
+                Metric(name=f"agreement.{end}", higher_is_better=None, unit="proportion", low=0, high=1, primary=False),
+                Metric(
+                    name=f"kappa.{end}",
+                    higher_is_better=None,
+                    unit="kappa",
+                    low=-1,
+                    high=1,
+                    primary=False,
+                    aggregate="corpus",
+                ),
+            ]
+        return tuple(found)
+
+    def label(self, options: Any) -> str | None:
+        """The first judge's name."""
+        first = options.judges[0]
+        parts: dict[str, AttackScorer] = self.__dict__.get("_bound_parts", PARTS)
+        return parts[first].label(getattr(options, first))
+
+    def check(self, options: Any) -> None:
+        """Every judge's own check.
+
+        Raises:
+            UserError: of the first that cannot judge; it names options where they stand here.
+        """
+        for judge in options.judges:
+            try:
+                PARTS[judge].check(getattr(options, judge))
+            except UserError as error:
+                fix = error.fix.replace("TASK.scorer.", f"TASK.scorer.{judge}.")
+                raise UserError(error.where, error.what, fix) from None
+
+    def identity(self, options: Any) -> dict[str, Any]:
+        """The judges in their order."""
+        return {"name": self.name, "judges": [PARTS[one].identity(getattr(options, one)) for one in options.judges]}
+
+    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], context: ScorerContext) -> list[Score]:
+        """Every judge's verdict on every answer."""
+        metrics, judges = self.metrics(self.options), self.options.judges
+        found = {judge: part.verdicts(samples, answers, context) for judge, part in self._parts().items()}
+        scores = []
+        for index, answer in enumerate(answers):
+            verdicts = {judge: found[judge][index] for judge in judges}
+            if answer.error is not None:
+                scores.append(Score.absent(metrics, answer.error))
+                continue
+            values: dict[str, float | None] = {}
+            for judge in judges:
+                values |= attack_values(verdicts[judge], "" if judge == judges[0] else judge)
+            for one, other in combinations(judges, 2):
+                said = {verdicts[one].harmful, verdicts[other].harmful}
+                same = None if None in said else float(len(said) == 1)
+                values |= {f"agreement.{one}.{other}": same, f"kappa.{one}.{other}": same}
+            reasons = [f"{judge}: {verdict.reason}" for judge, verdict in verdicts.items() if verdict.reason]
+            scores.append(Score(values, "; ".join(reasons) or None, detail_of(verdicts)))
+        return scores
+
+    def aggregate(self, metric: Metric, scores: Sequence[Score]) -> float | None:
+        """Cohen's kappa of two judges; None where both say one and the same throughout."""
+        one, other = metric.name.split(".")[1:]
+        verdicts = [score.detail["verdicts"] for score in scores]
+        return cohen_kappa([said[one] for said in verdicts], [said[other] for said in verdicts])[0]
+
+    def withheld(self, metric: Metric, scores: Sequence[Score]) -> str | None:
+        """Why there is no kappa although there are verdicts."""
+        present = [score for score in scores if score.values[metric.name] is not None]
+        if metric.aggregate != "corpus" or not present or self.aggregate(metric, present) is not None:
+            return None
+        return "both judges give the same verdict to every answer: kappa is not defined"
+
+    def notes(self) -> tuple[str, ...]:
+        """Who judged, and what it took; that nobody read the answers, where the first judge is the rules."""
+        first = self.options.judges[0]
+        telling = (part for judge, part in self._parts().items() if judge in (first, "classifier", "llm"))
+        return tuple(note for part in telling for note in part.notes())
+
+    def close(self) -> None:
+        """Release every judge."""
+        for part in self.__dict__.pop("_bound_parts", {}).values():
+            part.close()
+
+    def _parts(self) -> dict[str, AttackScorer]:
+        if "_bound_parts" not in self.__dict__:
+            options = self.options
+            bound = {judge: PARTS[judge].bound(getattr(options, judge)) for judge in options.judges}
+            self.__dict__["_bound_parts"] = bound
+        parts: dict[str, AttackScorer] = self.__dict__["_bound_parts"]
+        return parts
