@@ -365,8 +365,7 @@ def child(marks_file: Path, arguments: list[str]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
     from harness.cli.app import main
-    from harness.evaluation import ask as generate
-    from harness.evaluation import scores as scoring
+    from harness.evaluation import ask as generate, scores as scoring
     from harness.merging.fold import run as fold
     from harness_plugins.engines.transformers.engine import TransformersEngine
     from harness_plugins.engines.vllm.engine import VllmEngine

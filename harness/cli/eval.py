@@ -179,8 +179,7 @@ def compare(
     as_json: Json = False,
 ) -> int:
     """Paired differences between two runs, or between the arms and the base of one, with the samples that changed."""
-    from harness.report import compare as comparing
-    from harness.report import compare_text
+    from harness.report import compare as comparing, compare_text
 
     result = comparing.compare_runs(
         run_a,

@@ -79,7 +79,7 @@ def _published(
     if model is None or weights is None or difficulty is None:
         fix = "Give a file; or --model, --weights and --difficulty for a published length-controlled win rate."
         raise UserError("harness judge winrate", "no annotations are given", fix)
-    table = alpaca.read_difficulties(difficulty)
+    table = alpaca.read_alpaca_difficulties(difficulty)
     control = alpaca.published(model, reference or alpaca.PUBLISHED_REFERENCE, alpaca.read_weights(weights), table)
     if control.withheld is not None:
         raise UserError(f"--weights {weights}", control.withheld, "Give annotations, or a name that is in the file.")

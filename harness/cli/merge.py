@@ -201,8 +201,7 @@ def fold(
     from harness.core.config import parse_options
     from harness.core.progress import for_terminal
     from harness.core.specs import ModelSpec
-    from harness.merging.fold.run import fold as run
-    from harness.merging.fold.run import probe_line
+    from harness.merging.fold.run import fold as run, probe_line
 
     fields = {
         "model": base,

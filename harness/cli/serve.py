@@ -115,8 +115,7 @@ def _verdict(checked: Checked) -> list[str]:
 
 def _serve(spec: ServeSpec, registry: Registry, as_json: bool) -> int:
     from harness.core.progress import PlainReporter
-    from harness.serving.server import eval_command
-    from harness.serving.server import serve as serving
+    from harness.serving.server import eval_command, serve as serving
 
     try:
         with serving(spec, registry=registry, reporter=PlainReporter()) as server:

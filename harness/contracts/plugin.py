@@ -1,8 +1,8 @@
 """What all kinds of plugins share.
 
-A plugin is an object of a contract class, registered by a hook of :mod:`harness.contracts.hookspecs` and chosen by name.
-Each states a nested ``Config`` (frozen, extra fields forbidden, a description with unit per field) and the contract
-version it was written for. Heavy imports (torch, transformers, vllm, datasets) go inside methods.
+A plugin is an object of a contract class, registered by a hook of :mod:`harness.contracts.hookspecs` and chosen by
+name. Each states a nested ``Config`` (frozen, extra fields forbidden, a description with unit per field) and the
+contract version it was written for. Heavy imports (torch, transformers, vllm, datasets) go inside methods.
 """
 
 from __future__ import annotations

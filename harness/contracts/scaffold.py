@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from harness import __version__
 from harness.contracts.hookspecs import REGISTRATION
 from harness.core.errors import UserError, unknown
+from harness.core.version import __version__
 
 TEMPLATES = Path(__file__).parent / "skeletons"
 KINDS = tuple(sorted(kind if kind != "tasks" else "task" for kind in REGISTRATION.values()))

@@ -24,8 +24,7 @@ from harness.core.records import digest_of
 from harness.data.selection import Keep, Selection, rows_digest
 from harness.data.tokenise import Tokenised
 from harness.steps.files import read_json, write_bytes
-from harness.steps.journal import rows_digest as text_digest
-from harness.steps.journal import write_rows
+from harness.steps.journal import rows_digest as text_digest, write_rows
 from harness.steps.provenance import NUMERICS
 
 Side = str

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.core.errors import UserError, nearest
-from harness.judges.annotations import Annotations, Pair, scored
+from harness.judges.annotations import Annotations, JudgedPair, scored
 
 LENGTH, DIFFICULTY, MODEL = "np.tanh(std_delta_len)", "instruction_difficulty", "not_gamed_baseline.astype(float)"
 """The three terms of the regression, as the package's files of weights name them."""
@@ -56,7 +56,7 @@ class Difficulties:
     values: tuple[float, ...]
     by_text: Mapping[str, float]
 
-    def of(self, pairs: Sequence[Pair]) -> list[float | None]:
+    def of(self, pairs: Sequence[JudgedPair]) -> list[float | None]:
         """One per pair; by position only where the file has no texts and as many rows as there are pairs."""
         if self.by_text:
             return [None if pair.instruction is None else self.by_text.get(pair.instruction) for pair in pairs]
@@ -77,6 +77,11 @@ class LengthControl:
     predictions: tuple[float | None, ...] = ()
     """Per pair, of a fit: the preference (0 to 1) that is predicted at equal length."""
 
+    @classmethod
+    def without_difficulty(cls, option: str) -> LengthControl:
+        """Withheld for want of the published difficulties, which ``option`` would name."""
+        return cls(withheld=NO_DIFFICULTY.format(option))
+
 
 def win_rates(annotations: Annotations) -> dict[str, Any]:
     """The package's win rates (percent) of the scored pairs, under the package's names."""
@@ -84,7 +89,7 @@ def win_rates(annotations: Annotations) -> dict[str, Any]:
     empty: dict[str, Any] = dict.fromkeys(("win_rate", "standard_error", "discrete_win_rate"))
     found: dict[str, Any] = {**empty, "n_wins": 0, "n_wins_base": 0, "n_draws": 0, "n_total": 0}
     if preferences:
-        with package():
+        with quiet_alpaca_eval():
             from alpaca_eval.metrics import pairwise_to_winrate
 
             # numpy's numbers, and a standard error of one pair that is not a number.
@@ -102,7 +107,7 @@ def plain(value: Any) -> int | float | None:
 
 
 @contextlib.contextmanager
-def package() -> Iterator[None]:
+def quiet_alpaca_eval() -> Iterator[None]:
     """Around what imports or calls alpaca-eval: the import reads .env files and turns on everybody's log lines."""
     environment, root = dict(os.environ), logging.getLogger()
     level = root.level
@@ -128,7 +133,7 @@ def read_weights(path: Path) -> dict[str, tuple[float, float, float]]:
     return {row[""]: (row[LENGTH], row[DIFFICULTY], row[MODEL]) for row in rows}
 
 
-def read_difficulties(path: Path) -> Difficulties:
+def read_alpaca_difficulties(path: Path) -> Difficulties:
     """Published difficulties: a column ``instruction_difficulty``, and texts in ``instruction`` if they are there."""
     rows = _table(path, (DIFFICULTY,), "AlpacaEval's instruction_difficulty.csv")
     texts = {row["instruction"]: row[DIFFICULTY] for row in rows if row.get("instruction")}
@@ -174,16 +179,16 @@ def length_control(
         annotations: of one model against one reference.
         weights: published ones: nothing is fitted. Without them the regression is fitted to the annotations.
         difficulty: the published difficulties.
-        gamed: for a fit, see :func:`fitted`.
+        gamed: for a fit, see :func:`fit_length_control`.
     """
     model, reference = annotations.model, annotations.reference
     if model is not None and model == reference:
         return LengthControl(50.0, 0.0, "same model", reference)
     if difficulty is None:
-        return LengthControl(withheld=NO_DIFFICULTY.format("--difficulty FILE"))
-    table = read_difficulties(difficulty)
+        return LengthControl.without_difficulty("--difficulty FILE")
+    table = read_alpaca_difficulties(difficulty)
     if weights is None:
-        return fitted(annotations.pairs, table, gamed, reference)
+        return fit_length_control(annotations.pairs, table, gamed, reference)
     if model is None or reference is None:
         return LengthControl(withheld="weights go by a model's name, and the annotations name no generators")
     if annotations.annotator not in (None, PUBLISHED_JUDGE):
@@ -225,7 +230,7 @@ def published(
     return LengthControl(100 * mean, error, "published weights", reference, note=note)
 
 
-def misfit(pairs: Sequence[Pair], weights: tuple[float, float, float], difficulties: Difficulties) -> str | None:
+def misfit(pairs: Sequence[JudgedPair], weights: tuple[float, float, float], difficulties: Difficulties) -> str | None:
     """Why published weights cannot be those of these annotations; None if they can.
 
     With the lengths left in, the regression predicts the very win rate it was fitted to.
@@ -253,8 +258,8 @@ def misfit(pairs: Sequence[Pair], weights: tuple[float, float, float], difficult
     )
 
 
-def fitted(
-    pairs: Sequence[Pair], difficulties: Difficulties, gamed: Path | None = None, reference: str | None = None
+def fit_length_control(
+    pairs: Sequence[JudgedPair], difficulties: Difficulties, gamed: Path | None = None, reference: str | None = None
 ) -> LengthControl:
     """The package's regression, fitted to these pairs; refused where ``LEAST_ITEMS`` or ``LEAST_WINS`` is not reached.
 
@@ -278,7 +283,7 @@ def fitted(
     if min(wins, n - wins) < LEAST_WINS:
         why = f"{wins:.1f} wins in {n} pairs, and a fit needs {LEAST_WINS} wins and as many losses"
         return LengthControl(withheld=why)
-    with package():
+    with quiet_alpaca_eval():
         predicted, name = _regression(kept, [one for one in known if one is not None], gamed)
     placed = iter(predicted)
     shares = [next(placed) if ok else None for ok in usable]
@@ -289,7 +294,9 @@ def fitted(
     return LengthControl(100 * mean, 100 * spread / math.sqrt(len(values)), name, reference, predictions=tuple(whole))
 
 
-def _regression(pairs: Sequence[Pair], difficulties: Sequence[float], gamed: Path | None) -> tuple[list[float], str]:
+def _regression(
+    pairs: Sequence[JudgedPair], difficulties: Sequence[float], gamed: Path | None
+) -> tuple[list[float], str]:
     """As the package's ``_get_featurized_data`` and what follows it, which would download df_gamed.csv."""
     import pandas as pd
     import sklearn
@@ -304,7 +311,7 @@ def _regression(pairs: Sequence[Pair], difficulties: Sequence[float], gamed: Pat
     level = frame[["instruction_difficulty", "not_gamed_baseline"]].assign(std_delta_len=0)
     training, sample_weight = frame, None
     if gamed is not None:
-        training = pd.concat([read_gamed(gamed), frame], axis=0)
+        training = pd.concat([read_alpaca_gamed(gamed), frame], axis=0)
         own = training["not_gamed_baseline"].astype(bool)
         # Halved, because there are two gamed baselines.
         sample_weight = own.astype(float) + glm["regularize_to_baseline_lambda"] * (~own).astype(float) / 2
@@ -318,7 +325,7 @@ def _regression(pairs: Sequence[Pair], difficulties: Sequence[float], gamed: Pat
     return [float(share) for share in model.predict_proba(at_equal_length)[:, 1]], name
 
 
-def read_gamed(path: Path) -> Any:
+def read_alpaca_gamed(path: Path) -> Any:
     """df_gamed.csv, the gamed baselines' preferences (0 to 1), as a data frame of what the regression uses."""
     what, columns = "AlpacaEval's df_gamed.csv", ("preference", "std_delta_len", "instruction_difficulty")
     rows = _table(path, columns, what)
@@ -330,11 +337,11 @@ def read_gamed(path: Path) -> Any:
     return pd.DataFrame([{name: row[name] for name in columns} for row in rows]).assign(not_gamed_baseline=own)
 
 
-def _difference(pair: Pair) -> int:
+def _difference(pair: JudgedPair) -> int:
     return len(pair.output_1 or "") - len(pair.output_2 or "")
 
 
-def _deviation(pairs: Sequence[Pair]) -> float:
+def _deviation(pairs: Sequence[JudgedPair]) -> float:
     values = [_difference(pair) for pair in pairs]
     mean = sum(values) / max(1, len(values))
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / max(1, len(values) - 1))

@@ -22,7 +22,7 @@ DRAW = 1.5
 
 
 @dataclass(frozen=True)
-class Pair:
+class JudgedPair:
     """Two outputs for one instruction: ``output_1`` is the reference's, ``output_2`` the model's.
 
     ``preference`` runs from 1 (the reference's is better) to 2 (the model's is); None has a ``reason``.
@@ -34,17 +34,17 @@ class Pair:
     preference: float | None
     reason: str | None = None
 
-    def mirrored(self) -> Pair:
+    def mirrored(self) -> JudgedPair:
         """The same pair with model and reference exchanged."""
         preference = None if self.preference is None else 3.0 - self.preference
-        return Pair(self.instruction, self.output_2, self.output_1, preference, self.reason)
+        return JudgedPair(self.instruction, self.output_2, self.output_1, preference, self.reason)
 
 
 @dataclass(frozen=True)
 class Annotations:
     """What one judge said about one model against one reference."""
 
-    pairs: tuple[Pair, ...]
+    pairs: tuple[JudgedPair, ...]
     model: str | None
     reference: str | None
     annotator: str | None
@@ -55,7 +55,7 @@ class Annotations:
 
 @dataclass(frozen=True)
 class _Named:
-    pair: Pair
+    pair: JudgedPair
     generators: tuple[str | None, str | None]
     annotator: str | None
 
@@ -147,7 +147,7 @@ def _is_number(value: Any) -> bool:
 
 def _named(row: Mapping[str, Any]) -> _Named:
     preference, reason = _preference(row)
-    pair = Pair(_text(row, "instruction"), _text(row, "output_1"), _text(row, "output_2"), preference, reason)
+    pair = JudgedPair(_text(row, "instruction"), _text(row, "output_1"), _text(row, "output_2"), preference, reason)
     return _Named(pair, (_name(row, "generator_1"), _name(row, "generator_2")), _name(row, "annotator"))
 
 
@@ -211,12 +211,12 @@ def _by_generators(
     return named, (second, first) if turned else (first, second)
 
 
-def _repeated(pairs: Sequence[Pair]) -> int:
+def _repeated(pairs: Sequence[JudgedPair]) -> int:
     counts = Counter(pair.instruction for pair in pairs if pair.instruction is not None)
     return sum(count - 1 for count in counts.values())
 
 
-def scored(annotations: Annotations) -> list[Pair]:
+def scored(annotations: Annotations) -> list[JudgedPair]:
     """The pairs that have a preference."""
     return [pair for pair in annotations.pairs if pair.preference is not None]
 

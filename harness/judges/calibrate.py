@@ -17,7 +17,7 @@ from harness.core.config import parse_options
 from harness.core.errors import UserError
 from harness.core.progress import Bar, Reporter
 from harness.core.records import Answer, Output, Sample, Score
-from harness.judges.annotations import Annotations, Pair
+from harness.judges.annotations import Annotations, JudgedPair
 from harness.judges.figures import Figure, Seen, by_model, figures
 from harness.steps.files import write_json
 
@@ -128,11 +128,11 @@ def calibrate(
     return found
 
 
-def _usable(pair: Pair) -> bool:
+def _usable(pair: JudgedPair) -> bool:
     return pair.preference is not None and pair.output_1 is not None and pair.output_2 is not None
 
 
-def _seen(annotations: Annotations, pair: Pair) -> Seen:
+def _seen(annotations: Annotations, pair: JudgedPair) -> Seen:
     assert pair.preference is not None
     longer = float(len(pair.output_2 or "") - len(pair.output_1 or ""))
     return Seen(annotations.model or "model", pair.preference - 1, longer)
@@ -181,7 +181,7 @@ class _Borrowed:
 
 
 def _judged(
-    scorer: Scorer, pairs: Sequence[Pair], context: ScorerContext, reporter: Reporter, name: str
+    scorer: Scorer, pairs: Sequence[JudgedPair], context: ScorerContext, reporter: Reporter, name: str
 ) -> list[Score]:
     """The scorer's view of the pairs, as if the models' outputs were answers."""
     samples = [

@@ -13,8 +13,7 @@ from harness.core.errors import UserError
 from harness.core.specs import MergeSpec
 from harness.merging.mergekit.config import parse_merge_config
 from harness.merging.mergekit.methods import ConfigInput, ConfigSlice, MergeConfig, Parameter, setting_at
-from harness.merging.names import Models
-from harness.merging.names import Source as Source
+from harness.merging.names import Models, Source as Source
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness import __version__
 from harness.core.records import Row
 from harness.core.text import clip, portable, task_label, visible
+from harness.core.version import __version__
 from harness.report.compare import compare_arms
 from harness.report.engines import stored_parity
 from harness.report.leaderboard import markdown_lines, terminal_table

@@ -148,7 +148,7 @@ def machine() -> dict[str, Any]:
 
 def record(extra: Mapping[str, Any]) -> dict[str, Any]:
     """``provenance.json`` of a step: versions, machine, and what the step itself adds."""
-    from harness import __version__
+    from harness.core.version import __version__
 
     return {
         "schema_version": 1,

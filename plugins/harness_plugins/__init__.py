@@ -8,14 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from harness.contracts.adapter import Adapter
-from harness.contracts.aligner import Aligner
-from harness.contracts.dataset import Dataset
-from harness.contracts.engine import Engine
-from harness.contracts.executor import Executor
-from harness.contracts.hookspecs import hookimpl
-from harness.contracts.merger import Merger
-from harness.contracts.scorer import Scorer
+from harness import Adapter, Aligner, Dataset, Engine, Executor, Merger, Scorer, hookimpl
 
 
 @hookimpl

@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 
-from harness.alignment import driver as training
-from harness.alignment import export as align_export
-from harness.alignment import run as alignment
+from harness.alignment import driver as training, export as align_export, run as alignment
 from harness.alignment.heldout import ACCURACY, LOSS, summaries
 from harness.alignment.run import AlignPlan
 from harness.cli import app as cli

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from pydantic import BaseModel
 
 from harness.contracts.dataset import Dataset, DatasetJob, DatasetRow, RowSchema

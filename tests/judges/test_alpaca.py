@@ -17,7 +17,7 @@ import pytest
 
 from harness import UserError
 from harness.judges import alpaca
-from harness.judges.annotations import Pair, read_annotations
+from harness.judges.annotations import JudgedPair, read_annotations
 
 SHARED = os.environ.get("HARNESS_SHARED")
 shared = pytest.mark.skipif(SHARED is None, reason="HARNESS_SHARED is not set")
@@ -165,14 +165,14 @@ def test_the_model_against_itself_is_a_half(write: Write) -> None:
     control = alpaca.length_control(itself)
     assert (control.winrate, control.standard_error, control.glm) == (50.0, 0.0, "same model")
     weights = alpaca.read_weights(write(WEIGHTS + "new,-1.0,0.7,-2.0\n", "w.csv"))
-    table = alpaca.read_difficulties(write("index,instruction_difficulty\n0,-1.5\n1,4.0\n", "d.csv"))
+    table = alpaca.read_alpaca_difficulties(write("index,instruction_difficulty\n0,-1.5\n1,4.0\n", "d.csv"))
     assert alpaca.published("new", "new", weights, table).winrate == 50.0
 
 
 def test_published_weights_by_hand(write: Write) -> None:
     # Model term 1 - 0, difficulty term (2 - 1) x 0 and x 3: (sigmoid(1) + sigmoid(4)) / 2; the length term is left out.
     weights = alpaca.read_weights(write(WEIGHTS + "base,-9,1,0\nnew,5,2,1\n", "w.csv"))
-    table = alpaca.read_difficulties(write("index,instruction_difficulty\n0,0\n1,3\n", "d.csv"))
+    table = alpaca.read_alpaca_difficulties(write("index,instruction_difficulty\n0,0\n1,3\n", "d.csv"))
     shares = [1 / (1 + math.exp(-1)), 1 / (1 + math.exp(-4))]
     control = alpaca.published("new", "base", weights, table)
     assert control.winrate == pytest.approx(50 * sum(shares))
@@ -181,7 +181,7 @@ def test_published_weights_by_hand(write: Write) -> None:
     assert "none for nwe (nearest: new)" in (alpaca.published("nwe", "base", weights, table).withheld or "")
 
 
-def made_pairs(n: int, seed: int = 0) -> tuple[list[Pair], dict[str, float]]:
+def made_pairs(n: int, seed: int = 0) -> tuple[list[JudgedPair], dict[str, float]]:
     """Pairs whose preference follows difficulty and length, with noise."""
     generator = random.Random(seed)
     pairs, table = [], {}
@@ -190,13 +190,13 @@ def made_pairs(n: int, seed: int = 0) -> tuple[list[Pair], dict[str, float]]:
         one, two = generator.randrange(50, 400), generator.randrange(50, 700)
         logit = -0.8 + 0.6 * difficulty + (two - one) / 200 + generator.gauss(0, 0.5)
         table[f"Ask {i}"] = round(difficulty, 6)
-        pairs.append(Pair(f"Ask {i}", "x" * one, "y" * two, 1 + 1 / (1 + math.exp(-logit))))
+        pairs.append(JudgedPair(f"Ask {i}", "x" * one, "y" * two, 1 + 1 / (1 + math.exp(-logit))))
     return pairs, table
 
 
 def tables(write: Write, table: dict[str, float]) -> alpaca.Difficulties:
     rows = "".join(f"{i},{value},{text}\n" for i, (text, value) in enumerate(table.items()))
-    return alpaca.read_difficulties(write("index,instruction_difficulty,instruction\n" + rows, "d.csv"))
+    return alpaca.read_alpaca_difficulties(write("index,instruction_difficulty,instruction\n" + rows, "d.csv"))
 
 
 @pytest.mark.parametrize("name", ["length_controlled_noreg", "length_controlled_v1"])
@@ -211,9 +211,9 @@ def test_a_fit_is_the_packages_own(write: Write, monkeypatch: pytest.MonkeyPatch
     head = "model,preference,index,std_delta_len,instruction_difficulty,not_gamed_baseline\n"
     gamed = write(head + "".join(",".join(map(str, one)) + "\n" for one in gamed_rows), "df_gamed.csv")
     difficulties = tables(write, table)
-    control = alpaca.fitted(pairs, difficulties, gamed if name.endswith("v1") else None)
+    control = alpaca.fit_length_control(pairs, difficulties, gamed if name.endswith("v1") else None)
 
-    with alpaca.package():
+    with alpaca.quiet_alpaca_eval():
         from alpaca_eval.metrics import glm_winrate
 
         monkeypatch.setattr(glm_winrate, "hf_hub_download", lambda **_: str(gamed))
@@ -236,19 +236,19 @@ def test_a_fit_is_the_packages_own(write: Write, monkeypatch: pytest.MonkeyPatch
 def test_a_fit_needs_enough_pairs(write: Write) -> None:
     pairs, table = made_pairs(alpaca.LEAST_ITEMS)
     difficulties = tables(write, table)
-    assert alpaca.fitted(pairs, difficulties).withheld is None
-    short = [*pairs[:-1], Pair("Ask 399", "a", "b", None, "hung up")]
-    assert alpaca.fitted(short, difficulties).withheld == (
+    assert alpaca.fit_length_control(pairs, difficulties).withheld is None
+    short = [*pairs[:-1], JudgedPair("Ask 399", "a", "b", None, "hung up")]
+    assert alpaca.fit_length_control(short, difficulties).withheld == (
         "399 scored pairs have outputs and a published difficulty, and a fit needs 400"
     )
-    stranger = [*pairs[:-1], Pair("not of AlpacaEval", "a", "b", 1.5)]
-    assert "399 scored pairs" in (alpaca.fitted(stranger, difficulties).withheld or "")
+    stranger = [*pairs[:-1], JudgedPair("not of AlpacaEval", "a", "b", 1.5)]
+    assert "399 scored pairs" in (alpaca.fit_length_control(stranger, difficulties).withheld or "")
 
 
 def test_a_fit_gives_nothing_to_what_is_unscored(write: Write) -> None:
     pairs, table = made_pairs(420)
-    pairs[3] = Pair(pairs[3].instruction, pairs[3].output_1, pairs[3].output_2, None, "hung up")
-    control = alpaca.fitted(pairs, tables(write, table))
+    pairs[3] = JudgedPair(pairs[3].instruction, pairs[3].output_1, pairs[3].output_2, None, "hung up")
+    control = alpaca.fit_length_control(pairs, tables(write, table))
     assert control.predictions[3] is None and sum(one is None for one in control.predictions) == 1
 
 
@@ -260,7 +260,8 @@ def test_a_fit_needs_wins_and_losses(write: Write) -> None:
         preferences = [2.0] * wins + [1.0] * (400 - wins)
         drawn = random.Random(1).sample(preferences, 400)
         changed = zip(pairs, drawn, strict=True)
-        return alpaca.fitted([Pair(p.instruction, p.output_1, p.output_2, one) for p, one in changed], difficulties)
+        shuffled = [JudgedPair(p.instruction, p.output_1, p.output_2, one) for p, one in changed]
+        return alpaca.fit_length_control(shuffled, difficulties)
 
     assert control(9).withheld == "9.0 wins in 400 pairs, and a fit needs 10 wins and as many losses"
     assert control(391).withheld == "391.0 wins in 400 pairs, and a fit needs 10 wins and as many losses"
@@ -270,14 +271,14 @@ def test_a_fit_needs_wins_and_losses(write: Write) -> None:
 
 def test_a_fit_to_draws_is_a_half(write: Write) -> None:
     pairs, table = made_pairs(400)
-    draws = [Pair(one.instruction, one.output_1, one.output_2, 1.5) for one in pairs]
-    assert alpaca.fitted(draws, tables(write, table)).winrate == pytest.approx(50, abs=1e-6)
+    draws = [JudgedPair(one.instruction, one.output_1, one.output_2, 1.5) for one in pairs]
+    assert alpaca.fit_length_control(draws, tables(write, table)).winrate == pytest.approx(50, abs=1e-6)
 
 
 def test_equal_lengths_throughout(write: Write) -> None:
     pairs, table = made_pairs(400)
-    even = [Pair(one.instruction, "same", "size", one.preference) for one in pairs]
-    control = alpaca.fitted(even, tables(write, table))
+    even = [JudgedPair(one.instruction, "same", "size", one.preference) for one in pairs]
+    control = alpaca.fit_length_control(even, tables(write, table))
     raw = 100 * sum((one.preference or 0) - 1 for one in even) / 400
     # There is nothing to control for: the fit goes through the mean, but for its little regularisation.
     assert control.winrate == pytest.approx(raw, abs=0.5)
@@ -296,12 +297,12 @@ def test_equal_lengths_throughout(write: Write) -> None:
 )
 def test_tables_that_are_none(write: Write, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        alpaca.read_difficulties(write(text, "d.csv"))
+        alpaca.read_alpaca_difficulties(write(text, "d.csv"))
 
 
 def test_difficulties_without_texts_go_by_position(write: Write) -> None:
-    table = alpaca.read_difficulties(write("index,instruction_difficulty\n0,1\n1,2\n", "d.csv"))
-    two = [Pair("a", "x", "y", 1.0), Pair("b", "x", "y", 1.0)]
+    table = alpaca.read_alpaca_difficulties(write("index,instruction_difficulty\n0,1\n1,2\n", "d.csv"))
+    two = [JudgedPair("a", "x", "y", 1.0), JudgedPair("b", "x", "y", 1.0)]
     assert table.of(two) == [1.0, 2.0]
     # Another number of rows: which is which cannot be told.
     assert table.of(two[:1]) == [None]
@@ -346,7 +347,7 @@ def test_win_rates_are_those_of_the_leaderboard(model: str) -> None:
 @shared
 def test_length_controlled_win_rates_are_those_of_the_leaderboard() -> None:
     weights = alpaca.read_weights(DATA / "length_controlled_v1_weights.csv")
-    table = alpaca.read_difficulties(DATA / "instruction_difficulty.csv")
+    table = alpaca.read_alpaca_difficulties(DATA / "instruction_difficulty.csv")
     off, without = {}, []
     for model, published in leaderboard("weighted_alpaca_eval_gpt4_turbo").items():
         control = alpaca.published(model, alpaca.PUBLISHED_REFERENCE, weights, table)

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 import harness
-from harness.merging import publish as merge_folder
-from harness.merging import run as merging
+from harness.merging import publish as merge_folder, run as merging
 from harness.merging.write import Shards
 from tests.merging.conftest import tensor_bytes
 

@@ -18,8 +18,7 @@ import pytest
 
 from harness import ModelSpec, StepError, UserError, load_plugins
 from harness.core.specs import ServeSpec
-from harness.serving import check as serve_check
-from harness.serving import server as serving
+from harness.serving import check as serve_check, server as serving
 from harness.serving.check import is_loopback
 from harness.steps.provenance import digest_of_bytes
 from harness.testing import tiny_adapter, tiny_model

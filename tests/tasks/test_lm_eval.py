@@ -14,7 +14,7 @@ from harness.contracts.scorer import ScorerContext
 from harness.core.records import Answer, Output, Sample
 from harness.evaluation.rows import check_scores
 from harness.steps.journal import read_rows
-from harness.tasks.lm_eval.task import Processed
+from harness.tasks.lm_eval.task import LmEvalVerdict
 from harness_plugins.scorers.lm_eval import LmEvalScorer
 
 # As lm-eval's own users write them: data files are named relative to where the YAML lies.
@@ -297,8 +297,8 @@ class PercentRuntime:
     def narrowed(self, kept: Any) -> PercentRuntime:
         return self
 
-    def process(self, answers: Any) -> list[Processed]:
-        return [Processed({"none": {"f1": value}}, {}) for value in (50.0, 100.0)]
+    def process(self, answers: Any) -> list[LmEvalVerdict]:
+        return [LmEvalVerdict({"none": {"f1": value}}, {}) for value in (50.0, 100.0)]
 
     def metrics(self) -> dict[str, Any]:
         return {"f1": (True, self._aggregate)}

@@ -45,7 +45,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Processed:
+class LmEvalVerdict:
     """lm-eval's verdict on one document."""
 
     metrics: dict[str, dict[str, Any]]
@@ -62,14 +62,14 @@ class LmEvalRuntime:
     items: list[Item]
 
     @compiled_once()
-    def process(self, answers: Sequence[Answer]) -> list[Processed]:
+    def process(self, answers: Sequence[Answer]) -> list[LmEvalVerdict]:
         """Run lm-eval's filters and metrics.
 
         Args:
             answers: one per sample, in order; none of them an error.
         """
         answered = {id(item): answer for item, answer in zip(self.items, answers, strict=True)}
-        results: dict[int, Processed] = {}
+        results: dict[int, LmEvalVerdict] = {}
         for _, items in _by_task(self.items):
             task = items[0].task
             instances = [instance for item in items for instance in item.instances]
@@ -81,7 +81,7 @@ class LmEvalRuntime:
             for item in items:
                 ordered = sorted(item.instances, key=lambda instance: instance.idx)
                 filters = list(ordered[0].filtered_resps)
-                results[id(item)] = Processed(
+                results[id(item)] = LmEvalVerdict(
                     {
                         name: dict(task.process_results(item.doc, [one.filtered_resps[name] for one in ordered]))
                         for name in filters
@@ -238,7 +238,7 @@ def _set_shots(task: Task, shots: int | None) -> None:
         task.set_config(key="num_fewshot", value=0)
 
 
-def metric_of(name: str, direction: bool | None, corpus: bool) -> Metric:
+def lm_eval_metric(name: str, direction: bool | None, corpus: bool) -> Metric:
     """An lm-eval metric in our terms."""
     bounded = name.startswith(("acc", "exact_match", "f1", "likelihood"))
     return Metric(

@@ -6,9 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from harness import Adapter
-from harness.core.config import Config
-from harness.core.errors import UserError
+from harness import Adapter, Config, UserError
 
 
 class LoraConfig(Config):
@@ -38,8 +36,7 @@ class Lora(Adapter):
             UserError: a target is not in the model; lists the linear layers that are.
         """
         import torch
-        from peft import LoraConfig as PeftLoraConfig
-        from peft import PeftModel, get_peft_model
+        from peft import LoraConfig as PeftLoraConfig, PeftModel, get_peft_model
 
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
         linear = _linear_layers(inner)

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from harness import Aligner, Stage, TrainingJob
-from harness.contracts.recipe import Recipe
+from harness import Aligner, Recipe, Stage, TrainingJob
 
 if TYPE_CHECKING:
     pass

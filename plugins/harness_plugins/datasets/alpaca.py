@@ -14,13 +14,20 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from harness import file_digest
-from harness.contracts.dataset import Dataset, DatasetJob, DatasetRow
-from harness.core import config
-from harness.core.caches import hub_cache, offline
-from harness.core.errors import UserError, nearest
-from harness.core.records import digest_of
-from harness.data.hub import pinned_commit, revision_note
+import harness
+from harness import (
+    Dataset,
+    DatasetJob,
+    DatasetRow,
+    UserError,
+    digest_of,
+    file_digest,
+    hub_cache,
+    nearest,
+    offline,
+    pinned_commit,
+    revision_note,
+)
 
 FILES = {"text_davinci_003": "alpaca_eval.json", "gpt4_1106_preview": "alpaca_eval_gpt4_baseline.json"}
 """Which file of the data set has whose outputs; all hold the same instructions in the same order."""
@@ -39,7 +46,7 @@ class AlpacaEval(Dataset):
     licence = "CC-BY-NC-4.0"
     revision: ClassVar[str] = "f27ebb15a502fcfb52d189503972d8c6434958d9"
 
-    class Config(config.Config):
+    class Config(harness.Config):
         """What is asked, and whose outputs answers are compared with."""
 
         reference: Literal["text_davinci_003", "gpt4_1106_preview", "file"] = Field(

@@ -10,11 +10,20 @@ from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
-from harness import file_digest, files_digest
-from harness.contracts.dataset import Dataset, DatasetJob, DatasetRow
-from harness.core import config
-from harness.core.errors import UserError, nearest
-from harness.data.hub import load_hub_dataset, pinned_commit, resolve_revision, revision_note
+import harness
+from harness import (
+    Dataset,
+    DatasetJob,
+    DatasetRow,
+    UserError,
+    file_digest,
+    files_digest,
+    load_hub_dataset,
+    nearest,
+    pinned_commit,
+    resolve_revision,
+    revision_note,
+)
 
 
 class HubDataset(Dataset):
@@ -24,7 +33,7 @@ class HubDataset(Dataset):
     summary = "any hub data set: options.path, and options.config, options.data_dir, options.id"
     schema = "prompts"
 
-    class Config(config.Config):
+    class Config(harness.Config):
         """Which data set, and what identifies a row."""
 
         path: str = Field("", description="hub id (owner/name), or a folder")
@@ -67,7 +76,7 @@ class JsonlDataset(Dataset):
     summary = "a JSON-lines file (.gz too): options.path, options.id"
     schema = "prompts"
 
-    class Config(config.Config):
+    class Config(harness.Config):
         """Which file, and what identifies a row."""
 
         path: str = Field("", description="the file; relative to the task's YAML")
@@ -134,7 +143,7 @@ class RealToxicityPrompts(Dataset):
     # The commit that brought the data; the two after it (to f216297) change README.md alone.
     revision: ClassVar[str] = "d3a6507562064c4f37cdf267bdc2faa7b0873173"
 
-    class Config(config.Config):
+    class Config(harness.Config):
         """Which rows."""
 
         select: Literal["all", "challenging", "most_severe"] = Field(

@@ -9,10 +9,8 @@ from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field
 
-from harness.contracts.dataset import Dataset, DatasetJob, DatasetRow
-from harness.core import config
-from harness.core.errors import UserError, unknown
-from harness.data.hub import load_hub_dataset, pinned_commit, revision_note
+import harness
+from harness import Dataset, DatasetJob, DatasetRow, UserError, load_hub_dataset, pinned_commit, revision_note, unknown
 
 Messages = list[dict[str, str]]
 
@@ -200,7 +198,7 @@ class BeaverTails(_HubPairs):
     licence = "CC-BY-NC-4.0"
     revision = "v0"
 
-    class Config(config.Config):
+    class Config(harness.Config):
         """How the harmless subset is read."""
 
         rule: Rule = Field(

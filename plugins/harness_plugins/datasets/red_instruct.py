@@ -17,12 +17,20 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from harness import files_digest
-from harness.contracts.dataset import Dataset, DatasetJob, DatasetRow
-from harness.core import config
-from harness.core.caches import hub_cache, offline
-from harness.core.errors import UserError, unknown
-from harness.data.hub import load_hub_dataset, pinned_commit, revision_note
+import harness
+from harness import (
+    Dataset,
+    DatasetJob,
+    DatasetRow,
+    UserError,
+    files_digest,
+    hub_cache,
+    load_hub_dataset,
+    offline,
+    pinned_commit,
+    revision_note,
+    unknown,
+)
 
 UPSTREAM = "https://github.com/declare-lab/red-instruct"
 TEMPLATES = "declare-lab/DangerousQA"
@@ -45,7 +53,7 @@ class RedQuestions(Dataset):
     files: ClassVar[dict[str, tuple[str, ...]]]
     """Subset -> names that its file may have in a folder."""
 
-    class Config(config.Config):
+    class Config(harness.Config):
         """Where the files are, and how a question is put."""
 
         path: str | None = Field(None, description="folder with the files, a clone of red-instruct say; else the hub's")

@@ -9,10 +9,8 @@ from typing import Any
 
 from pydantic import Field
 
-from harness.contracts.dataset import Dataset, DatasetJob, DatasetRow, RowSchema
-from harness.core import config
-from harness.core.errors import UserError
-from harness.data.hub import load_hub_dataset
+import harness
+from harness import Dataset, DatasetJob, DatasetRow, RowSchema, UserError, load_hub_dataset
 from harness_plugins.datasets.files import HubDataset, JsonlDataset
 from harness_plugins.datasets.preferences import (
     Messages,
@@ -46,7 +44,7 @@ class TrlFormats(Dataset):
     summary = "a file (jsonl:PATH) or hub id (OWNER/NAME) in one of TRL's formats"
     schema = "pairs"
 
-    class Config(config.Config):
+    class Config(harness.Config):
         """Where the rows are."""
 
         path: str = Field("", description="a .jsonl file (.gz too), a hub id, or a folder of data files")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from harness.contracts.executor import Executor
+from harness import Executor
 
 
 class LocalExecutor(Executor):

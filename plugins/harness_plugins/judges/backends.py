@@ -7,8 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from harness.core.errors import UserError
-from harness.core.records import Output, Request, digest_of
+from harness import Output, Request, UserError, digest_of
 from harness_plugins.engines.openai.engine import FINISH
 from harness_plugins.engines.openai.server import Refused, mapping, nats
 from harness_plugins.judges.options import JudgeOptions, judge_dtype, open_server

@@ -14,10 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import Journal
-from harness.core.errors import StepError
-from harness.core.records import digest_of
-from harness.core.specs import Decoding
+from harness import Decoding, Journal, StepError, digest_of
 from harness_plugins.judges.options import JudgeOptions, check_judge, judge_identity, judge_label, settled, slug_of
 from harness_plugins.judges.words import Ask, Budget, Judged, Question, Reply, Spent, T, Unparsable, Usage
 

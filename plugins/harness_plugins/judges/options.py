@@ -9,13 +9,17 @@ from urllib.parse import urlsplit
 
 from pydantic import Field
 
-from harness import generation_identity, settle_dtype, torch_device
-from harness.core import config
-from harness.core.errors import UserError
-from harness.core.records import ModelInfo
-from harness.core.specs import ModelSpec
-from harness.models.inspect import inspect_model
-from harness.models.locate import is_url
+import harness
+from harness import (
+    ModelInfo,
+    ModelSpec,
+    UserError,
+    generation_identity,
+    inspect_model,
+    is_url,
+    settle_dtype,
+    torch_device,
+)
 from harness_plugins.engines.openai.engine import OpenAIEngine
 from harness_plugins.engines.openai.server import (
     Names,
@@ -29,7 +33,7 @@ from harness_plugins.engines.vllm.engine import VllmEngine
 MILLION = 1_000_000
 
 
-class JudgeOptions(config.Config):
+class JudgeOptions(harness.Config):
     """Who judges, how a reply is drawn, and what it may cost."""
 
     model: str | None = Field(None, description="the judge: folder, hub id, or URL of an OpenAI-compatible server")

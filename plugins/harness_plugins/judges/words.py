@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from harness.core.records import Finish, Message
-from harness.core.specs import Decoding
+from harness import Decoding, Finish, Message
 from harness_plugins.judges.options import JudgeOptions
 
 T = TypeVar("T")

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from harness import Factors, Merged, Merger
-from harness.core.config import Config
+from harness import Config, Factors, Merged, Merger
 from harness_plugins.mergers.arithmetic import (
     absolute_sum,
     blocks,

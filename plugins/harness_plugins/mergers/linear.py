@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from harness import Factors, Merged, Merger
-from harness.core.config import Config
-from harness.core.errors import UserError
+from harness import Config, Factors, Merged, Merger, UserError
 from harness_plugins.mergers.arithmetic import combine, concatenated
 from harness_plugins.mergers.spherical import TOLERANCE
 

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from harness import Factors, Merged, Merger
-from harness.core.config import Config
-from harness.core.errors import UserError
+from harness import Config, Factors, Merged, Merger, UserError
 from harness_plugins.mergers.arithmetic import BLOCK, combine, concatenated, inner_of_factors, inner_products
 
 if TYPE_CHECKING:

@@ -16,14 +16,25 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from harness.contracts.scorer import Scorer, ScorerContext
-from harness.core import config
-from harness.core.caches import hub_cache, offline
-from harness.core.errors import UserError, nearest
-from harness.core.records import LOGIT_RESOLUTION, SHARE_RESOLUTION, Answer, Metric, ModelInfo, Sample, Score
-from harness.core.specs import ModelSpec
-from harness.data.hub import resolve_revision
-from harness.models.inspect import inspect_model
+import harness
+from harness import (
+    LOGIT_RESOLUTION,
+    SHARE_RESOLUTION,
+    Answer,
+    Metric,
+    ModelInfo,
+    ModelSpec,
+    Sample,
+    Score,
+    Scorer,
+    ScorerContext,
+    UserError,
+    hub_cache,
+    inspect_model,
+    nearest,
+    offline,
+    resolve_revision,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +43,7 @@ if TYPE_CHECKING:
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.py"]
 
 
-class ClassifierOptions(config.Config):
+class ClassifierOptions(harness.Config):
     """Which checkpoint, and how it is asked."""
 
     model: str | None = Field(None, description="folder or hub id of a sequence-classification checkpoint")

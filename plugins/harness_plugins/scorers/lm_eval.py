@@ -8,13 +8,24 @@ from typing import Any
 
 from pydantic import Field
 
-from harness import Answer, Metric, Sample, Score, Scorer, ScorerContext
-from harness.core.config import Config
-from harness.tasks.lm_eval.task import LETTER, LmEvalRuntime, Processed, metric_of
+from harness import (
+    Answer,
+    Config,
+    LmEvalRuntime,
+    LmEvalVerdict,
+    Metric,
+    Sample,
+    Score,
+    Scorer,
+    ScorerContext,
+    lm_eval_metric,
+)
 
-FLEXIBLE = metric_of("exact_match_flexible", True, False)
+FLEXIBLE = lm_eval_metric("exact_match_flexible", True, False)
 FAILED = FLEXIBLE.model_copy(update={"name": "extraction_failed", "higher_is_better": False, "primary": False})
 _ANSWER_IS = re.compile(r"the answer is\s*:?\s*(.+)", re.IGNORECASE)
+LETTER = re.compile(r"[A-Z]")
+"""A target that is the bare letter of an option."""
 _OPTION = re.compile(r"\(([A-Z])\)")
 INVALID = "[invalid]"
 """What lm-eval's regex filter returns where it finds nothing."""
@@ -111,11 +122,11 @@ class LmEvalScorer(Scorer):
             if corpus and aggregate is not None:
                 self._aggregations[name] = aggregate
             seen = [r[f][m] for r in results if r.get(f, {}).get(m) is not None]
-            metrics.append(_fitting(metric_of(name, direction, corpus), seen, self._aggregations.get(name)))
+            metrics.append(_fitting(lm_eval_metric(name, direction, corpus), seen, self._aggregations.get(name)))
         self._of_task = tuple(metrics)
         return names
 
-    def _score(self, sample: Sample, answer: Answer, result: Processed, names: dict[tuple[str, str], str]) -> Score:
+    def _score(self, sample: Sample, answer: Answer, result: LmEvalVerdict, names: dict[tuple[str, str], str]) -> Score:
         values: dict[str, float | None] = {}
         items: dict[str, Any] = {}
         reason = None
@@ -147,7 +158,7 @@ def _fitting(metric: Metric, values: list[Any], aggregate: Callable[[list[Any]],
     return metric if fits else metric.model_copy(update={"unit": "score", "low": None, "high": None})
 
 
-def _flexible(sample: Sample, answer: Answer, result: Processed, detail: dict[str, Any]) -> dict[str, float | None]:
+def _flexible(sample: Sample, answer: Answer, result: LmEvalVerdict, detail: dict[str, Any]) -> dict[str, float | None]:
     target = (sample.target or "").strip()
     extracted = extract_flexible(answer.text, target)
     strict = next(iter(result.extracted.values()), "")

@@ -10,13 +10,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from harness.contracts.plugin import Plugin
-from harness.contracts.scorer import Scorer, ScorerContext
-from harness.core import config
-from harness.core.records import SHARE_RESOLUTION, Answer, Metric, Sample, Score
+import harness
+from harness import SHARE_RESOLUTION, Answer, Metric, Plugin, Sample, Score, Scorer, ScorerContext
 
 
-class TextOptions(config.Config):
+class TextOptions(harness.Config):
     """What is evened out, in answer and target alike, before they are compared."""
 
     strip: bool = Field(True, description="leave out white space at both ends")

@@ -21,8 +21,7 @@ from typing import Any
 import pytest
 
 from harness import AdapterInfo, Decoding, ModelInfo, Output, Request, Session, UserError
-from harness_plugins.engines.openai import http as openai_http
-from harness_plugins.engines.openai import server as openai_server
+from harness_plugins.engines.openai import http as openai_http, server as openai_server
 from harness_plugins.engines.openai.engine import OpenAIEngine
 from harness_plugins.engines.openai.server import complete_url, same_model, seconds, shown_url
 

@@ -18,9 +18,7 @@ import pytest
 from packaging.version import Version
 
 from harness import AdapterInfo, Decoding, ModelInfo, Output, Request, Session, StepError, UserError
-from harness_plugins.engines.vllm import engine as engine_vllm
-from harness_plugins.engines.vllm import session as vllm_session
-from harness_plugins.engines.vllm import support as vllm_support
+from harness_plugins.engines.vllm import engine as engine_vllm, session as vllm_session, support as vllm_support
 from harness_plugins.engines.vllm.engine import VllmEngine
 from harness_plugins.engines.vllm.session import VllmSession
 

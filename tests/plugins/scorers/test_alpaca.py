@@ -352,7 +352,7 @@ def test_the_package_itself_gives_the_same_preferences(judge: Any, monkeypatch: 
     scores = scored(scorer(judge.url), samples, answers)
     asked = [json.dumps(sorted(message.items())) for body in judge.asked for message in body["messages"]]
     judge.asked.clear()
-    with alpaca.package():
+    with alpaca.quiet_alpaca_eval():
         from alpaca_eval import constants
         from alpaca_eval.annotators import PairwiseAnnotator
 

@@ -26,8 +26,8 @@ from harness import (
     Request,
     Session,
     UserError,
+    with_tokenizer,
 )
-from harness.models.inspect import with_tokenizer
 from harness_plugins.engines.openai.server import Refused, Server, check_address, complete_url, mapping, nats, shown_url
 
 FINISH: dict[str, Literal["stop", "length"]] = {

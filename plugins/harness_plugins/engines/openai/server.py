@@ -17,9 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from harness.core.errors import UserError, nearest
-from harness.core.records import LOGPROB_ROUNDING
-from harness.core.secrecy import check_variable, cleaned, read_secret, refuse_credentials
+from harness import LOGPROB_ROUNDING, UserError, check_variable, cleaned, nearest, read_secret, refuse_credentials
 from harness_plugins.engines.openai.http import MOST_BYTES, Answer, Http, TooLong
 
 AGAIN = frozenset({408, 409, 425, 429})

@@ -12,8 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt
 
-from harness import AdapterInfo, Availability, Capabilities, Engine, ModelInfo, Session, torch_device
-from harness.core.errors import UserError
+from harness import AdapterInfo, Availability, Capabilities, Engine, ModelInfo, Session, UserError, torch_device
 from harness_plugins.engines.transformers.plan import Limits
 
 VERSION = 1

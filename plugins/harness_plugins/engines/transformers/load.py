@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from harness import AdapterInfo, ModelInfo, attach_adapter
-from harness.core.errors import UserError
+from harness import AdapterInfo, ModelInfo, UserError, attach_adapter
 from harness_plugins.adapters.lora import Qlora, keep_unpacked
 
 

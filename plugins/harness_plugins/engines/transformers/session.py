@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness import Decoding, Output, Request, Session
-from harness.core.errors import UserError, nearest
+from harness import Decoding, Output, Request, Session, UserError, nearest
 from harness_plugins.engines.transformers.load import is_out_of_memory, not_finite
 from harness_plugins.engines.transformers.plan import Finite, Limits, Pace, Row, StopText, cut_at_stop, plan, refusal
 

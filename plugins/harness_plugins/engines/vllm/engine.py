@@ -16,12 +16,13 @@ from harness import (
     Config,
     Engine,
     ModelInfo,
+    ServerCommand,
+    Serving,
     Session,
     StepError,
     UserError,
     adapter_modules,
 )
-from harness.contracts.engine import ServerCommand, Serving
 from harness_plugins.engines.vllm import server as vllm_server
 from harness_plugins.engines.vllm.session import VllmSession
 from harness_plugins.engines.vllm.support import (

@@ -6,8 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness import AdapterInfo, ModelInfo, UserError
-from harness.contracts.engine import ServerCommand, Serving
+from harness import AdapterInfo, ModelInfo, ServerCommand, Serving, UserError
 from harness_plugins.engines.vllm.support import is_cpu_build
 
 MODULE = "vllm.entrypoints.openai.api_server"

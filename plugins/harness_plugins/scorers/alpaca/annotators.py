@@ -20,9 +20,7 @@ from typing import Any
 
 import yaml
 
-from harness.core.errors import UserError, nearest
-from harness.core.records import digest_of
-from harness.judges.alpaca import package
+from harness import UserError, digest_of, nearest, quiet_alpaca_eval
 from harness_plugins.judges.text import without_control
 from harness_plugins.judges.words import Question, Reply, Unparsable
 
@@ -72,7 +70,7 @@ class Annotator:
             return self._weighted(reply.logprobs or {})
         if reply.finish == "length":
             raise Unparsable("the judge's reply was cut off")
-        with package():
+        with quiet_alpaca_eval():
             from alpaca_eval import completion_parsers
 
             try:

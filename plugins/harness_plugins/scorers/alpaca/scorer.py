@@ -15,12 +15,22 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from harness import file_digest
-from harness.contracts.scorer import Scorer, ScorerContext
-from harness.core.errors import UserError
-from harness.core.records import SHARE_RESOLUTION, Answer, Metric, Sample, Score
-from harness.judges import alpaca
-from harness.judges.annotations import Pair
+from harness import (
+    SHARE_RESOLUTION,
+    Answer,
+    JudgedPair,
+    LengthControl,
+    Metric,
+    Sample,
+    Score,
+    Scorer,
+    ScorerContext,
+    UserError,
+    file_digest,
+    fit_length_control,
+    read_alpaca_difficulties,
+    read_alpaca_gamed,
+)
 from harness_plugins.judges.judge import Judge
 from harness_plugins.judges.options import JudgeOptions, check_judge, judge_identity, judge_label, settled
 from harness_plugins.judges.words import Judged
@@ -107,9 +117,9 @@ class AlpacaEvalScorer(Scorer):
                 where = f"scorer {self.name}, {name}"
                 raise UserError(where, "given without length control", "Set TASK.scorer.length_control=true.")
         if options.difficulty is not None:
-            alpaca.read_difficulties(Path(options.difficulty).expanduser())
+            read_alpaca_difficulties(Path(options.difficulty).expanduser())
         if options.gamed is not None:
-            alpaca.read_gamed(Path(options.gamed).expanduser())
+            read_alpaca_gamed(Path(options.gamed).expanduser())
 
     def label(self, options: Any) -> str:
         """The judge's short name, which its server is asked for where it is not given."""
@@ -225,7 +235,7 @@ class AlpacaEvalScorer(Scorer):
         known = {WIN.name: share, DISCRETE.name: discrete, LENGTH.name: length, CONTROLLED.name: None}
         return Score({metric.name: known[metric.name] for metric in metrics}, None, detail)
 
-    def _controlled(self, scores: list[Score], pairs: Sequence[Pair], task: str) -> list[Score]:
+    def _controlled(self, scores: list[Score], pairs: Sequence[JudgedPair], task: str) -> list[Score]:
         """The scores with what the regression predicts for each at equal length; or why it is withheld."""
         options = self.options
         self.__dict__["_neutralised"] = sum(bool(score.detail.get("neutralised")) for score in scores)
@@ -238,14 +248,16 @@ class AlpacaEvalScorer(Scorer):
             return [_with(score, None, control.withheld) for score in scores]
         return [_with(score, share) for score, share in zip(scores, control.predictions, strict=True)]
 
-    def _length_control(self, pairs: Sequence[Pair], task: str) -> alpaca.LengthControl:
+    def _length_control(self, pairs: Sequence[JudgedPair], task: str) -> LengthControl:
         options = self.options
         if options.difficulty is None:
-            return alpaca.LengthControl(withheld=alpaca.NO_DIFFICULTY.format(f"--set {task}.scorer.difficulty=FILE"))
+            return LengthControl.without_difficulty(f"--set {task}.scorer.difficulty=FILE")
         gamed = Path(options.gamed).expanduser() if options.gamed else None
-        return alpaca.fitted(pairs, alpaca.read_difficulties(Path(options.difficulty).expanduser()), gamed)
+        return fit_length_control(pairs, read_alpaca_difficulties(Path(options.difficulty).expanduser()), gamed)
 
-    def _export(self, path: Path, samples: Sequence[Sample], answers: Sequence[Answer], pairs: Sequence[Pair]) -> None:
+    def _export(
+        self, path: Path, samples: Sequence[Sample], answers: Sequence[Answer], pairs: Sequence[JudgedPair]
+    ) -> None:
         rows = [
             {
                 "instruction": sample.data.get("instruction", sample.prompt),
@@ -282,9 +294,9 @@ def _complete(options: Any) -> Any:
     return options.model_copy(update={"max_new_tokens": load_annotator(options.annotator).max_tokens})
 
 
-def _as_pair(pair: _Asked | str, score: Score) -> Pair:
+def _as_pair(pair: _Asked | str, score: Score) -> JudgedPair:
     if isinstance(pair, str):
-        return Pair(None, None, None, None, pair)
+        return JudgedPair(None, None, None, None, pair)
     share = score.values[WIN.name]
     preference = None if share is None else 1 + share
-    return Pair(pair.instruction, pair.reference, pair.answer, preference, score.reason)
+    return JudgedPair(pair.instruction, pair.reference, pair.answer, preference, score.reason)

@@ -22,9 +22,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from harness.contracts.scorer import Scorer, ScorerContext
-from harness.core import config
-from harness.core.records import SHARE_RESOLUTION, Answer, Metric, Sample, Score
+import harness
+from harness import SHARE_RESOLUTION, Answer, Metric, Sample, Score, Scorer, ScorerContext
 from harness_plugins.judges.judge import Judge, check_judge, judge_identity, judge_label
 from harness_plugins.scorers.attack.question import AttackJudgeOptions, question_of, read_verdict
 from harness_plugins.scorers.attack.refusals import PHRASES, PREFIXES, Thought, refusal_of, without_thought
@@ -44,7 +43,7 @@ class Verdict:
     again: bool = False
 
 
-class ThoughtOptions(config.Config):
+class ThoughtOptions(harness.Config):
     """What of an answer is judged."""
 
     thought: Thought = Field(

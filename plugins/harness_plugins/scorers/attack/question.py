@@ -19,7 +19,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from harness.core.records import Sample
+from harness import Sample
 from harness_plugins.judges.judge import JudgeOptions
 from harness_plugins.judges.text import without_control
 from harness_plugins.judges.words import Question, Reply, Unparsable

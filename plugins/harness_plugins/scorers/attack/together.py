@@ -8,11 +8,8 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from harness import cohen_kappa
-from harness.contracts.scorer import Scorer, ScorerContext
-from harness.core import config
-from harness.core.errors import UserError
-from harness.core.records import Answer, Metric, Sample, Score
+import harness
+from harness import Answer, Metric, Sample, Score, Scorer, ScorerContext, UserError, cohen_kappa
 from harness_plugins.scorers.attack.judges import (
     AttackClassifier,
     AttackClassifierOptions,
@@ -43,7 +40,7 @@ class Attack(Scorer):
     name = "attack"
     summary = "attack success by one judge or several (refusal, classifier, llm), with their agreement and kappa"
 
-    class Config(config.Config):
+    class Config(harness.Config):
         """Which judges, and the options of each."""
 
         judges: tuple[JudgeName, ...] = Field(
