@@ -1,8 +1,14 @@
-"""The house: a module imports from its own floor or from floors below, and never in a circle."""
+"""The house: an order of packages, no circle between files, no private name across modules, one door for plugins.
+
+Imports count wherever they stand: in functions and for type checkers alone, too.
+"""
 
 from __future__ import annotations
 
 import ast
+import graphlib
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,106 +16,138 @@ import pytest
 import harness
 
 CORE = Path(harness.__file__).parent
-FLOORS = {
-    "words": "text errors plain_yaml config secrecy recipes specs records contracts hookspecs registry settings",
-    "plan": (
-        "provenance store stats catalog expression annotations merge_methods merge_names merge_config merge_recipe"
-    ),
-    "work": (
-        "model_files regex_guard adapter_keys attaching checksums rendering "
-        "models arms choose_engine engines generation_config data machine prompts lmeval_load lmeval_collect "
-        "lmeval generate evaluation rows plan resume templates separation selection tokenise token_cache reference "
-        "lineage training heldout pairwise_trainer pairwise align_checks align_folder align_plan policy align_export "
-        "card packing precision prefix_sharing tensor_files merge_models merge_inputs merge_compute merge_write "
-        "merge_folder merge_engine merge_stats merge_adapter merge_report fold fold_nf4 fold_probe alpaca "
-        "judge_figures row_schema"
-    ),
-    "flow": (
-        "progress alignment running loading answering scoring execute parity parity_run results report "
-        "report_text report_html pairing compare compare_text leaderboard search search_text processes "
-        "serve_check serve_child serving merging merge_html calibrate judges"
-    ),
-    "doors": (
-        "cli cli_align cli_serve cli_merge cli_eval cli_judge process_child doctor demo demo_language "
-        "demo_train scaffold show testing"
-    ),
-}
-FLOOR_OF = {name: index for index, names in enumerate(FLOORS.values()) for name in names.split()}
-# What says how far it is must be sayable from anywhere, and knows nothing of the rest.
-FLOOR_OF["progress"] = 0
+PLUGINS = CORE.parent / "plugins" / "harness_plugins"
+ROOTS = ("harness", "harness_plugins")
+ORDER = [
+    "core",
+    "contracts",
+    "steps",
+    "models",
+    "data",
+    "tasks",
+    "report",
+    "merging",
+    "evaluation",
+    "alignment",
+    "study",
+    "judges",
+    "serving",
+    "demo",
+    "testing",
+    "cli",
+]
+"""A package imports from those before it, and from itself."""
 
 
-def imports_of(file: Path) -> set[str]:
-    """Modules of the core that a file imports when it runs (not for type checkers alone)."""
-    found: set[str] = set()
+def name_of(file: Path) -> str:
+    """Dotted module name of a file of the core or of the bundled plugins."""
+    root = CORE if file.is_relative_to(CORE) else PLUGINS
+    parts = [root.name, *file.relative_to(root).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
-    def walk(node: ast.AST) -> None:
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            return
+
+FILES = {name_of(file): file for root in (CORE, PLUGINS) for file in sorted(root.rglob("*.py"))}
+
+
+@cache
+def imported(name: str) -> frozenset[tuple[str, str]]:
+    """Pairs (module, name in it, or empty) that a module imports from the core and the bundled plugins."""
+    return frozenset(_imported(ast.parse(FILES[name].read_text(encoding="utf-8"))))
+
+
+def _imported(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names if alias.name.startswith("harness."))
-        if isinstance(node, ast.ImportFrom) and node.module == "harness":
-            found.update(f"harness.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("harness."):
-            found.add(node.module)
-        for child in ast.iter_child_nodes(node):
-            walk(child)
-
-    walk(ast.parse(file.read_text(encoding="utf-8")))
-    return {name.split(".")[1] for name in found} & set(FLOOR_OF)
+            yield from ((alias.name, "") for alias in node.names if alias.name.split(".")[0] in ROOTS)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where a name comes from"
+            if node.module is not None and node.module.split(".")[0] in ROOTS:
+                for alias in node.names:
+                    inner = f"{node.module}.{alias.name}"
+                    yield (inner, "") if inner in FILES else (node.module, alias.name)
 
 
-def modules() -> dict[str, list[Path]]:
-    """Module name -> its files (several for a package)."""
-    found = {file.stem: [file] for file in CORE.glob("*.py") if file.stem != "__init__"}
-    found["testing"] = sorted((CORE / "testing").glob("*.py"))
-    return found
+def package_of(module: str) -> str:
+    """The package of the core that a module lies in; empty for the root."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else ""
 
 
-def test_every_module_has_a_floor() -> None:
-    assert set(modules()) <= set(FLOOR_OF), "name the floor of a new module in FLOORS"
+def modules_in(package: str) -> list[str]:
+    """Modules of a package of the core."""
+    return [name for name in FILES if name.startswith("harness.") and package_of(name) == package]
 
 
-@pytest.mark.parametrize("name", sorted(modules()))
-def test_imports_go_down(name: str) -> None:
-    used = {other for file in modules()[name] for other in imports_of(file)} - {name}
-    upward = {other for other in used if FLOOR_OF[other] > FLOOR_OF[name]}
-    assert not upward, f"{name} imports {sorted(upward)} from a floor above"
-
-
-def test_no_circles() -> None:
-    edges = {name: {o for f in files for o in imports_of(f)} - {name} for name, files in modules().items()}
-    done: set[str] = set()
-
-    def visit(name: str, path: tuple[str, ...]) -> None:
-        assert name not in path, " -> ".join((*path[path.index(name) :], name))
-        if name not in done:
-            for other in sorted(edges.get(name, ())):
-                visit(other, (*path, name))
-            done.add(name)
-
-    for name in sorted(edges):
-        visit(name, ())
-
-
-def test_evaluation_knows_nothing_of_training() -> None:
-    reached: set[str] = set()
-    waiting = ["evaluation", "execute", "lmeval", "generate"]
+def reached(*start: str) -> set[str]:
+    """Packages of the core that some modules reach, over any number of imports."""
+    waiting, seen = list(start), set(start)
     while waiting:
-        name = waiting.pop()
-        if name not in reached:
-            reached.add(name)
-            waiting += [other for file in modules()[name] for other in imports_of(file)]
-    assert not reached & {"alignment", "training", "pairwise_trainer", "reference"}
+        new = {module for module, _ in imported(waiting.pop()) if module.startswith("harness.")} - seen
+        seen |= new
+        waiting += new
+    return {package_of(module) for module in seen}
+
+
+def test_nothing_lies_at_the_root() -> None:
+    assert [file.name for file in CORE.glob("*.py")] == ["__init__.py"]
+    assert {child.name for child in CORE.iterdir() if child.is_dir() and child.name != "__pycache__"} == set(ORDER)
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_imports_go_down(package: str) -> None:
+    allowed = ORDER[: ORDER.index(package) + 1]
+    upward = {
+        f"{name} imports {module}"
+        for name in modules_in(package)
+        for module, _ in imported(name)
+        if module.startswith("harness.") and package_of(module) not in allowed
+    }
+    assert not upward, f"{package} may import from {', '.join(allowed)}"
+
+
+def test_no_circle_between_files() -> None:
+    edges = {name: {module for module, _ in imported(name)} - {name} for name in FILES if name != "harness"}
+    try:
+        graphlib.TopologicalSorter(edges).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+def test_no_private_name_crosses_modules() -> None:
+    crossing = {
+        f"{name} imports {module}.{what}"
+        for name in FILES
+        for module, what in imported(name)
+        if what.startswith("_") and not what.startswith("__")
+    }
+    assert not crossing
 
 
 def test_bundled_plugins_use_the_public_door() -> None:
-    plugins = CORE.parent / "plugins" / "harness_plugins"
-    allowed = {
-        "alpaca", "annotations", "config", "contracts", "data", "errors", "hookspecs", "lmeval", "models", "pairwise",
-        "recipes",
-        "records", "secrecy", "specs",
-    }  # fmt: skip
-    for file in plugins.glob("*.py"):
-        beyond = imports_of(file) - allowed
-        assert not beyond, f"{file.name} imports {sorted(beyond)}"
+    beyond = {
+        f"{name} imports {module}"
+        for name in FILES
+        if name.startswith("harness_plugins")
+        for module, _ in imported(name)
+        if module.startswith("harness.")
+    }
+    assert not beyond, "a stranger imports from `harness`"
+
+
+def test_the_door_says_the_same_to_type_checkers() -> None:
+    typed = {
+        (node.module, alias.asname)
+        for node in ast.walk(ast.parse((CORE / "__init__.py").read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("harness.")
+        for alias in node.names
+    }
+    assert typed == {(module, name) for module, names in harness._HOME.items() for name in names.split()}
+    assert all(getattr(harness, name) is not None for name in harness.__all__)
+
+
+def test_evaluation_knows_nothing_of_training() -> None:
+    assert "alignment" not in reached(*modules_in("evaluation"))
+
+
+def test_reports_know_no_kind_of_step() -> None:
+    assert not reached(*modules_in("report")) & {"merging", "evaluation", "alignment"}

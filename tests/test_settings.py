@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from harness.core.errors import UserError
-from harness.core.user_defaults import load_settings
+from harness.core.user_defaults import load_user_defaults
 
 PLUGIN = "open('executed', 'w')\n"
 
@@ -26,7 +26,7 @@ def own(alone: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_working_folder_brings_no_code(own: Path, alone: Path, key: str, option: str) -> None:
     (alone / "harness.yaml").write_text(f"engine: auto\n{key}: [theirs]\n", encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        load_settings()
+        load_user_defaults()
     where, fix = str(caught.value).split("\n  ")
     assert where == f"harness.yaml:2, {key}: a working folder's file brings no code and no tasks"
     assert fix == f"Pass {option} theirs if you trust it, or write it into {own / 'config.yaml'}."
@@ -46,10 +46,10 @@ def test_the_users_own_file_does_wherever_one_works(own: Path, alone: Path) -> N
     text = "engine: mine\nplugins: [mine.py, /opt/other.py]\ntask_folders: [tasks]\n"
     (own / "config.yaml").write_text(text, encoding="utf-8")
     expected = (str(own / "mine.py"), "/opt/other.py"), (str(own / "tasks"),)
-    found = load_settings()
+    found = load_user_defaults()
     assert (found.engine, found.plugins, found.task_folders) == ("mine", *expected)
     (alone / "harness.yaml").write_text("engine: theirs\noptions: {engine: {x: 1}}\nplugins: []\n", encoding="utf-8")
-    found = load_settings()
+    found = load_user_defaults()
     assert (found.engine, found.options) == ("theirs", {"engine": {"x": 1}})
     assert (found.plugins, found.task_folders) == expected
 
@@ -58,4 +58,4 @@ def test_a_file_that_the_environment_names_is_the_users_own(alone: Path, monkeyp
     (alone / "mine.yaml").write_text("plugins: [a.py]\n", encoding="utf-8")
     (alone / "harness.yaml").write_text("plugins: [b.py]\n", encoding="utf-8")
     monkeypatch.setenv("HARNESS_CONFIG", "mine.yaml")
-    assert load_settings().plugins == ("a.py",)
+    assert load_user_defaults().plugins == ("a.py",)

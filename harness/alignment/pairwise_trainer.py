@@ -8,7 +8,7 @@ training starts.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from datasets import Dataset
@@ -21,14 +21,24 @@ from harness.alignment.prefix_sharing import PrefixCollator, refuse_unless_exact
 from harness.contracts.aligner import PairLogps, TrainingJob
 from harness.core.errors import StepError
 
-if TYPE_CHECKING:
-    from harness.alignment.pairwise import PairwiseLoss
+
+class Method(Protocol):
+    """What the trainer asks of a :class:`harness.PairwiseLoss`."""
+
+    name: ClassVar[str]
+    needs_reference: ClassVar[bool]
+
+    def loss(self, policy: PairLogps, reference: PairLogps | None, config: Any) -> torch.Tensor:
+        """The loss of each pair, (B,)."""
+
+    def rewards(self, policy: PairLogps, reference: PairLogps | None, config: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Implicit rewards of the chosen and the rejected answers, each (B,)."""
 
 
 class PairwiseTrainer(DPOTrainer):
-    """Trains on tokenised pairs with the loss of a :class:`PairwiseLoss`."""
+    """Trains on tokenised pairs with the loss of a :class:`harness.PairwiseLoss`."""
 
-    def __init__(self, method: PairwiseLoss, config: Any, **arguments: Any) -> None:
+    def __init__(self, method: Method, config: Any, **arguments: Any) -> None:
         self._method, self._method_config = method, config
         trainable = {n: p.data for n, p in arguments["model"].named_parameters() if p.requires_grad}
         super().__init__(**arguments)
@@ -133,7 +143,7 @@ def pair_logps(model: Any, inputs: dict[str, Any]) -> PairLogps:
 
 
 def losses(
-    method: PairwiseLoss, policy: PairLogps, reference: PairLogps | None, config: Any, *, trained: bool
+    method: Method, policy: PairLogps, reference: PairLogps | None, config: Any, *, trained: bool
 ) -> torch.Tensor:
     """What `PairwiseLoss.loss` returns, held to its contract: anything else would be averaged in silence.
 
@@ -159,7 +169,7 @@ def losses(
 
 
 def rewards(
-    method: PairwiseLoss, policy: PairLogps, reference: PairLogps | None, config: Any
+    method: Method, policy: PairLogps, reference: PairLogps | None, config: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `PairwiseLoss.rewards` returns, held to its contract as :func:`losses` is."""
     chosen_B, rejected_B = _asked(method, "rewards", 2, (policy, reference, config))
@@ -167,7 +177,7 @@ def rewards(
 
 
 def _asked(
-    method: PairwiseLoss, name: str, count: int, given: tuple[PairLogps, PairLogps | None, Any]
+    method: Method, name: str, count: int, given: tuple[PairLogps, PairLogps | None, Any]
 ) -> tuple[torch.Tensor, ...]:
     """One of a method's two functions: ``count`` tensors, each with one number per pair."""
     policy, reference, config = given
@@ -185,7 +195,7 @@ def _asked(
     return tensors
 
 
-def _works(method: PairwiseLoss, name: str, given: tuple[PairLogps, PairLogps, Any]) -> bool:
+def _works(method: Method, name: str, given: tuple[PairLogps, PairLogps, Any]) -> bool:
     """Whether a function that failed without a reference works with one."""
     try:
         getattr(method, name)(*given)
@@ -194,13 +204,13 @@ def _works(method: PairwiseLoss, name: str, given: tuple[PairLogps, PairLogps, A
     return True
 
 
-def _fault(method: PairwiseLoss, what: str) -> StepError:
+def _fault(method: Method, what: str) -> StepError:
     return StepError(
         f"aligner {method.name}", what, "This is a fault of the method: `harness.testing.check_aligner` finds such."
     )
 
 
-def build(method: PairwiseLoss, job: TrainingJob) -> PairwiseTrainer:
+def build(method: Method, job: TrainingJob) -> PairwiseTrainer:
     """The trainer of one stage."""
     arguments = job.arguments(
         DPOConfig,

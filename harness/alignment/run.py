@@ -48,7 +48,7 @@ from harness.models.inspect import open_tokenizer
 from harness.steps.files import read_json, slug, write_bytes, write_json, writing
 from harness.steps.folder import StepFolder
 from harness.steps.journal import read_rows, write_rows
-from harness.steps.provenance import NUMERICS, code_digest, record
+from harness.steps.provenance import NUMERICS, code_digest, provenance_record
 from harness.steps.store import RunStore
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ class _Run:
         described = self._described(selection, train)
         if held is not None:
             described["heldout"] = {"rows": len(held.rows), "dropped": held.rejected}
-        work.begin(described, record({}))
+        work.begin(described, provenance_record({}))
         work.log("data", read=data.read, tokenised=data.tokenised)
         prepared = time.perf_counter()
         try:
@@ -427,7 +427,7 @@ class _Run:
             "device": str(trainer.args.device.type),
             "threads": torch.get_num_threads(),
         }
-        write_json(self.work.path / "provenance.json", record({"engine": facts}))
+        write_json(self.work.path / "provenance.json", provenance_record({"engine": facts}))
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:

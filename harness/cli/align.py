@@ -82,7 +82,7 @@ def align(
     from harness.core.config import parse_options, set_path
     from harness.core.progress import for_terminal
     from harness.core.specs import ModelSpec
-    from harness.core.user_defaults import load_settings
+    from harness.core.user_defaults import load_user_defaults
     from harness.data.hub import parse_revisions
 
     options: dict[str, object] = {}
@@ -90,7 +90,7 @@ def align(
         set_path(options, pair)
     if steps is not None:
         options["steps"] = steps
-    settings = load_settings()
+    settings = load_user_defaults()
     given = {
         "model": model,
         "revision": revision,

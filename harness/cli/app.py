@@ -131,10 +131,10 @@ def _say(text: str) -> None:
 
 def _load(plugins: list[str] | None, folders: list[str] | None) -> tuple[Registry, Catalog]:
     from harness.contracts.registry import load_plugins
-    from harness.core.user_defaults import load_settings
+    from harness.core.user_defaults import load_user_defaults
     from harness.tasks.catalog import load_catalog
 
-    settings = load_settings()
+    settings = load_user_defaults()
     registry = load_plugins([*settings.plugins, *(plugins or ())])
     return registry, load_catalog(registry, [*settings.task_folders, *(folders or ())])
 

@@ -87,13 +87,13 @@ def eval_(
     from harness.core.config import laid_over, parse_options
     from harness.core.progress import for_terminal
     from harness.core.specs import ModelSpec
-    from harness.core.user_defaults import load_settings
+    from harness.core.user_defaults import load_user_defaults
     from harness.data.hub import parse_revisions
     from harness.evaluation.run import evaluate
     from harness.report.build import write_reports
 
     _check_numbers(limit, parity, max_judge_cost)
-    settings = load_settings()
+    settings = load_user_defaults()
     model_spec = parse_options(
         ModelSpec,
         {

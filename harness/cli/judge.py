@@ -149,7 +149,7 @@ def calibrate(
     from harness.contracts.registry import load_plugins
     from harness.core.config import set_path
     from harness.core.progress import for_terminal
-    from harness.core.user_defaults import load_settings
+    from harness.core.user_defaults import load_user_defaults
     from harness.judges.annotations import read_annotations
     from harness.judges.calibrate import calibrate as run
 
@@ -160,7 +160,7 @@ def calibrate(
     options = {"annotator": prompts or _prompts_of(files), **options, "model": judge}
     if max_judge_cost is not None:
         options["max_cost"] = max_judge_cost
-    registry = load_plugins([*load_settings().plugins, *(plugin or ())])
+    registry = load_plugins([*load_user_defaults().plugins, *(plugin or ())])
     with for_terminal() as reporter:
         found = run(files, options, registry, out, limit=limit, seed=seed, reporter=reporter)
     if as_json:

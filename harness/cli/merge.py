@@ -66,7 +66,7 @@ def merge(
     """Merge adapters and checkpoints into one model, or one adapter."""
     from harness.contracts.registry import load_plugins
     from harness.core.progress import for_terminal
-    from harness.core.user_defaults import load_settings
+    from harness.core.user_defaults import load_user_defaults
     from harness.merging.record import fallback_note
     from harness.merging.run import merge as run
 
@@ -80,7 +80,7 @@ def merge(
     given = {"method": method, "base": base, "inputs": inputs, "--set": set_}
     spec = _from_config(config, given, seed, trust) if config is not None else _from_options(given, trust, seed)
     spec = _changed(spec, {"dtype": dtype, "form": form, "rank": rank})
-    settings = load_settings()
+    settings = load_user_defaults()
     with for_terminal() as reporter:
         made = run(
             spec,

@@ -51,9 +51,9 @@ def serve(
     from harness.contracts.registry import load_plugins
     from harness.core.config import parse_options, set_path
     from harness.core.specs import ServeSpec
-    from harness.core.user_defaults import load_settings
+    from harness.core.user_defaults import load_user_defaults
 
-    settings = load_settings()
+    settings = load_user_defaults()
     options: dict[str, Any] = {}
     for pair in set_ or ():
         set_path(options, pair)

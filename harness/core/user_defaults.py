@@ -12,7 +12,7 @@ from harness.core.config import Config, Located, load_yaml, parse
 from harness.core.errors import UserError
 
 
-class Settings(Config):
+class UserDefaults(Config):
     """What may stand in the file; options of the command line are laid over it."""
 
     engine: str = Field("auto", description="engine, unless --engine says otherwise")
@@ -33,7 +33,7 @@ def own_file() -> Path:
     return Path(os.environ.get("HARNESS_CONFIG") or home / "harness" / "config.yaml")
 
 
-def load_settings() -> Settings:
+def load_user_defaults() -> UserDefaults:
     """Read the settings; the defaults where there is no file.
 
     ``HARNESS_CONFIG`` alone counts where it is set; otherwise ``harness.yaml`` of the working folder, else the user's
@@ -44,11 +44,11 @@ def load_settings() -> Settings:
         UserError: unreadable file, unknown key, wrong kind of value; code in the working folder's file.
     """
     own, given = own_file(), bool(os.environ.get("HARNESS_CONFIG"))
-    mine = _rooted(parse(Settings, load_yaml(own)), own.parent) if given or own.is_file() else Settings()
+    mine = _rooted(parse(UserDefaults, load_yaml(own)), own.parent) if given or own.is_file() else UserDefaults()
     if given or not _HERE.is_file():
         return mine
     located = load_yaml(_HERE)
-    here = parse(Settings, located)
+    here = parse(UserDefaults, located)
     _refuse_code(located, own)
     return here.model_copy(update={key: getattr(mine, key) for key in _CODE})
 
@@ -60,7 +60,7 @@ def _refuse_code(located: Located, own: Path) -> None:
             raise UserError(located.where((key,)), "a working folder's file brings no code and no tasks", fix)
 
 
-def _rooted(settings: Settings, folder: Path) -> Settings:
+def _rooted(settings: UserDefaults, folder: Path) -> UserDefaults:
     """The paths of a file from its folder: from the working folder, any archive could bring a file of that name."""
     rooted = {key: tuple(str(folder / Path(one).expanduser()) for one in getattr(settings, key)) for key in _CODE}
     return settings.model_copy(update=rooted)

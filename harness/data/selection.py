@@ -58,10 +58,10 @@ class Selection:
     @property
     def digest(self) -> str:
         """SHA-256 over ids and data of the training rows, in order."""
-        return rows_digest(self.train)
+        return selection_digest(self.train)
 
 
-def rows_digest(rows: Iterable[DatasetRow]) -> str:
+def selection_digest(rows: Iterable[DatasetRow]) -> str:
     """SHA-256 (hex) over ids and data of rows, in order."""
     hashed = hashlib.sha256()
     for row in rows:

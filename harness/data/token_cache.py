@@ -21,10 +21,10 @@ from harness.contracts.dataset import DatasetRow
 from harness.core.caches import cache_folder
 from harness.core.errors import CorruptionError, UserError
 from harness.core.records import digest_of
-from harness.data.selection import Keep, Selection, rows_digest
+from harness.data.selection import Keep, Selection, selection_digest
 from harness.data.tokenise import Tokenised
 from harness.steps.files import read_json, write_bytes
-from harness.steps.journal import rows_digest as text_digest, write_rows
+from harness.steps.journal import rows_digest, write_rows
 from harness.steps.provenance import NUMERICS
 
 Side = str
@@ -95,10 +95,10 @@ class TokenCache:
         selection = select(counted)
         made = {"train": train.finish([row.id for row in selection.train])}
         # Of the same rows, more or fewer may have been passed over.
-        digests = {"train": digest_of([rows_digest(selection.train), made["train"].rejected])}
+        digests = {"train": digest_of([selection_digest(selection.train), made["train"].rejected])}
         self._write(digests["train"], made["train"])
         if selection.heldout:
-            digests["heldout"] = rows_digest(selection.heldout)
+            digests["heldout"] = selection_digest(selection.heldout)
             tokens = self._read(digests["heldout"])
             if tokens is None:
                 counted.rows += len(selection.heldout)
@@ -162,7 +162,7 @@ class TokenCache:
     def _write(self, digest: str, tokens: Tokenised) -> None:
         about = {name: value for name, value in asdict(tokens).items() if name != "rows"}
         with contextlib.suppress(OSError, UserError):
-            write_rows(self.path(digest), [{**about, "sha256": text_digest(tokens.rows)}, *tokens.rows])
+            write_rows(self.path(digest), [{**about, "sha256": rows_digest(tokens.rows)}, *tokens.rows])
 
 
 def pinned(identity: Mapping[str, Any]) -> bool:

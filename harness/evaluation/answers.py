@@ -9,10 +9,10 @@ from harness.contracts.engine import Session
 from harness.evaluation import ask as generate
 from harness.evaluation.load import Group, Loaded
 from harness.evaluation.resume import ANSWERS_FILE
-from harness.evaluation.session import Running, Unit, is_fatal
+from harness.evaluation.session import EvalSession, Unit, is_fatal
 from harness.steps.files import write_json
 from harness.steps.journal import Journal, intact, write_rows
-from harness.steps.provenance import record
+from harness.steps.provenance import provenance_record
 
 REQUESTS_AT_ONCE = 200_000
 """Most requests that lie in the memory at once; arms beyond that are asked in a second round of the same task."""
@@ -21,7 +21,7 @@ REQUESTS_AT_ONCE = 200_000
 class Answering:
     """Carries out one group."""
 
-    def __init__(self, run: Running, group: Group, broken: Mapping[str, Exception]) -> None:
+    def __init__(self, run: EvalSession, group: Group, broken: Mapping[str, Exception]) -> None:
         self.run, self.group, self._broken = run, group, broken
         self._engine = Loaded(run, run.plan, group)
         self.answered: dict[str, generate.Answered] = {}
@@ -102,7 +102,7 @@ class Answering:
             "dropped": opened.dropped,
             "notes": list(opened.notes),
         }
-        folder.begin(step, record({}))
+        folder.begin(step, provenance_record({}))
         return generate.Part(opened.samples, journal, self._engine.sender(unit.arm))
 
     def _ask(self, asked: Sequence[tuple[Unit, generate.Part]]) -> None:
@@ -116,7 +116,7 @@ class Answering:
             session = self._engine.session()
             for unit, _ in asked:
                 folded = {"folded": unit.arm.folded} if unit.arm.folded is not None else {}
-                facts = record({"engine": dict(session.facts), **folded})
+                facts = provenance_record({"engine": dict(session.facts), **folded})
                 write_json(run.folder(unit).path / "provenance.json", facts)
             return session
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from harness.contracts.engine import Session
 from harness.core.records import AdapterInfo, ModelInfo, Request
 from harness.evaluation.plan import ArmPlan, EvalPlan
-from harness.evaluation.session import Running, Unit
+from harness.evaluation.session import EvalSession, Unit
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def groups_of(plan: EvalPlan, units: Sequence[Unit]) -> Iterator[Group]:
 class Loaded:
     """An engine for one group, opened when it is first asked for."""
 
-    def __init__(self, run: Running, plan: EvalPlan, group: Group) -> None:
+    def __init__(self, run: EvalSession, plan: EvalPlan, group: Group) -> None:
         """``plan`` says which engine: the run's own plan, or that of a second engine."""
         self._run, self._plan, self._group = run, plan, group
         self._session: Session | None = None

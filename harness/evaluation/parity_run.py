@@ -15,7 +15,7 @@ from harness.evaluation.load import Loaded, groups_of
 from harness.evaluation.parity import FULL, LOW, Tally, Turn, choose, probe_of, turn_of
 from harness.evaluation.plan import EvalPlan
 from harness.evaluation.resume import ANSWERS_FILE
-from harness.evaluation.session import Running, Unit
+from harness.evaluation.session import EvalSession, Unit
 from harness.models.generation_config import end_tokens
 from harness.models.precision import asked_dtype, settle_dtype, with_dtype
 from harness.steps.files import read_json, write_json
@@ -82,7 +82,7 @@ def second_plan(plan: EvalPlan, registry: Registry) -> EvalPlan | None:
 class Parity:
     """Measures one run against a second engine, and writes ``parity.json``."""
 
-    def __init__(self, run: Running, second: EvalPlan) -> None:
+    def __init__(self, run: EvalSession, second: EvalPlan) -> None:
         self._run, self._second = run, second
         self._units = run.units
         assert run.plan.spec.parity is not None

@@ -22,7 +22,7 @@ from harness.evaluation.parity_run import Parity, second_plan
 from harness.evaluation.plan import EvalPlan, plan_eval
 from harness.evaluation.resume import SCORES_FILE, check_folder, claim
 from harness.evaluation.scores import Scoring
-from harness.evaluation.session import Running, Unit
+from harness.evaluation.session import EvalSession, Unit
 from harness.steps.files import read_json, slug
 from harness.steps.store import RunStore
 from harness.tasks.catalog import load_catalog
@@ -130,7 +130,7 @@ class _Run:
 
     def __init__(self, plan: EvalPlan, registry: Registry, store: RunStore, reporter: Reporter) -> None:
         self.plan, self.store, self.reporter = plan, store, reporter
-        self.run = Running(plan, registry, store, reporter)
+        self.run = EvalSession(plan, registry, store, reporter)
         self._answered: dict[str, Answered] = {}
         self._broken: dict[str, Exception] = {}
         self._second = second_plan(plan, registry)

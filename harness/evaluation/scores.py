@@ -15,19 +15,19 @@ from harness.evaluation import ask as generate
 from harness.evaluation.plan import ScoresStep
 from harness.evaluation.resume import ANSWERS_FILE, SAMPLES_FILE, SCORES_FILE
 from harness.evaluation.rows import RowContext, Scored, build_rows, check_scores, sample_rows
-from harness.evaluation.session import Running, Unit
+from harness.evaluation.session import EvalSession, Unit
 from harness.models.precision import asked_dtype
 from harness.steps.files import read_json, write_json
 from harness.steps.folder import StepFolder
 from harness.steps.journal import Journal, rows_digest, write_rows
-from harness.steps.provenance import record
-from harness.tasks.questions import OpenTask
+from harness.steps.provenance import provenance_record
+from harness.tasks.questions import Questions
 
 
 class Scoring:
     """Scores units whose answers are there; scorers open what they need once for all of them."""
 
-    def __init__(self, run: Running, answered: Mapping[str, generate.Answered]) -> None:
+    def __init__(self, run: EvalSession, answered: Mapping[str, generate.Answered]) -> None:
         self.run, self._answered = run, answered
 
     def carry_out(self, units: Sequence[Unit]) -> None:
@@ -81,7 +81,7 @@ class Scoring:
                 open_engine=_opener(run),
                 runtime=opened.runtime,
             )
-            folder.begin(self._json(unit, step, answered, opened), record({}))
+            folder.begin(self._json(unit, step, answered, opened), provenance_record({}))
             scores = step.scorer.score(opened.samples, answered.answers, context)
             bar.fill()
             # lm-eval's metrics are known once its task is open.
@@ -92,7 +92,7 @@ class Scoring:
         digest = rows_digest(sample_rows(opened.samples, answered.answers, scores))
         run.finish(folder, digest, _counts(scores), {"compute": spent})
 
-    def _json(self, unit: Unit, step: ScoresStep, answered: generate.Answered, opened: OpenTask) -> dict[str, Any]:
+    def _json(self, unit: Unit, step: ScoresStep, answered: generate.Answered, opened: Questions) -> dict[str, Any]:
         return {
             "arm": unit.arm.name,
             "task": unit.task.name,
@@ -148,7 +148,7 @@ def _counts(scores: Sequence[Score]) -> dict[str, int]:
     }
 
 
-def _opener(run: Running) -> Any:
+def _opener(run: EvalSession) -> Any:
     """How a scorer opens an engine of its own: a local judge, say."""
     from harness.evaluation.engines import open_engine
 

@@ -21,9 +21,9 @@ from harness.evaluation.resume import SCORES_FILE, damage
 from harness.models.inspect import open_tokenizer
 from harness.steps.files import is_disk_full
 from harness.steps.folder import StepFolder
-from harness.steps.provenance import file_digest, record
+from harness.steps.provenance import file_digest, provenance_record
 from harness.steps.store import RunStore
-from harness.tasks.questions import OpenTask, open_task, steered
+from harness.tasks.questions import Questions, open_task, steered
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Unit:
         return self.task.answers_id
 
 
-class Running:
+class EvalSession:
     """One pass over a plan in one process."""
 
     def __init__(self, plan: EvalPlan, registry: Registry, store: RunStore, reporter: Reporter) -> None:
@@ -48,8 +48,8 @@ class Running:
         self.failures: dict[str, str] = {}
         self.last_error: HarnessError | None = None
         self._tokenizers: dict[str | None, Any] = {}
-        self._questions: dict[tuple[int, str, str | None], OpenTask] = {}
-        self._open: dict[str, OpenTask] = {}
+        self._questions: dict[tuple[int, str, str | None], Questions] = {}
+        self._open: dict[str, Questions] = {}
         self._folders = {
             (path.name.partition("-")[0], path.name.rpartition("-")[2]): path
             for path in sorted((store.root / "steps").glob("*-*"))
@@ -123,7 +123,7 @@ class Running:
             return error
         return None
 
-    def questions(self, unit: Unit) -> OpenTask:
+    def questions(self, unit: Unit) -> Questions:
         """A unit's task as the base is asked it; arms with the same template share it."""
         task, model = unit.task, unit.arm.model
         key = (id(task.chosen), task.variant, task.template)
@@ -137,7 +137,7 @@ class Running:
                     self.reporter.note(f"note: {note}")
         return self._questions[key]
 
-    def opened(self, unit: Unit) -> OpenTask:
+    def opened(self, unit: Unit) -> Questions:
         """A unit's task as its arm is asked it; kept until :meth:`forget`."""
         if unit.id not in self._open:
             name = unit.arm.adapter.name if unit.arm.adapter is not None else None
@@ -189,7 +189,8 @@ class Running:
         self.failures[folder.path.name] = str(kept)
         self.reporter.note(f"failed: {kept}")
         if not (folder.path / "step.json").exists():
-            folder.begin({"arm": unit.arm.name, "task": unit.task.name, "variant": unit.task.variant}, record({}))
+            described = {"arm": unit.arm.name, "task": unit.task.name, "variant": unit.task.variant}
+            folder.begin(described, provenance_record({}))
         ended = StepRecord(id=folder.id, kind=folder.kind, status="failed", error=portable(str(kept)))
         folder.log("failed", error=ended.error)
         folder.finish(ended)

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 from harness.merging.compute import Maker
 from harness.merging.differences import gathered
 from harness.merging.inputs import lineage_entry
+from harness.merging.plan import MergePlan
 from harness.merging.tensor_plan import TensorRecipe
+from harness.merging.threads import Clock
 from harness.models.card import opening
-from harness.steps.provenance import record
-
-if TYPE_CHECKING:
-    from harness.merging.plan import MergePlan
-    from harness.merging.run import _Run
+from harness.steps.provenance import provenance_record
 
 
-def record_of(run: _Run, maker: Maker, files: Mapping[str, int]) -> dict[str, Any]:
+@dataclass
+class Spent:
+    """What carrying out a merge took, and what only doing it could tell."""
+
+    workers: int
+    clock: Clock
+    seconds: dict[str, float]
+    """Part of the work -> wall time (seconds)."""
+    low_rank: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Tensor -> how it was brought to low rank, and what that lost (squared norms)."""
+
+
+def record_of(plan: MergePlan, maker: Maker, files: Mapping[str, int], spent: Spent) -> dict[str, Any]:
     """``merge.json``: everything that a report needs, and no path."""
-    plan, opened, recipe = run.plan, run.plan.opened, run.plan.recipe
+    opened, recipe = plan.opened, plan.recipe
     looked = [(one.name, maker.sums[one.name]) for one in recipe.tensors if one.name in maker.sums]
     found: dict[str, Any] = {
         "id": plan.id,
@@ -33,28 +44,28 @@ def record_of(run: _Run, maker: Maker, files: Mapping[str, int]) -> dict[str, An
             {**lineage_entry(model), "weight": _one(_weights(recipe.tensors, n))}
             for n, model in enumerate(opened.inputs)
         ],
-        "options": _common_options(run),
+        "options": _common_options(recipe.tensors),
         "merge_config": plan.spec.config,
         "seed": plan.spec.seed,
         "dtype": plan.spec.dtype,
         "device": plan.device,
-        "workers": run.workers,
+        "workers": spent.workers,
         "counts": {
             "tensors": len(recipe.tensors),
             "merged": len(looked),
             "copied": len(maker.copied),
             "inputs": len(opened.inputs),
         },
-        "bytes": {"read": run.clock.read, "written": sum(files.values())},
+        "bytes": {"read": spent.clock.read, "written": sum(files.values())},
         "files": dict(files),
-        "seconds": {name: round(value, 3) for name, value in run.seconds.items()},
-        "thread_seconds": {name: round(value, 3) for name, value in sorted(run.clock.seconds.items())},
+        "seconds": {name: round(value, 3) for name, value in spent.seconds.items()},
+        "thread_seconds": {name: round(value, 3) for name, value in sorted(spent.clock.seconds.items())},
         "notes": [*opened.notes, *recipe.notes],
         "diagnostics": gathered(len(opened.inputs), looked),
-        "provenance": record({}),
+        "provenance": provenance_record({}),
     }
-    if run.low_rank:
-        found["low_rank"] = _low_rank(run.low_rank)
+    if spent.low_rank:
+        found["low_rank"] = _low_rank(spent.low_rank)
         found["counts"]["copied"] = 0
     return found
 
@@ -74,10 +85,10 @@ def _one(values: Sequence[float]) -> float | None:
     return values[0] if values and all(value == values[0] for value in values) else None
 
 
-def _common_options(run: _Run) -> dict[str, Any]:
+def _common_options(recipes: Sequence[TensorRecipe]) -> dict[str, Any]:
     """The merger's options with every default filled in; a list of the values where they differ by tensor."""
     merged: dict[str, list[Any]] = {}
-    for one in run.plan.recipe.tensors:
+    for one in recipes:
         if one.sources:
             for key, value in one.options.model_dump(mode="json").items():
                 values = merged.setdefault(key, [])

@@ -22,16 +22,16 @@ from harness.merging.compute import Maker
 from harness.merging.page import render
 from harness.merging.plan import MergePlan, parse_input, plan_merge
 from harness.merging.publish import RECORD, appearing, done_before
-from harness.merging.record import lineage_of, merge_card, record_of
+from harness.merging.record import Spent, lineage_of, merge_card, record_of
 from harness.merging.tensor_plan import TensorRecipe
-from harness.merging.threads import Clock, Job, carry_out, default_workers
-from harness.merging.write import SHARD_SIZE, Plan, Shards, check_disk, target_dtype, write_small_files
+from harness.merging.threads import Clock, TensorWork, carry_out, default_workers
+from harness.merging.write import SHARD_SIZE, Shards, TensorShape, check_disk, target_dtype, write_small_files
 from harness.models.lineage import LINEAGE
 from harness.models.tensors import FLOATS
 from harness.steps.files import read_json, write_bytes, write_json
 
 
-class Running(Config):
+class MergeSettings(Config):
     """How a merge is carried out; none of it changes a byte of a tensor, but for the device."""
 
     workers: int | None = Field(None, ge=1, description="threads; the number of cores, at most 8, when absent")
@@ -72,13 +72,14 @@ def merge(
         fresh: replace another merge that the folder holds.
         registry: from ``load_plugins``; all installed plugins by default.
         reporter: says what is going on; silent by default.
-        **settings: further fields of ``MergeSpec`` (options, seed, dtype, form, rank) and ``Running`` (workers,
+        **settings: further fields of ``MergeSpec`` (options, seed, dtype, form, rank) and ``MergeSettings`` (workers,
             shard_size, device).
 
     Raises:
         UserError: a mistake of the user's, before anything was written.
     """
-    running = parse_options(Running, {k: settings.pop(k) for k in Running.model_fields if k in settings}, "merge")
+    carried = {key: settings.pop(key) for key in MergeSettings.model_fields if key in settings}
+    running = parse_options(MergeSettings, carried, "merge")
     if isinstance(method, MergeSpec):
         spec = method.model_copy(update=settings)
     else:
@@ -93,7 +94,7 @@ def merge(
 
 
 def run_merge(
-    plan: MergePlan, out: Path, running: Running, *, fresh: bool, registry: Registry, reporter: Reporter
+    plan: MergePlan, out: Path, running: MergeSettings, *, fresh: bool, registry: Registry, reporter: Reporter
 ) -> Merging:
     """Carry out a plan; the folder appears at the end, or not at all."""
     if (before := done_before(out, plan.id, fresh=fresh, reporter=reporter)) is not None:
@@ -116,32 +117,29 @@ def run_merge(
 class _Run:
     """One pass over a merge."""
 
-    def __init__(self, plan: MergePlan, running: Running, reporter: Reporter) -> None:
+    def __init__(self, plan: MergePlan, running: MergeSettings, reporter: Reporter) -> None:
         self.plan, self.running, self.reporter = plan, running, reporter
-        self.clock = Clock()
-        self.seconds: dict[str, float] = {"plan": plan.seconds}
-        self.workers = running.workers or default_workers()
-        self.low_rank: dict[str, Any] = {}
+        self.spent = Spent(running.workers or default_workers(), Clock(), {"plan": plan.seconds})
 
     def carry_out(self, out: Path) -> dict[str, Any]:
         """Merge, write, record."""
         begun = time.perf_counter()
         import torch  # noqa: F401 - so that its import is on its own account
 
-        self.seconds["import"] = time.perf_counter() - begun
+        self.spent.seconds["import"] = time.perf_counter() - begun
         plan = self.plan
-        maker = Maker(plan.opened, plan.merger, plan.spec.seed, plan.device, self.clock)
+        maker = Maker(plan.opened, plan.merger, plan.spec.seed, plan.device, self.spent.clock)
         begun = time.perf_counter()
         maker.merger = maker.prepared(plan.recipe.tensors)
-        self.seconds["prepare"] = time.perf_counter() - begun
+        self.spent.seconds["prepare"] = time.perf_counter() - begun
         begun = time.perf_counter()
         with appearing(out) as folder:
             if plan.spec.form == "adapter":
                 files = self._write_adapter(out, folder, maker)
             else:
                 files = self._write_model(out, folder, maker)
-            self.seconds["compute"] = time.perf_counter() - begun
-            record = record_of(self, maker, files)
+            self.spent.seconds["compute"] = time.perf_counter() - begun
+            record = record_of(plan, maker, files, self.spent)
             write_json(folder / RECORD, record)
             write_bytes(folder / "merge.html", render(record).encode())
             write_json(folder / LINEAGE, lineage_of(plan))
@@ -155,13 +153,14 @@ class _Run:
         check_disk(out.absolute().parent, sum(one.size for one in plans.values()), f"--out {out}")
         shards = Shards(folder, list(plans.values()), self.running.shard_size)
 
-        def job(recipe: TensorRecipe) -> Job:
+        def job(recipe: TensorRecipe) -> TensorWork:
             one = plans[recipe.name]
-            return Job(one, maker.needs(recipe), lambda: maker.make(recipe, one.dtype))
+            return TensorWork(one, maker.needs(recipe), lambda: maker.make(recipe, one.dtype))
 
         try:
             advance = self.reporter.start(f"merge {out.name}", len(plans))
-            carry_out([job(recipe) for recipe in plan.recipe.tensors], shards, self.workers, self.clock, advance)
+            jobs = [job(recipe) for recipe in plan.recipe.tensors]
+            carry_out(jobs, shards, self.spent.workers, self.spent.clock, advance)
             files = shards.finish()
         finally:
             shards.close()
@@ -171,11 +170,11 @@ class _Run:
         )
         return files
 
-    def _planned(self, recipe: TensorRecipe, maker: Maker) -> Plan:
+    def _planned(self, recipe: TensorRecipe, maker: Maker) -> TensorShape:
         origin = maker.origin(recipe)
         entry = maker.model(origin).entry(origin.tensor)
         dtype = target_dtype(entry.dtype, self.plan.spec.dtype) if entry.dtype in FLOATS else entry.dtype
-        return Plan(recipe.name, dtype, entry.shape)
+        return TensorShape(recipe.name, dtype, entry.shape)
 
     def _write_adapter(self, out: Path, folder: Path, maker: Maker) -> dict[str, int]:
         import torch
@@ -195,26 +194,26 @@ class _Run:
             rows, columns = opened.base.entry(recipe.base.tensor if recipe.base else recipe.name).shape
             rows, columns = (columns, rows) if transposed else (rows, columns)
             stem = f"base_model.model.{recipe.name.removesuffix('.weight')}"
-            a = Plan(f"{stem}.lora_A.weight", dtype, (rank, columns))
-            b = Plan(f"{stem}.lora_B.weight", dtype, (rows, rank))
+            a = TensorShape(f"{stem}.lora_A.weight", dtype, (rank, columns))
+            b = TensorShape(f"{stem}.lora_B.weight", dtype, (rows, rank))
             plans += [a, b]
             jobs.append((recipe, a, b))
         check_disk(out.absolute().parent, sum(one.size for one in plans), f"--out {out}")
         shards = Shards(folder, plans, 1 << 62, stem="adapter_model")
 
-        def make(recipe: TensorRecipe, b: Plan) -> torch.Tensor:
+        def make(recipe: TensorRecipe, b: TensorShape) -> torch.Tensor:
             found = low_rank(recipe, maker, rank)
             first, second = (found.b.t(), found.a.t()) if transposed else (found.a, found.b)
             shards.write(b.name, second.to(target).contiguous())
-            self.low_rank[recipe.name] = {"how": found.how, "lost": found.lost, "whole": found.whole}
+            self.spent.low_rank[recipe.name] = {"how": found.how, "lost": found.lost, "whole": found.whole}
             return first.to(target).contiguous()
 
-        def job(recipe: TensorRecipe, a: Plan, b: Plan) -> Job:
-            return Job(a, maker.needs(recipe), lambda: make(recipe, b))
+        def job(recipe: TensorRecipe, a: TensorShape, b: TensorShape) -> TensorWork:
+            return TensorWork(a, maker.needs(recipe), lambda: make(recipe, b))
 
         try:
             advance = self.reporter.start(f"merge {out.name}", len(jobs))
-            carry_out([job(*one) for one in jobs], shards, self.workers, self.clock, advance)
+            carry_out([job(*one) for one in jobs], shards, self.spent.workers, self.spent.clock, advance)
             files = shards.finish()
         finally:
             shards.close()

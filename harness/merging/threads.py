@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from harness.merging.write import Plan, Shards
+from harness.merging.write import Shards, TensorShape
 
 if TYPE_CHECKING:
     import torch
@@ -26,10 +26,10 @@ _ROOM = 2 << 30
 
 
 @dataclass(frozen=True)
-class Job:
+class TensorWork:
     """One tensor to be made."""
 
-    plan: Plan
+    plan: TensorShape
     needs: int
     """Bytes that it takes while it is made, roughly."""
     make: Callable[[], torch.Tensor]
@@ -63,7 +63,7 @@ class Clock:
 class _Queue:
     """Hands jobs out in their order, as long as there is room."""
 
-    def __init__(self, jobs: Sequence[Job], workers: int) -> None:
+    def __init__(self, jobs: Sequence[TensorWork], workers: int) -> None:
         self._jobs = iter(jobs)
         self._next = next(self._jobs, None)
         largest = max((job.needs for job in jobs), default=0)
@@ -72,7 +72,7 @@ class _Queue:
         self._changed = threading.Condition()
         self._stopped = False
 
-    def take(self) -> Job | None:
+    def take(self) -> TensorWork | None:
         """The next job, once there is room for it; None: there is none, or work has stopped."""
         with self._changed:
             while self._next is not None and not self._stopped:
@@ -84,7 +84,7 @@ class _Queue:
                 self._changed.wait()
             return None
 
-    def done(self, job: Job) -> None:
+    def done(self, job: TensorWork) -> None:
         """Its bytes are free again."""
         with self._changed:
             self._taken -= job.needs
@@ -110,7 +110,9 @@ def default_workers() -> int:
     return max(1, min(cores, 8))
 
 
-def carry_out(jobs: Sequence[Job], shards: Shards, workers: int, clock: Clock, advance: Callable[[int], None]) -> None:
+def carry_out(
+    jobs: Sequence[TensorWork], shards: Shards, workers: int, clock: Clock, advance: Callable[[int], None]
+) -> None:
     """Make and write every tensor.
 
     Args:

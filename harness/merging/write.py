@@ -37,7 +37,7 @@ _SPARE = 64 << 20
 
 
 @dataclass(frozen=True)
-class Plan:
+class TensorShape:
     """One tensor to be written."""
 
     name: str
@@ -58,7 +58,7 @@ class Plan:
 class Slot:
     """The place of one tensor."""
 
-    plan: Plan
+    plan: TensorShape
     file: str
     start: int
 
@@ -73,9 +73,9 @@ class Shards:
         stem: ``model``, or ``adapter_model``.
     """
 
-    def __init__(self, folder: Path, plans: Sequence[Plan], shard_size: int, stem: str = "model") -> None:
+    def __init__(self, folder: Path, plans: Sequence[TensorShape], shard_size: int, stem: str = "model") -> None:
         self.folder = folder
-        groups: list[list[Plan]] = [[]]
+        groups: list[list[TensorShape]] = [[]]
         filled = 0
         for plan in plans:
             if groups[-1] and filled + plan.size > shard_size:
@@ -120,7 +120,7 @@ class Shards:
                     # The system tells of a lost write once: the sync at the file's end would find nothing wrong.
                     self._lost = self._lost or error
 
-    def _begin(self, file: str, group: Sequence[Plan]) -> None:
+    def _begin(self, file: str, group: Sequence[TensorShape]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for plan in group:

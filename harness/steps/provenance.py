@@ -146,7 +146,7 @@ def machine() -> dict[str, Any]:
     return {"system": platform.system(), "machine": platform.machine(), "cpus": os.cpu_count()}
 
 
-def record(extra: Mapping[str, Any]) -> dict[str, Any]:
+def provenance_record(extra: Mapping[str, Any]) -> dict[str, Any]:
     """``provenance.json`` of a step: versions, machine, and what the step itself adds."""
     from harness.core.version import __version__
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class OpenTask:
+class Questions:
     """A task ready to be answered: its samples, what was dropped, and (lm-eval) the live task objects."""
 
     samples: list[Sample]
@@ -119,7 +119,7 @@ def open_task(
     registry: Registry,
     *,
     seed: int,
-) -> OpenTask:
+) -> Questions:
     """Read the data, write the prompts, tokenise them once."""
     if chosen.spec.lm_eval is not None:
         from harness.tasks.lm_eval import task as lmeval
@@ -132,7 +132,7 @@ def open_task(
                 "Give it with --set engine.tokenizer=PATH_OR_HUB_ID.",
             )
         runtime = lmeval.open_task(chosen, variant, model, tokenizer, seed)
-        opened = OpenTask(runtime.samples, runtime=runtime)
+        opened = Questions(runtime.samples, runtime=runtime)
     else:
         opened = _open_native(chosen, variant, model, tokenizer, registry, seed)
     if not opened.samples:
@@ -141,7 +141,7 @@ def open_task(
     return opened
 
 
-def steered(opened: OpenTask, adapter: str | None, control: str | None) -> OpenTask:
+def steered(opened: Questions, adapter: str | None, control: str | None) -> Questions:
     """The same questions to the base under an adapter, or under a value of its conditioning."""
     if adapter is None and control is None:
         return opened
@@ -159,7 +159,7 @@ def _open_native(
     tokenizer: PreTrainedTokenizerBase | None,
     registry: Registry,
     seed: int,
-) -> OpenTask:
+) -> Questions:
     spec = chosen.spec
     plugin, job = dataset_of(spec, registry, chosen)
     if spec.decoding_of == "model":
@@ -187,7 +187,7 @@ def _open_native(
             continue
         sample = _native_sample(spec, row, f"{place}, template, row {row.id}", variant, model, tokenizer)
         samples.append(replace(sample, leaf=leaf or None))
-    return OpenTask(samples, job.dropped, tuple(job.notes))
+    return Questions(samples, job.dropped, tuple(job.notes))
 
 
 def _native_sample(

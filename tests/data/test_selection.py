@@ -19,7 +19,7 @@ from harness.contracts.registry import Origin, Registered, Registry, load_plugin
 from harness.core.errors import UserError
 from harness.data.expression import at_revisions, parse_expression, portable
 from harness.data.row_schema import EXAMPLES, row_problem
-from harness.data.selection import Selection, add_converter, convert, interleave, rows_digest, seeded_order, select
+from harness.data.selection import Selection, add_converter, convert, interleave, seeded_order, select, selection_digest
 from harness.data.separation import NEAR, NearPrompts, is_held_out, prompt_key
 from harness.testing import check_dataset
 from tests.conftest import shared_revisions
@@ -549,9 +549,9 @@ def test_identity_says_what_pins_the_rows_and_no_path(tmp_path: Path, bundled: R
 def test_the_digest_is_of_ids_data_and_order() -> None:
     rows = [DatasetRow("a", {"x": 1}), DatasetRow("b", {"x": 2})]
     selection = Selection(rows, [], {}, {}, {})
-    assert selection.digest == rows_digest(rows)
+    assert selection.digest == selection_digest(rows)
     variants = [rows[::-1], rows[:1], [DatasetRow("a", {"x": 2}), rows[1]], [DatasetRow("c", {"x": 1}), rows[1]]]
-    assert len({rows_digest(one) for one in [rows, *variants]}) == 5
+    assert len({selection_digest(one) for one in [rows, *variants]}) == 5
 
 
 def test_options_reach_the_data_set(bundled: Registry) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from harness.merging.differences import Sums, gathered, place_of, sums_of
-from harness.merging.write import Plan, Shards
+from harness.merging.write import Shards, TensorShape
 from harness.models.tensors import TensorFolder, mapped, not_finite, read_header
 
 
@@ -110,7 +110,7 @@ def test_shards_are_laid_out_and_filled_in_any_order(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     sizes = {"a": 6, "b": 4, "c": 2, "d": 5, "größer": 25, "f": 4}
-    plans = [Plan(name, "F32", (count,)) for name, count in sizes.items()]
+    plans = [TensorShape(name, "F32", (count,)) for name, count in sizes.items()]
     assert [plan.size for plan in plans] == [24, 16, 8, 20, 100, 16]
     shards = Shards(tmp_path, plans, 40)
     assert shards.files == [f"model-{n:05d}-of-00004.safetensors" for n in (1, 2, 3, 4)]

@@ -14,7 +14,7 @@ from harness.core.progress import Reporter
 from harness.core.specs import MergeInput, MergeSpec, ModelSpec
 from harness.merging.compute import seed_of
 from harness.merging.plan import MergePlan, parse_input, plan_merge
-from harness.merging.run import Running, run_merge
+from harness.merging.run import MergeSettings, run_merge
 from harness.steps.files import read_json
 from tests.merging.conftest import peft_state, tensor_bytes, weights
 
@@ -56,7 +56,7 @@ def test_bytes_depend_on_nothing_but_the_merge(method: str, made: Path, tmp_path
         [(plan, 1, 10**9), (plan, 2, 100_000), (shuffled, 4, 30_000), (shuffled, 1, 1)]
     ):
         out = tmp_path / f"out{number}"
-        running = Running(workers=workers, shard_size=size, device="cpu")
+        running = MergeSettings(workers=workers, shard_size=size, device="cpu")
         run_merge(one, out, running, fresh=False, registry=registry, reporter=Reporter())
         found.append(tensor_bytes(out))
         files = sorted(out.glob("model*.safetensors"))

@@ -155,7 +155,7 @@ def test_the_code_of_an_installed_package_is_all_its_python_files(
 
 
 def test_the_record_of_a_step_names_versions_and_no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    record = provenance.record({"engine": "none"})
+    record = provenance.provenance_record({"engine": "none"})
     assert record["numerics"] == provenance.NUMERICS
     assert record["engine"] == "none"
     assert record["libraries"]["python"] == ".".join(map(str, sys.version_info[:3]))

@@ -18,14 +18,14 @@ from harness.core.specs import MergeInput, MergeSpec, ModelSpec
 from harness.merging.inputs import OpenModels, lineage_entry, open_models
 from harness.merging.publish import FOLD, appearing, done_before
 from harness.merging.sources import AdapterTensors, MergeModel
-from harness.merging.threads import Clock, Job, carry_out, default_workers
-from harness.merging.write import SHARD_SIZE, Plan, Shards, check_disk, target_dtype, write_small_files
+from harness.merging.threads import Clock, TensorWork, carry_out, default_workers
+from harness.merging.write import SHARD_SIZE, Shards, TensorShape, check_disk, target_dtype, write_small_files
 from harness.models.chat_templates import read_chat_template
 from harness.models.files import LineageFile, read_checked
 from harness.models.lineage import LINEAGE
 from harness.models.tensors import FLOATS, TORCH_NAMES, not_finite
 from harness.steps.files import read_json, write_bytes, write_json
-from harness.steps.provenance import NUMERICS, record
+from harness.steps.provenance import NUMERICS, provenance_record
 
 if TYPE_CHECKING:
     import torch
@@ -214,17 +214,17 @@ class _Fold:
                 found[tensor] = transposed
         return found
 
-    def _plan(self, name: str) -> Plan:
+    def _plan(self, name: str) -> TensorShape:
         entry = self.base.entry(name)
         dtype = target_dtype(entry.dtype, self.dtype) if entry.dtype in FLOATS else entry.dtype
-        return Plan(name, dtype, entry.shape)
+        return TensorShape(name, dtype, entry.shape)
 
-    def _job(self, plan: Plan) -> Job:
+    def _job(self, plan: TensorShape) -> TensorWork:
         changed = self.model.touches(plan.name) or plan.name in self.quantised
         needs = plan.size if not changed else 16 * self.base.entry(plan.name).elements
-        return Job(plan, needs, lambda: self._make(plan))
+        return TensorWork(plan, needs, lambda: self._make(plan))
 
-    def _make(self, plan: Plan) -> torch.Tensor:
+    def _make(self, plan: TensorShape) -> torch.Tensor:
         import torch
 
         name, dtype = plan.name, getattr(torch, TORCH_NAMES[plan.dtype])
@@ -282,7 +282,7 @@ class _Fold:
             "thread_seconds": {name: round(value, 3) for name, value in self.clock.seconds.items()},
             "probe": dict(probe),
             "notes": notes,
-            "provenance": record({}),
+            "provenance": provenance_record({}),
         }
 
     def _lineage(self) -> dict[str, Any]:
