@@ -15,6 +15,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
+from typing_extensions import TypeVar
 
 from harness.contracts.aligner import Aligner, PairLogps, Stage, TrainingJob
 from harness.contracts.dataset import RowSchema
@@ -44,7 +45,11 @@ class PairwiseRecipe(Recipe):
     """arXiv 2406.04879, appendix B."""
 
 
-class PairwiseLoss(Aligner):
+P = TypeVar("P", bound=PairwiseRecipe, default=Any)
+"""A pairwise method's own Config."""
+
+
+class PairwiseLoss(Aligner[P]):
     """The short form of an aligner: a loss on pairs of answers."""
 
     consumes: ClassVar[RowSchema] = "pairs"
@@ -54,7 +59,7 @@ class PairwiseLoss(Aligner):
         """Settings of the method."""
 
     @abstractmethod
-    def loss(self, policy: PairLogps, reference: PairLogps | None, config: Any) -> Tensor:
+    def loss(self, policy: PairLogps, reference: PairLogps | None, config: P) -> Tensor:
         """The loss of each pair.
 
         Args:
@@ -66,7 +71,7 @@ class PairwiseLoss(Aligner):
             (B,) loss per pair; the harness takes the mean.
         """
 
-    def rewards(self, policy: PairLogps, reference: PairLogps | None, config: Any) -> tuple[Tensor, Tensor]:
+    def rewards(self, policy: PairLogps, reference: PairLogps | None, config: P) -> tuple[Tensor, Tensor]:
         """Implicit rewards of the chosen and the rejected answers, each (B,), for accuracy and margin.
 
         beta * log(policy / reference) (Rafailov et al. 2023, arXiv 2305.18290, eq. 5), or beta times the mean
@@ -78,11 +83,11 @@ class PairwiseLoss(Aligner):
             )
         return config.beta * (policy.chosen - reference.chosen), config.beta * (policy.rejected - reference.rejected)
 
-    def stages(self, config: Any) -> tuple[Stage, ...]:
+    def stages(self, config: P) -> tuple[Stage, ...]:
         """One stage on pairs."""
         return (Stage("train", "pairs"),)
 
-    def trainer(self, job: TrainingJob) -> Trainer:
+    def trainer(self, job: TrainingJob[P]) -> Trainer:
         """A DPO trainer of TRL's with this loss in it."""
         from harness.alignment.pairwise_trainer import build
 

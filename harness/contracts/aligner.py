@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from pydantic import BaseModel
 
 from harness.contracts.dataset import RowSchema
-from harness.contracts.plugin import Plugin
+from harness.contracts.plugin import C, Plugin
 from harness.contracts.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Stage:
 
 
 @dataclass
-class TrainingJob:
+class TrainingJob(Generic[C]):
     """What an aligner's ``trainer`` gets: everything open, everything tokenised.
 
     ``rows`` carry ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (pairs) or ``prompt_ids``, ``completion_ids``
@@ -38,7 +38,7 @@ class TrainingJob:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     rows: Any
-    config: Any
+    config: C
     seed: int
     arguments: Callable[..., Any]
     """``arguments(SFTConfig, **overrides)`` builds the trainer's own configuration class."""
@@ -60,7 +60,7 @@ class PairLogps:
     """(B,)"""
 
 
-class Aligner(Plugin):
+class Aligner(Plugin[C]):
     """A method that turns a base model and rows into an adapter."""
 
     kind = "aligner"
@@ -70,10 +70,10 @@ class Aligner(Plugin):
     class Config(Recipe):
         """Settings of the method: extend the recipe, set its defaults."""
 
-    def stages(self, config: Any) -> tuple[Stage, ...]:
+    def stages(self, config: C) -> tuple[Stage, ...]:
         """The passes of training, in order; one by default."""
         return (Stage("train", str(self.consumes)),)
 
     @abstractmethod
-    def trainer(self, job: TrainingJob) -> Trainer:
+    def trainer(self, job: TrainingJob[C]) -> Trainer:
         """The trainer of one stage; the harness drives it (progress, checkpoints, resume, log, record)."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Generic, Literal
 
 from pydantic import BaseModel
 
-from harness.contracts.plugin import Plugin
+from harness.contracts.plugin import C, Plugin
 
 RowSchema = Literal["prompts", "demonstrations", "pairs", "rated"]
 """What rows hold; :mod:`harness.data.row_schema` has an example of each."""
@@ -23,7 +23,7 @@ class DatasetRow:
     data: Mapping[str, Any]
 
 
-class Dataset(Plugin):
+class Dataset(Plugin[C]):
     """Rows with stable ids from a pinned revision; counts what it drops and why."""
 
     kind = "dataset"
@@ -34,18 +34,18 @@ class Dataset(Plugin):
     revision: ClassVar[str | None] = None
 
     @abstractmethod
-    def rows(self, job: DatasetJob) -> Iterator[DatasetRow]:
+    def rows(self, job: DatasetJob[C]) -> Iterator[DatasetRow]:
         """Yield rows in a fixed order. Call ``job.drop(reason)`` for every row left out."""
 
-    def schema_of(self, job: DatasetJob) -> RowSchema | type[BaseModel]:
+    def schema_of(self, job: DatasetJob[C]) -> RowSchema | type[BaseModel]:
         """The schema of these rows, for a data set whose files decide it; ``schema`` otherwise."""
         return self.schema
 
-    def heldout_split(self, job: DatasetJob) -> str | None:
+    def heldout_split(self, job: DatasetJob[C]) -> str | None:
         """Name of the official held-out split; None: there is none, and a hash of each prompt decides."""
         return None
 
-    def identity(self, job: DatasetJob) -> dict[str, Any]:
+    def identity(self, job: DatasetJob[C]) -> dict[str, Any]:
         """What pins the rows: enters the id of every step that reads them."""
         return {
             "name": self.name,
@@ -57,13 +57,13 @@ class Dataset(Plugin):
 
 
 @dataclass
-class DatasetJob:
+class DatasetJob(Generic[C]):
     """One request for rows, and the count of what was dropped."""
 
     subset: str | None
     split: str | None
     revision: str | None
-    options: Any
+    options: C
     dropped: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 

@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic
 
-from harness.contracts.plugin import Plugin
+from harness.contracts.plugin import C, Plugin
 from harness.core.errors import UserError
 from harness.core.records import AdapterInfo, ModelInfo, Output, Request
 
@@ -53,7 +53,7 @@ class Availability:
 
 
 @dataclass(frozen=True)
-class Serving:
+class Serving(Generic[C]):
     """What an engine's own server is to serve, and where."""
 
     model: ModelInfo
@@ -61,7 +61,7 @@ class Serving:
     """What requests call the base."""
     adapters: Mapping[str, AdapterInfo]
     """What requests call an adapter -> the adapter."""
-    options: Any
+    options: C
     host: str
     port: int
     template: Path | None = None
@@ -116,7 +116,7 @@ class Session(ABC):
         """Release memory and processes."""
 
 
-class Engine(Plugin):
+class Engine(Plugin[C]):
     """Turns prompts into completions and log-likelihoods."""
 
     kind = "engine"
@@ -128,17 +128,17 @@ class Engine(Plugin):
         """Whether this engine can run here. No heavy imports."""
 
     @abstractmethod
-    def capabilities(self, model: ModelInfo, options: Any) -> Capabilities:
+    def capabilities(self, model: ModelInfo, options: C) -> Capabilities:
         """What it can do for this model. No heavy imports."""
 
-    def settle(self, model: ModelInfo, options: Any) -> tuple[ModelInfo, Any]:
+    def settle(self, model: ModelInfo, options: C) -> tuple[ModelInfo, Any]:
         """Model and options with everything filled in that identifies them; asked while planning.
 
         For a remote engine, which must ask what its server runs and learn tokenizer and template elsewhere.
         """
         return model, options
 
-    def device(self, options: Any) -> str | None:
+    def device(self, options: C) -> str | None:
         """The kind of device that it computes on (cpu, cuda, mps), found out without loading; None: it does not say.
 
         It decides what dtype ``auto`` means: ``model.spec["dtype"]`` is a type's name when :meth:`open` is called, and
@@ -146,7 +146,7 @@ class Engine(Plugin):
         """
         return None
 
-    def adapter_problem(self, model: ModelInfo, adapter: AdapterInfo, options: Any) -> str | None:
+    def adapter_problem(self, model: ModelInfo, adapter: AdapterInfo, options: C) -> str | None:
         """Why this adapter cannot be served beside the base, found out without loading; None: it can be.
 
         Such an adapter is folded into a temporary checkpoint, which is opened on its own.
@@ -159,17 +159,17 @@ class Engine(Plugin):
         return None
 
     @abstractmethod
-    def identity(self, options: Any) -> dict[str, Any]:
+    def identity(self, options: C) -> dict[str, Any]:
         """Name, version and those options that may move a number: enters the id of every answers step."""
 
     @abstractmethod
-    def open(self, model: ModelInfo, adapters: Sequence[AdapterInfo], options: Any) -> Session:
+    def open(self, model: ModelInfo, adapters: Sequence[AdapterInfo], options: C) -> Session:
         """Load the model. ``Request.adapter`` is the ``name`` of one of ``adapters``, or None for the base."""
 
-    def server_problems(self, model: ModelInfo, options: Any) -> list[UserError]:
+    def server_problems(self, model: ModelInfo, options: C) -> list[UserError]:
         """Why this engine's own OpenAI-compatible server cannot serve the base; found out without loading."""
         return [UserError(f"--engine {self.name}", "brings no server of its own", "Use --engine vllm.")]
 
-    def server(self, serving: Serving) -> ServerCommand:
+    def server(self, serving: Serving[C]) -> ServerCommand:
         """How that server is started; asked only where :meth:`server_problems` finds none."""
         raise NotImplementedError(f"engine {self.name} brings no server")

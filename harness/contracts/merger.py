@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from harness.contracts.plugin import Plugin
+from harness.contracts.plugin import C, Plugin
 from harness.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Factors:
     scale: float
 
 
-class Merger(Plugin):
+class Merger(Plugin[C]):
     """Merges models tensor by tensor; pure, with randomness from ``generator`` alone."""
 
     kind = "merger"
@@ -47,7 +47,7 @@ class Merger(Plugin):
     per_model: ClassVar[tuple[str, ...]] = ()
     """Fields of Config of the type ``float | tuple[float, ...]``: one value, or one for each model in their order."""
 
-    def settle(self, weights: Sequence[float] | None, count: int, config: Any) -> tuple[tuple[float, ...], Any]:
+    def settle(self, weights: Sequence[float] | None, count: int, config: C) -> tuple[tuple[float, ...], Any]:
         """Weights and options with everything filled in, for ``count`` models; asked before anything is read.
 
         Args:
@@ -62,7 +62,7 @@ class Merger(Plugin):
             raise UserError("weights", f"{self.name} takes no weight below 0, found {shown}", "Give weights from 0 on.")
         return given, config
 
-    def prepare(self, models: Sequence[Mapping[str, Callable[[], torch.Tensor]]], config: Any) -> Merger:
+    def prepare(self, models: Sequence[Mapping[str, Callable[[], torch.Tensor]]], config: C) -> Merger[C]:
         """Optional look at whole models (name -> a function that reads the tensor) before the first tensor.
 
         Returns the merger to use: this one, or a copy that knows more.
@@ -76,7 +76,7 @@ class Merger(Plugin):
         *,
         base: torch.Tensor | None,
         weights: Sequence[float],
-        config: Any,
+        config: C,
         generator: Callable[[int], torch.Generator],
     ) -> Merged:
         """Merge one tensor of each model.
@@ -89,13 +89,13 @@ class Merger(Plugin):
             generator: ``generator(i)`` is a CPU generator for model ``i``, seeded by (seed, tensor name, i).
         """
 
-    def keeps_equal(self, weights: Sequence[float], config: Any) -> bool:
+    def keeps_equal(self, weights: Sequence[float], config: C) -> bool:
         """Whether equal weights (zero deltas) come back as they are.
 
         Then tensors that no input changes are copied from the base byte for byte, without being merged.
         """
         return False
 
-    def merge_factors(self, factors: Sequence[Factors], *, weights: Sequence[float], config: Any) -> Factors | None:
+    def merge_factors(self, factors: Sequence[Factors], *, weights: Sequence[float], config: C) -> Factors | None:
         """The same merge on low-rank deltas, exact, where the method is linear; None where it is not."""
         return None

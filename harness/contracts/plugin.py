@@ -8,14 +8,18 @@ contract version it was written for. Heavy imports (torch, transformers, vllm, d
 from __future__ import annotations
 
 from abc import ABC
-from typing import ClassVar
+from typing import Any, ClassVar, Generic
+
+from typing_extensions import TypeVar
 
 from harness.core import config
 
 CONTRACT_VERSION = 1
+C = TypeVar("C", bound=config.Config, default=Any)
+"""A plugin's own Config: ``class Mine(Merger["Mine.Config"])`` has its ``config`` typed; left out, it is Any."""
 
 
-class Plugin(ABC):
+class Plugin(ABC, Generic[C]):
     """What all kinds share."""
 
     kind: ClassVar[str]

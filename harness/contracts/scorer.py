@@ -6,9 +6,9 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self, cast
 
-from harness.contracts.plugin import Plugin
+from harness.contracts.plugin import C, Plugin
 from harness.core.records import Answer, Metric, Sample, Score
 
 
@@ -35,17 +35,17 @@ class ScorerContext:
 Need = Literal["classifier", "engine", "endpoint"]
 
 
-class Scorer(Plugin):
+class Scorer(Plugin[C]):
     """Turns answers into numbers; sees only samples and answers, never the model under test."""
 
     kind = "scorer"
     needs: ClassVar[Need | None] = None
 
     @abstractmethod
-    def metrics(self, options: Any) -> tuple[Metric, ...]:
+    def metrics(self, options: C) -> tuple[Metric, ...]:
         """Direction, unit, range and chance level of every number that :meth:`score` returns."""
 
-    def metrics_of(self, options: Any, context: ScorerContext) -> tuple[Metric, ...]:
+    def metrics_of(self, options: C, context: ScorerContext) -> tuple[Metric, ...]:
         """As :meth:`metrics`, asked after :meth:`score`, for a scorer that learns its metrics from the open task."""
         return self.metrics(options)
 
@@ -56,11 +56,11 @@ class Scorer(Plugin):
         Options are ``self.options``; a scorer's model is opened here once for all samples.
         """
 
-    def identity(self, options: Any) -> dict[str, Any]:
+    def identity(self, options: C) -> dict[str, Any]:
         """What of the scorer enters a scores step's id; a scorer with a model adds the digest of its weights."""
         return {"name": self.name, "options": options.model_dump(mode="json")}
 
-    def label(self, options: Any) -> str | None:
+    def label(self, options: C) -> str | None:
         """What a task's name carries in rows because of this scorer, the judge say: ``alpaca_eval2@LABEL``."""
         return None
 
@@ -79,15 +79,15 @@ class Scorer(Plugin):
     def close(self) -> None:
         """Release what :meth:`score` opened; called once after the last call of it."""
 
-    def check(self, options: Any) -> None:
+    def check(self, options: C) -> None:
         """Raise a UserError before anything runs if the scorer cannot work (a missing model, a missing key)."""
 
     @property
-    def options(self) -> Any:
+    def options(self) -> C:
         """The options in force (set by the harness through :meth:`bound`)."""
-        return self.__dict__.get("_options") or self.Config()
+        return cast(C, self.__dict__.get("_options") or self.Config())
 
-    def bound(self, options: Any) -> Scorer:
+    def bound(self, options: C) -> Self:
         """A copy of this scorer with its options."""
         copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__, _options=options)

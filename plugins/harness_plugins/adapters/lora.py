@@ -20,7 +20,7 @@ class LoraConfig(Config):
     dora: bool = Field(False, description="train magnitudes apart from directions (arXiv 2402.09353)")
 
 
-class Lora(Adapter):
+class Lora(Adapter["Lora.Config"]):
     """Low-rank adapters beside frozen weights."""
 
     name = "lora"
@@ -29,7 +29,7 @@ class Lora(Adapter):
     class Config(LoraConfig):
         """Options of LoRA."""
 
-    def attach(self, model: Any, config: Any) -> Any:
+    def attach(self, model: Any, config: Config) -> Any:
         """Add the trainable adapter ``default``; weights of the adapter are kept in fp32.
 
         Raises:
@@ -132,13 +132,13 @@ def keep_unpacked(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-class Full(Adapter):
+class Full(Adapter[Config]):
     """No adapter: all weights are trained."""
 
     name = "none"
     summary = "full fine-tuning: every weight is trained, in fp32"
 
-    def attach(self, model: Any, config: Any) -> Any:
+    def attach(self, model: Any, config: Config) -> Any:
         """Every weight trainable, in fp32: small updates would round away in bf16."""
         import torch
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Dpo(PairwiseLoss):
+class Dpo(PairwiseLoss[PairwiseRecipe]):
     """Direct preference optimisation."""
 
     name = "dpo"
     summary = "direct preference optimisation (arXiv 2305.18290)"
 
-    def loss(self, policy: PairLogps, reference: PairLogps | None, config: Any) -> Tensor:
+    def loss(self, policy: PairLogps, reference: PairLogps | None, config: PairwiseRecipe) -> Tensor:
         """-log sigmoid(beta * (h_chosen - h_rejected)), h = log policy / reference (Rafailov et al. 2023, eq. 7)."""
         from torch.nn.functional import logsigmoid
 
         return -logsigmoid(config.beta * _delta(policy, reference))
 
 
-class Cdpo(PairwiseLoss):
+class Cdpo(PairwiseLoss["Cdpo.Config"]):
     """Conservative DPO: labels are wrong with probability epsilon."""
 
     name = "cdpo"
@@ -36,7 +36,7 @@ class Cdpo(PairwiseLoss):
 
         label_smoothing: float = Field(0.1, ge=0, lt=0.5, description="probability that a pair's labels are swapped")
 
-    def loss(self, policy: PairLogps, reference: PairLogps | None, config: Any) -> Tensor:
+    def loss(self, policy: PairLogps, reference: PairLogps | None, config: Config) -> Tensor:
         """(1 - e) L(delta) + e L(-delta), L being DPO (Mitchell 2023, "A note on DPO with noisy preferences")."""
         from torch.nn.functional import logsigmoid
 
@@ -44,7 +44,7 @@ class Cdpo(PairwiseLoss):
         return -(1 - config.label_smoothing) * logsigmoid(scaled) - config.label_smoothing * logsigmoid(-scaled)
 
 
-class Ipo(PairwiseLoss):
+class Ipo(PairwiseLoss["Ipo.Config"]):
     """Identity preference optimisation."""
 
     name = "ipo"
@@ -58,7 +58,7 @@ class Ipo(PairwiseLoss):
             description="average log-ratios over tokens (TRL's convention) instead of summing (the paper's eq. 17)",
         )
 
-    def loss(self, policy: PairLogps, reference: PairLogps | None, config: Any) -> Tensor:
+    def loss(self, policy: PairLogps, reference: PairLogps | None, config: Config) -> Tensor:
         """(h_chosen - h_rejected - 1 / (2 tau))^2 (Azar et al. 2023, eq. 17)."""
         assert reference is not None
         chosen, rejected = policy.chosen - reference.chosen, policy.rejected - reference.rejected
@@ -67,7 +67,7 @@ class Ipo(PairwiseLoss):
         return (chosen - rejected - 1 / (2 * config.beta)) ** 2
 
 
-class Orpo(PairwiseLoss):
+class Orpo(PairwiseLoss["Orpo.Config"]):
     """Odds-ratio preference optimisation: SFT on the chosen answer and a preference, without a reference."""
 
     name = "orpo"
@@ -79,7 +79,7 @@ class Orpo(PairwiseLoss):
 
         beta: float = Field(0.1, gt=0, description="weight lambda of the odds-ratio term (no unit)")
 
-    def loss(self, policy: PairLogps, reference: PairLogps | None, config: Any) -> Tensor:
+    def loss(self, policy: PairLogps, reference: PairLogps | None, config: Config) -> Tensor:
         """-log p_c - lambda log sigmoid(log(odds_c / odds_r)), odds = p / (1 - p) (Hong et al. 2024, eq. 4, 6 and 7).
 
         log p is the mean over tokens (eq. 3). In TRL the first term covers the prompt too and weighs tokens alike.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     pass
 
 
-class Sft(Aligner):
+class Sft(Aligner["Sft.Config"]):
     """Supervised fine-tuning on demonstrations (of pairs: on the chosen answers)."""
 
     name = "sft"
@@ -43,11 +43,11 @@ class Sft(Aligner):
             "adapter.alpha": (16, 32, 64),
         }
 
-    def stages(self, config: Any) -> tuple[Stage, ...]:
+    def stages(self, config: Config) -> tuple[Stage, ...]:
         """One stage on demonstrations."""
         return (Stage("train", "demonstrations"),)
 
-    def trainer(self, job: TrainingJob) -> Any:
+    def trainer(self, job: TrainingJob[Config]) -> Any:
         """TRL's SFT trainer on rows whose labels are already masked."""
         from harness_plugins.aligners.sft_trainer import build
 

@@ -36,7 +36,7 @@ PROMPTS = FILES["text_davinci_003"]
 UPSTREAM = "https://github.com/tatsu-lab/alpaca_eval, results/MODEL/model_outputs.json"
 
 
-class AlpacaEval(Dataset):
+class AlpacaEval(Dataset["AlpacaEval.Config"]):
     """The 805 instructions, or a file of one's own, with one of the two usual references, or a file of outputs."""
 
     name = "alpaca-eval"
@@ -56,7 +56,7 @@ class AlpacaEval(Dataset):
         path: str = Field("", description="for `file`: a model_outputs.json (list of instruction, output, generator)")
         prompts: str = Field("", description="instead of the 805: a JSON list of objects with `instruction`")
 
-    def rows(self, job: DatasetJob) -> Iterator[DatasetRow]:
+    def rows(self, job: DatasetJob[Config]) -> Iterator[DatasetRow]:
         """The instructions in the file's order. One without a reference output is kept: it will be unscored."""
         prompts = self._prompts(job)
         where, outputs = self._outputs(job)
@@ -78,7 +78,7 @@ class AlpacaEval(Dataset):
                 },
             )
 
-    def identity(self, job: DatasetJob) -> dict[str, Any]:
+    def identity(self, job: DatasetJob[Config]) -> dict[str, Any]:
         """The commit that is read, and files by their content, never by their path."""
         files = {name: self._own_file(job, name) for name in ("prompts", "path") if getattr(job.options, name)}
         return {
@@ -90,11 +90,11 @@ class AlpacaEval(Dataset):
 
     # ------------------------------------------------------------------------------------------------------- reading
 
-    def _prompts(self, job: DatasetJob) -> list[dict[str, Any]]:
+    def _prompts(self, job: DatasetJob[Config]) -> list[dict[str, Any]]:
         path = self._own_file(job, "prompts") if job.options.prompts else self._hub_file(job, PROMPTS)
         return _read(path, ("instruction",))
 
-    def _outputs(self, job: DatasetJob) -> tuple[Path, dict[str, list[Mapping[str, Any]]]]:
+    def _outputs(self, job: DatasetJob[Config]) -> tuple[Path, dict[str, list[Mapping[str, Any]]]]:
         """Outputs by instruction, in the file's order; rows that are there twice in the same words count once."""
         reference = job.options.reference
         path = self._own_file(job, "path") if reference == "file" else self._hub_file(job, FILES[reference])
@@ -104,7 +104,7 @@ class AlpacaEval(Dataset):
         return path, outputs
 
     def _compare(
-        self, job: DatasetJob, path: Path, asked: Counter[str], outputs: dict[str, list[Mapping[str, Any]]]
+        self, job: DatasetJob[Config], path: Path, asked: Counter[str], outputs: dict[str, list[Mapping[str, Any]]]
     ) -> None:
         """Hold a file of outputs against the instructions: what is missing, doubled or of several models."""
         missing = sum(count for instruction, count in asked.items() if instruction not in outputs)
@@ -131,7 +131,7 @@ class AlpacaEval(Dataset):
             what = f"holds the outputs of several models: {', '.join(sorted(generators)[:6])}"
             raise UserError(str(path), what, "Give the outputs of one.")
 
-    def _own_file(self, job: DatasetJob, option: str) -> Path:
+    def _own_file(self, job: DatasetJob[Config], option: str) -> Path:
         where = f"dataset {self.name}, options.{option}"
         given = str(getattr(job.options, option))
         if not given:
@@ -144,11 +144,11 @@ class AlpacaEval(Dataset):
             raise UserError(where, f"no such file: {given}", fix)
         return path
 
-    def _commit(self, job: DatasetJob) -> str:
+    def _commit(self, job: DatasetJob[Config]) -> str:
         """The user's revision, else the pinned one; never whatever is cached."""
         return pinned_commit(self.source, self.revision, job.revision)
 
-    def _hub_file(self, job: DatasetJob, name: str) -> Path:
+    def _hub_file(self, job: DatasetJob[Config], name: str) -> Path:
         commit = self._commit(job)
         if name == PROMPTS:
             job.notes += revision_note(self.source, self.revision, commit)

@@ -26,7 +26,7 @@ from harness import (
 )
 
 
-class HubDataset(Dataset):
+class HubDataset(Dataset["HubDataset.Config"]):
     """Any data set of the hub, or a folder that ``datasets.load_dataset`` understands; rows as they stand there."""
 
     name = "hub"
@@ -41,7 +41,7 @@ class HubDataset(Dataset):
         data_dir: str | None = Field(None, description="folder inside the repository")
         id: str | None = Field(None, description="field that identifies a row; its position in the split when absent")
 
-    def rows(self, job: DatasetJob) -> Iterator[DatasetRow]:
+    def rows(self, job: DatasetJob[Config]) -> Iterator[DatasetRow]:
         """All rows of one split, in the file's order."""
         where = f"dataset {self.name}"
         if not job.options.path:
@@ -56,7 +56,7 @@ class HubDataset(Dataset):
         for position, row in enumerate(loaded):
             yield DatasetRow(seen(position if options.id is None else row[options.id], f"row {position}"), row)
 
-    def identity(self, job: DatasetJob) -> dict[str, Any]:
+    def identity(self, job: DatasetJob[Config]) -> dict[str, Any]:
         """Pinned by the commit; a folder by its contents, never by its path."""
         options, path = job.options, Path(job.options.path)
         pinned: dict[str, Any] = {"path": options.path}
@@ -69,7 +69,7 @@ class HubDataset(Dataset):
         return {"name": self.name, "split": job.split, "options": chosen, **pinned}
 
 
-class JsonlDataset(Dataset):
+class JsonlDataset(Dataset["JsonlDataset.Config"]):
     """A file with one JSON object per line, gzipped or not."""
 
     name = "jsonl"
@@ -82,7 +82,7 @@ class JsonlDataset(Dataset):
         path: str = Field("", description="the file; relative to the task's YAML")
         id: str | None = Field(None, description="field that identifies a row; when absent `id`, else the line number")
 
-    def rows(self, job: DatasetJob) -> Iterator[DatasetRow]:
+    def rows(self, job: DatasetJob[Config]) -> Iterator[DatasetRow]:
         """All rows in the file's order; empty lines are left out uncounted, as they hold no row."""
         path = self._file(job)
         seen = _Unique(f"dataset {self.name}, {path.name}")
@@ -96,13 +96,13 @@ class JsonlDataset(Dataset):
         except (OSError, EOFError, UnicodeDecodeError) as error:
             raise UserError(str(path), f"cannot be read: {error}", "Give a whole JSON-lines file in UTF-8.") from None
 
-    def identity(self, job: DatasetJob) -> dict[str, Any]:
+    def identity(self, job: DatasetJob[Config]) -> dict[str, Any]:
         """Pinned by the file's content and name."""
         path = self._file(job)
         options = job.options.model_dump(mode="json", exclude={"path"})
         return {"name": self.name, "file": path.name, "digest": file_digest(path), "options": options}
 
-    def _file(self, job: DatasetJob) -> Path:
+    def _file(self, job: DatasetJob[Config]) -> Path:
         where = f"dataset {self.name}, options.path"
         path = Path(job.options.path).expanduser()
         if not job.options.path:
@@ -128,7 +128,7 @@ Attribute = Literal[
 """What the Perspective API scores (probability)."""
 
 
-class RealToxicityPrompts(Dataset):
+class RealToxicityPrompts(Dataset["RealToxicityPrompts.Config"]):
     """RealToxicityPrompts (Gehman et al., arXiv 2009.11462): halves of sentences from the web, with Perspective scores.
 
     A row has ``prompt`` and ``continuation`` (text), ``challenging``, and ``scores`` (of the prompt, 0 to 1, or None).
@@ -154,7 +154,7 @@ class RealToxicityPrompts(Dataset):
             "severe_toxicity", description="the prompt's Perspective score that `most_severe` sorts by"
         )
 
-    def rows(self, job: DatasetJob) -> Iterator[DatasetRow]:
+    def rows(self, job: DatasetJob[Config]) -> Iterator[DatasetRow]:
         """Rows in the order of their ids; `most_severe` by falling score, equal scores in the order of their ids.
 
         So the choice, and which rows a limit keeps, is the same for any order of the rows in the file.
@@ -168,7 +168,7 @@ class RealToxicityPrompts(Dataset):
         named = [(seen(row_id, f"row {n} when sorted"), rows[n]) for n, row_id in enumerate(ids)]
         yield from self._select(named, job)
 
-    def _select(self, rows: list[tuple[str, Mapping[str, Any]]], job: DatasetJob) -> Iterator[DatasetRow]:
+    def _select(self, rows: list[tuple[str, Mapping[str, Any]]], job: DatasetJob[Config]) -> Iterator[DatasetRow]:
         options = job.options
         if options.select == "challenging":
             chosen = [pair for pair in rows if pair[1]["challenging"]]
@@ -199,11 +199,11 @@ class RealToxicityPrompts(Dataset):
                 },
             )
 
-    def _commit(self, job: DatasetJob) -> str:
+    def _commit(self, job: DatasetJob[Config]) -> str:
         """The user's revision, else the pinned one; never whatever is cached."""
         return pinned_commit(self.source, self.revision, job.revision)
 
-    def identity(self, job: DatasetJob) -> dict[str, Any]:
+    def identity(self, job: DatasetJob[Config]) -> dict[str, Any]:
         """As for any data set, with the commit that will really be read."""
         return {**super().identity(job), "revision": self._commit(job)}
 

@@ -44,7 +44,7 @@ QUESTION, CATEGORY, SUBCATEGORY = (
 """Names of the same three things in the data sets and in Red-Instruct's own files."""
 
 
-class RedQuestions(Dataset):
+class RedQuestions(Dataset["RedQuestions.Config"]):
     """What the three have in common."""
 
     schema = "prompts"
@@ -64,7 +64,7 @@ class RedQuestions(Dataset):
             None, description="commit of the templates, where they do not lie beside the questions; pinned when absent"
         )
 
-    def rows(self, job: DatasetJob) -> Iterator[DatasetRow]:
+    def rows(self, job: DatasetJob[Config]) -> Iterator[DatasetRow]:
         """All questions in the file's order; the id is subset and position. What is no question is dropped."""
         subset = self._subset(job)
         template = self._template(job)
@@ -77,7 +77,7 @@ class RedQuestions(Dataset):
             data = {"question": question, "category": category, "subcategory": subcategory}
             yield DatasetRow(f"{subset}-{position:04}", {**data, "prompt": template.replace(PLACE, question)})
 
-    def identity(self, job: DatasetJob) -> dict[str, Any]:
+    def identity(self, job: DatasetJob[Config]) -> dict[str, Any]:
         """The commits of questions and template; for a folder the contents of both files."""
         chosen = {"name": self.name, "subset": self._subset(job), "template": job.options.template}
         if job.options.path is None:
@@ -86,7 +86,7 @@ class RedQuestions(Dataset):
         used = [file] if (prompt := self._prompt_file(job)) is None else [file, prompt]
         return {**chosen, "digest": files_digest(used, folder)}
 
-    def _subset(self, job: DatasetJob) -> str:
+    def _subset(self, job: DatasetJob[Config]) -> str:
         subset = job.subset or next(iter(self.files))
         if subset not in self.files:
             raise unknown(f"dataset {self.name}, subset", "subset", subset, self.files, "harness data list")
@@ -94,7 +94,7 @@ class RedQuestions(Dataset):
 
     # -------------------------------------------------------------------------------------------------- the questions
 
-    def _questions(self, job: DatasetJob, subset: str) -> Iterator[tuple[str, str, str]]:
+    def _questions(self, job: DatasetJob[Config], subset: str) -> Iterator[tuple[str, str, str]]:
         if job.options.path is not None:
             yield from _read(self._file(job, subset))
             return
@@ -111,17 +111,18 @@ class RedQuestions(Dataset):
         """Configuration and split of a subset on the hub."""
         raise NotImplementedError
 
-    def _commit(self, job: DatasetJob) -> str:
+    def _commit(self, job: DatasetJob[Config]) -> str:
         """The user's revision, else the pinned one; never whatever is cached."""
         return pinned_commit(self.source, self.revision, job.revision)
 
-    def _folder(self, job: DatasetJob) -> Path:
+    def _folder(self, job: DatasetJob[Config]) -> Path:
+        assert job.options.path is not None
         folder = Path(job.options.path).expanduser()
         if not folder.is_dir():
             raise UserError(f"dataset {self.name}, options.path", f"no such folder: {folder}", self._elsewhere())
         return folder
 
-    def _file(self, job: DatasetJob, subset: str) -> Path:
+    def _file(self, job: DatasetJob[Config], subset: str) -> Path:
         folder = self._folder(job)
         names = [f"{inner}{name}" for inner in ("", "harmful_questions/") for name in self.files[subset]]
         found = next((folder / name for name in names if (folder / name).is_file()), None)
@@ -135,7 +136,7 @@ class RedQuestions(Dataset):
 
     # --------------------------------------------------------------------------------------------------- the template
 
-    def _template(self, job: DatasetJob) -> str:
+    def _template(self, job: DatasetJob[Config]) -> str:
         """The template's text. `standard` is the question alone, so it needs no file where there is none."""
         file = self._prompt_file(job)
         if file is None:
@@ -145,7 +146,7 @@ class RedQuestions(Dataset):
             raise UserError(str(file), f"holds no {PLACE}, which the question would replace", "Give a whole template.")
         return text
 
-    def _prompt_file(self, job: DatasetJob) -> Path | None:
+    def _prompt_file(self, job: DatasetJob[Config]) -> Path | None:
         name = job.options.template
         folder = self._folder(job) if job.options.path is not None else self._hub_folder(job)
         file = folder / "red_prompts" / f"{name}.txt" if folder is not None else None
@@ -161,7 +162,7 @@ class RedQuestions(Dataset):
             self._elsewhere(),
         )
 
-    def _templates_commit(self, job: DatasetJob) -> str | None:
+    def _templates_commit(self, job: DatasetJob[Config]) -> str | None:
         """Commit of the templates: they lie beside DangerousQA's questions. None: standard needs none."""
         if job.options.template == "standard" and self.source != TEMPLATES:
             return None
@@ -170,7 +171,7 @@ class RedQuestions(Dataset):
         option = "--set TASK.dataset.options.templates_revision"
         return pinned_commit(TEMPLATES, TEMPLATES_REVISION, job.options.templates_revision, option=option)
 
-    def _hub_folder(self, job: DatasetJob) -> Path | None:
+    def _hub_folder(self, job: DatasetJob[Config]) -> Path | None:
         commit = self._templates_commit(job)
         if commit is None:
             return None

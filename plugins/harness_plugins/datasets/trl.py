@@ -32,7 +32,7 @@ FORMATS: tuple[tuple[frozenset[str], RowSchema], ...] = (
 _HELDOUT = ("test", "validation")
 
 
-class TrlFormats(Dataset):
+class TrlFormats(Dataset["TrlFormats.Config"]):
     """Rows in TRL's preference, unpaired preference, prompt-completion or conversational formats.
 
     Text is a string or a list of messages. A preference row without ``prompt`` holds whole conversations; as strings
@@ -52,7 +52,7 @@ class TrlFormats(Dataset):
         split: str | None = Field(None, description="training split of the hub data set; `train` when absent")
         heldout: str | None = Field(None, description="held-out split; `test` or `validation` where there is one")
 
-    def schema_of(self, job: DatasetJob) -> RowSchema:
+    def schema_of(self, job: DatasetJob[Config]) -> RowSchema:
         """By the columns.
 
         Raises:
@@ -64,7 +64,7 @@ class TrlFormats(Dataset):
             raise UserError(where, "there are no rows", "Give a file or data set that has some.")
         return _format(row.data, where)[1]
 
-    def heldout_split(self, job: DatasetJob) -> str | None:
+    def heldout_split(self, job: DatasetJob[Config]) -> str | None:
         """The one the user names; else `test` or `validation` of the hub; a file has none."""
         options = job.options
         if options.heldout is not None or self._is_file(job):
@@ -79,7 +79,7 @@ class TrlFormats(Dataset):
             return split
         return None
 
-    def rows(self, job: DatasetJob) -> Iterator[DatasetRow]:
+    def rows(self, job: DatasetJob[Config]) -> Iterator[DatasetRow]:
         """Rows in the file's order, in the schema that the first row's columns declare."""
         source = self._source(job)
         first = next(source, None)
@@ -96,16 +96,16 @@ class TrlFormats(Dataset):
             except Unusable as reason:
                 job.drop(str(reason))
 
-    def identity(self, job: DatasetJob) -> dict[str, Any]:
+    def identity(self, job: DatasetJob[Config]) -> dict[str, Any]:
         """Pinned by the commit, or by the file's content."""
         reader, inner = self._reader(job)
         return {**reader.identity(inner), "name": self.name, "split": job.split}
 
-    def _source(self, job: DatasetJob) -> Iterator[DatasetRow]:
+    def _source(self, job: DatasetJob[Config]) -> Iterator[DatasetRow]:
         reader, inner = self._reader(job)
         return reader.rows(inner)
 
-    def _reader(self, job: DatasetJob) -> tuple[Dataset, DatasetJob]:
+    def _reader(self, job: DatasetJob[Config]) -> tuple[Dataset, DatasetJob]:
         """The plain reader of files or of the hub."""
         options = job.options
         if not options.path:
@@ -116,7 +116,7 @@ class TrlFormats(Dataset):
         of_hub = HubDataset.Config(path=options.path, config=options.config)
         return HubDataset(), DatasetJob(None, split, job.revision, of_hub)
 
-    def _is_file(self, job: DatasetJob) -> bool:
+    def _is_file(self, job: DatasetJob[Config]) -> bool:
         path = Path(job.options.path).expanduser()
         return path.is_file() or job.options.path.endswith((".jsonl", ".jsonl.gz"))
 

@@ -145,7 +145,7 @@ def judge_dtype(options: JudgeOptions, where: str) -> str:
     """The type that a local judge is loaded in; an engine that is not one of ours makes of ``auto`` what it likes."""
     device = None
     if options.engine == "vllm":
-        device = VllmEngine().device(None)
+        device = VllmEngine().device(VllmEngine.Config())
     elif options.engine in ("auto", "transformers"):
         given = str(options.engine_options.get("device", "auto"))
         device = torch_device() if given == "auto" else given.partition(":")[0]

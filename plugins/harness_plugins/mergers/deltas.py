@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
@@ -43,14 +43,17 @@ class DeltaConfig(Config):
     scale: float = Field(1.0, description="factor on the merged delta (no unit); mergekit's `lambda`")
 
 
-class DeltaMerger(Merger):
+D = TypeVar("D", bound=DeltaConfig)
+
+
+class DeltaMerger(Merger[D]):
     """Sparsify each delta, weigh it, agree on signs perhaps, add up."""
 
     operates_on: ClassVar[Literal["weights", "deltas"]] = "deltas"
     elects: ClassVar[bool] = False
     """Whether only those deltas count, entry by entry, whose sign is that of the weighted sum."""
 
-    def settle(self, weights: Sequence[float] | None, count: int, config: Any) -> tuple[tuple[float, ...], Any]:
+    def settle(self, weights: Sequence[float] | None, count: int, config: D) -> tuple[tuple[float, ...], Any]:
         """1/n each where none is given. A negative one subtracts: negation (arXiv 2212.04089, section 3)."""
         return (tuple(weights) if weights is not None else (1 / count,) * count), config
 
@@ -60,7 +63,7 @@ class DeltaMerger(Merger):
         *,
         base: torch.Tensor | None,
         weights: Sequence[float],
-        config: Any,
+        config: D,
         generator: Callable[[int], torch.Generator],
     ) -> Merged:
         """The merged delta."""
@@ -82,20 +85,20 @@ class DeltaMerger(Merger):
         outer = config.scale / _divisor(weights, config)
         return Merged(combine(tensors, [c * outer for c in scaled], masks), stats)
 
-    def mask(self, delta: torch.Tensor, index: int, config: Any, generator: Any) -> torch.Tensor | None:
+    def mask(self, delta: torch.Tensor, index: int, config: D, generator: Any) -> torch.Tensor | None:
         """The entries of one delta that count, flattened; None: all."""
         return None
 
-    def density(self, index: int, config: Any) -> float:
+    def density(self, index: int, config: D) -> float:
         """The density of one model."""
         value = getattr(config, "density", 1.0)
         return float(value[index] if isinstance(value, tuple) else value)
 
-    def keeps_equal(self, weights: Sequence[float], config: Any) -> bool:
+    def keeps_equal(self, weights: Sequence[float], config: D) -> bool:
         """No difference stays none, whatever the weights."""
         return True
 
-    def merge_factors(self, factors: Sequence[Factors], *, weights: Sequence[float], config: Any) -> Factors | None:
+    def merge_factors(self, factors: Sequence[Factors], *, weights: Sequence[float], config: D) -> Factors | None:
         """Exact where nothing is dropped and no sign is elected."""
         whole = all(self.density(index, config) >= 1 for index in range(len(factors)))
         if self.elects or not whole:
@@ -104,12 +107,12 @@ class DeltaMerger(Merger):
         return concatenated(factors, [weight * outer for weight in weights])
 
 
-def _divisor(weights: Sequence[float], config: Any) -> float:
+def _divisor(weights: Sequence[float], config: DeltaConfig) -> float:
     total = math.fsum(weights)
     return total if config.normalize and abs(total) >= NO_WEIGHT else 1.0
 
 
-def rescaled(delta: torch.Tensor, mask: torch.Tensor | None, config: Any, density: float) -> float:
+def rescaled(delta: torch.Tensor, mask: torch.Tensor | None, config: DeltaConfig, density: float) -> float:
     """The factor on what is left of a delta."""
     how = getattr(config, "rescale", "none")
     if mask is None or how == "none" or density <= 0:
@@ -168,7 +171,7 @@ def elected(
 # ---------------------------------------------------------------------------------------------------- the methods
 
 
-class TaskArithmetic(DeltaMerger):
+class TaskArithmetic(DeltaMerger["TaskArithmetic.Config"]):
     """``W_0 + scale * sum(w_i delta_i)`` (arXiv 2212.04089, section 2)."""
 
     name = "task_arithmetic"
@@ -178,7 +181,7 @@ class TaskArithmetic(DeltaMerger):
         """Options of task_arithmetic."""
 
 
-class Ties(DeltaMerger):
+class Ties(DeltaMerger["Ties.Config"]):
     """TIES (arXiv 2306.01708, algorithm 1): trim, elect signs, mean of those that agree.
 
     1. Trim: of each delta the ``max(1, floor(density * n))`` entries of greatest magnitude stay, tensor by tensor.
@@ -204,7 +207,7 @@ class Ties(DeltaMerger):
             "none", description="`l1`: what is left of a delta gets the sum of magnitudes that the whole had"
         )
 
-    def mask(self, delta: torch.Tensor, index: int, config: Any, generator: Any) -> torch.Tensor | None:
+    def mask(self, delta: torch.Tensor, index: int, config: Config, generator: Any) -> torch.Tensor | None:
         """The largest entries."""
         return largest_mask(delta, self.density(index, config))
 
@@ -222,7 +225,7 @@ class DareConfig(DeltaConfig):
     )
 
 
-class DareLinear(DeltaMerger):
+class DareLinear(DeltaMerger["DareLinear.Config"]):
     """DARE (arXiv 2311.03099, section 3): drop entries at random, rescale the rest, weighted sum.
 
     ``m ~ Bernoulli(density)``, ``m * delta / density`` in place of ``delta``: its mean is the delta. The paper's p is
@@ -237,7 +240,7 @@ class DareLinear(DeltaMerger):
     class Config(DareConfig):
         """Options of dare_linear."""
 
-    def mask(self, delta: torch.Tensor, index: int, config: Any, generator: Any) -> torch.Tensor | None:
+    def mask(self, delta: torch.Tensor, index: int, config: Config, generator: Any) -> torch.Tensor | None:
         """Random entries, from the generator of this model."""
         density = self.density(index, config)
         return random_mask(delta, density, generator(index)) if density < 1 else None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+import harness
 from harness import Config, Factors, Merged, Merger, UserError
 from harness_plugins.mergers.arithmetic import combine, concatenated
 from harness_plugins.mergers.spherical import TOLERANCE
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class Linear(Merger):
+class Linear(Merger["Linear.Config"]):
     """``sum(w_i x_i) / sum(w_i)``: model soups (arXiv 2203.05482, section 2), weighted.
 
     peft's ``combination_type="linear"`` is another operation: it adds the A and the B of adapters apart, so that
@@ -26,12 +27,12 @@ class Linear(Merger):
     name = "linear"
     summary = "weighted mean of the models"
 
-    class Config(Config):
+    class Config(harness.Config):
         """Options of linear."""
 
         normalize: bool = Field(True, description="divide by the sum of the weights")
 
-    def settle(self, weights: Sequence[float] | None, count: int, config: Any) -> tuple[tuple[float, ...], Any]:
+    def settle(self, weights: Sequence[float] | None, count: int, config: Config) -> tuple[tuple[float, ...], Any]:
         """1/n each where none is given; any sign, but not a sum of 0 to divide by."""
         given = tuple(weights) if weights is not None else (1 / count,) * count
         if config.normalize and math.fsum(given) == 0:
@@ -44,20 +45,20 @@ class Linear(Merger):
         *,
         base: torch.Tensor | None,
         weights: Sequence[float],
-        config: Any,
+        config: Config,
         generator: Callable[[int], torch.Generator],
     ) -> Merged:
         """The weighted mean."""
         return Merged(combine(tensors, self._coefficients(weights, config)))
 
-    def keeps_equal(self, weights: Sequence[float], config: Any) -> bool:
+    def keeps_equal(self, weights: Sequence[float], config: Config) -> bool:
         """Whether the coefficients sum to 1."""
         return abs(math.fsum(self._coefficients(weights, config)) - 1) <= TOLERANCE
 
-    def merge_factors(self, factors: Sequence[Factors], *, weights: Sequence[float], config: Any) -> Factors | None:
+    def merge_factors(self, factors: Sequence[Factors], *, weights: Sequence[float], config: Config) -> Factors | None:
         """Exact where the coefficients sum to 1: then the base comes out once."""
         return concatenated(factors, self._coefficients(weights, config)) if self.keeps_equal(weights, config) else None
 
-    def _coefficients(self, weights: Sequence[float], config: Any) -> list[float]:
+    def _coefficients(self, weights: Sequence[float], config: Config) -> list[float]:
         divisor = math.fsum(weights) if config.normalize else 1.0
         return [weight / divisor for weight in weights]

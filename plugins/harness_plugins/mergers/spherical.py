@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+import harness
 from harness import Config, Factors, Merged, Merger, UserError
 from harness_plugins.mergers.arithmetic import BLOCK, combine, concatenated, inner_of_factors, inner_products
 
@@ -71,7 +72,7 @@ class SlerpConfig(Config):
     )
 
 
-class Slerp(Merger):
+class Slerp(Merger["Slerp.Config"]):
     """Spherical interpolation of two tensors' weights, all entries as one vector.
 
     ``sin((1 - t) theta) / sin(theta) x + sin(t theta) / sin(theta) y`` with theta the angle between x and y
@@ -89,7 +90,7 @@ class Slerp(Merger):
     class Config(SlerpConfig):
         """Options of slerp."""
 
-    def settle(self, weights: Sequence[float] | None, count: int, config: Any) -> tuple[tuple[float, ...], Any]:
+    def settle(self, weights: Sequence[float] | None, count: int, config: Config) -> tuple[tuple[float, ...], Any]:
         """Weights become ``t = w_2 / (w_1 + w_2)``, or ``t`` becomes weights."""
         if weights is not None and config.t is not None:
             raise UserError("t", "both weights and t are given", "Weights w1, w2 mean t = w2 / (w1 + w2): give one.")
@@ -105,7 +106,7 @@ class Slerp(Merger):
         *,
         base: torch.Tensor | None,
         weights: Sequence[float],
-        config: Any,
+        config: Config,
         generator: Callable[[int], torch.Generator],
     ) -> Merged:
         """Two tensors, the first at ``t = 0``."""
@@ -113,7 +114,7 @@ class Slerp(Merger):
         found = arc(inner_products(x, y), _place(weights, config), self.zero_is_linear)
         return Merged(combine(tensors, found.coefficients), found.stats)
 
-    def keeps_equal(self, weights: Sequence[float], config: Any) -> bool:
+    def keeps_equal(self, weights: Sequence[float], config: Config) -> bool:
         """Equal tensors are parallel, so they are interpolated linearly."""
         return True
 
@@ -146,7 +147,7 @@ def _place(weights: Sequence[float], config: Any) -> float:
     return float(config.t) if config.t is not None else weights[1] / (weights[0] + weights[1])
 
 
-class Nuslerp(Merger):
+class Nuslerp(Merger["Nuslerp.Config"]):
     """mergekit's NuSLERP: ``slerp`` at ``t = w_2 / (w_1 + w_2)``, of task vectors where there is a base.
 
     Without a linear stretch near parallel vectors (only where they cannot be told from parallel), and by rows if so
@@ -157,7 +158,7 @@ class Nuslerp(Merger):
     summary = "spherical interpolation by weights, of differences from the base where there is one"
     models = (2, 2)
 
-    class Config(Config):
+    class Config(harness.Config):
         """Options of nuslerp."""
 
         flatten: bool = Field(True, description="all entries of a tensor as one vector")
@@ -171,7 +172,7 @@ class Nuslerp(Merger):
         *,
         base: torch.Tensor | None,
         weights: Sequence[float],
-        config: Any,
+        config: Config,
         generator: Callable[[int], torch.Generator],
     ) -> Merged:
         """Two tensors; the base is subtracted from both and added again."""
@@ -186,7 +187,7 @@ class Nuslerp(Merger):
             result = rows.movedim(-1, axis).contiguous()
         return Merged(result if base is None else combine([base, result], [1, 1]), stats)
 
-    def keeps_equal(self, weights: Sequence[float], config: Any) -> bool:
+    def keeps_equal(self, weights: Sequence[float], config: Config) -> bool:
         """Equal tensors are parallel."""
         return True
 

@@ -56,7 +56,7 @@ class ClassifierOptions(harness.Config):
     trust_remote_code: bool = Field(False, description="run code that comes with the checkpoint")
 
 
-class ClassifierScorer(Scorer):
+class ClassifierScorer(Scorer[Any]):
     """The raw logit of any sequence-classification checkpoint."""
 
     name = "classifier"
@@ -71,7 +71,7 @@ class ClassifierScorer(Scorer):
         metric: str = Field("logit", description="name of the metric")
         higher_is_better: bool | None = Field(None, description="direction of the logit; unknown when absent")
 
-    def metrics(self, options: Any) -> tuple[Metric, ...]:
+    def metrics(self, options: Config) -> tuple[Metric, ...]:
         """One unbounded number."""
         direction = options.higher_is_better
         return (Metric(name=options.metric, higher_is_better=direction, unit="logit", resolution=LOGIT_RESOLUTION),)
@@ -80,7 +80,7 @@ class ClassifierScorer(Scorer):
         """The metrics of one sample, from its logit."""
         return {self.options.metric: logit}
 
-    def identity(self, options: Any) -> dict[str, Any]:
+    def identity(self, options: Config) -> dict[str, Any]:
         """The checkpoint by its contents (folder) or commit (hub), and what may move a number; never a path."""
         found = self._find(options, fetch=False)
         pinned: dict[str, Any]
@@ -92,7 +92,7 @@ class ClassifierScorer(Scorer):
         left_out = {"model", "revision", "device", "allow_pickle", "trust_remote_code"}
         return {"name": self.name, "options": options.model_dump(mode="json", exclude=left_out), **pinned}
 
-    def check(self, options: Any) -> None:
+    def check(self, options: Config) -> None:
         """Whether there is a checkpoint, and one that can be used as it is asked to.
 
         Raises:
@@ -134,7 +134,7 @@ class ClassifierScorer(Scorer):
 
     # ------------------------------------------------------------------------------------------ finding the checkpoint
 
-    def _find(self, options: Any, *, fetch: bool) -> Path | str:
+    def _find(self, options: Config, *, fetch: bool) -> Path | str:
         """The checkpoint's folder; or, for a hub id when it need not be fetched now, its commit."""
         where = f"scorer {self.name}, model"
         ref = options.model or self.default_model
@@ -156,17 +156,17 @@ class ClassifierScorer(Scorer):
             return commit
         return self._fetch(options, ref, commit)
 
-    def _revision(self, options: Any) -> str | None:
+    def _revision(self, options: Config) -> str | None:
         if options.revision is None and options.model in (None, self.default_model):
             return self.default_revision
         return options.revision
 
-    def _cached(self, options: Any, commit: str) -> Path | None:
+    def _cached(self, options: Config, commit: str) -> Path | None:
         ref = str(options.model or self.default_model)
         folder = hub_cache() / f"models--{ref.replace('/', '--')}" / "snapshots" / commit
         return folder if (folder / "config.json").is_file() else None
 
-    def _fetch(self, options: Any, ref: str, commit: str) -> Path:
+    def _fetch(self, options: Config, ref: str, commit: str) -> Path:
         import httpx
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError
@@ -181,7 +181,7 @@ class ClassifierScorer(Scorer):
             raise self._missing(options, type(error).__name__) from None
         return Path(folder)
 
-    def _missing(self, options: Any, problem: str = "") -> UserError:
+    def _missing(self, options: Config, problem: str = "") -> UserError:
         ref, revision = options.model or self.default_model, self._revision(options)
         reach = "the network is switched off (HF_HUB_OFFLINE)" if offline() else "the hub cannot be reached or lacks it"
         at, option = (f" at revision {revision}", f" --revision {revision}") if revision else ("", "")
@@ -192,12 +192,12 @@ class ClassifierScorer(Scorer):
             f"or fetch this one where there is a network: `hf download {ref}{option}`.",
         )
 
-    def _inspect(self, options: Any, folder: Path) -> ModelInfo:
+    def _inspect(self, options: Config, folder: Path) -> ModelInfo:
         """What the folder holds; the refusals are said in terms of this scorer's options, hence all is allowed here."""
         spec = ModelSpec(model=str(folder), allow_pickle=True, trust_remote_code=True)
         return inspect_model(spec, f"scorer {self.name}, model")
 
-    def _check_folder(self, options: Any, folder: Path) -> ModelInfo:
+    def _check_folder(self, options: Config, folder: Path) -> ModelInfo:
         info = self._inspect(options, folder)
         where = f"scorer {self.name}, model {options.model or self.default_model}"
         if info.pickled and not options.allow_pickle:
@@ -221,7 +221,7 @@ class ClassifierScorer(Scorer):
         self._label(options, info)
         return info
 
-    def _label(self, options: Any, info: ModelInfo) -> int:
+    def _label(self, options: Config, info: ModelInfo) -> int:
         """Index of the logit that is asked for."""
         given = info.config.get("id2label")
         names = [str(given[key]) for key in sorted(given, key=int)] if given else []
@@ -248,7 +248,7 @@ class ClassifierScorer(Scorer):
         opened: tuple[PreTrainedModel, PreTrainedTokenizerBase, int] = self.__dict__["_open"]
         return opened
 
-    def _load(self, options: Any) -> tuple[Any, Any, int]:
+    def _load(self, options: Config) -> tuple[Any, Any, int]:
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
         from transformers.utils import logging

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
+import harness
 from harness import (
     Answer,
     Config,
@@ -67,22 +68,22 @@ def _bare_letter(stretch: str) -> str | None:
     return words[0] if len(set(words)) == 1 else None
 
 
-class LmEvalScorer(Scorer):
+class LmEvalScorer(Scorer["LmEvalScorer.Config"]):
     """Hands lm-eval's per-document metrics through, under its names; a filter's name is added where there are two."""
 
     name = "lm_eval"
     summary = "lm-eval's own metrics of its own tasks"
 
-    class Config(Config):
+    class Config(harness.Config):
         """Options of the lm_eval scorer."""
 
         flexible: bool = Field(False, description="add flexible extraction and the share of failed extractions")
 
-    def metrics(self, options: Any) -> tuple[Metric, ...]:
+    def metrics(self, options: Config) -> tuple[Metric, ...]:
         """Only those that do not depend on the task; the rest is lm-eval's (see ``metrics_of``)."""
         return (FLEXIBLE, FAILED) if options.flexible else ()
 
-    def metrics_of(self, options: Any, context: ScorerContext) -> tuple[Metric, ...]:
+    def metrics_of(self, options: Config, context: ScorerContext) -> tuple[Metric, ...]:
         """lm-eval's metrics of the open task, then ours."""
         return (*self._of_task, *self.metrics(options))
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 import harness
-from harness import SHARE_RESOLUTION, Answer, Metric, Plugin, Sample, Score, Scorer, ScorerContext
+from harness import SHARE_RESOLUTION, Answer, Metric, Sample, Score, Scorer, ScorerContext
 
 
 class TextOptions(harness.Config):
@@ -42,13 +42,13 @@ def _share(name: str, *, higher_is_better: bool = True, primary: bool = True) ->
     )
 
 
-class _Compare(Scorer):
+class _Compare(Scorer[TextOptions]):
     """One comparison per sample. Without an answer or a target there is no score."""
 
     class Config(TextOptions):
         """What is evened out."""
 
-    def metrics(self, options: Plugin.Config) -> tuple[Metric, ...]:
+    def metrics(self, options: TextOptions) -> tuple[Metric, ...]:
         """One proportion, named like the scorer."""
         return (_share(self.name),)
 
@@ -65,7 +65,7 @@ class _Compare(Scorer):
         return self._compared(answer.text, sample.target, self.options)
 
     @abstractmethod
-    def _compared(self, answer: str, target: str, options: Any) -> Score:
+    def _compared(self, answer: str, target: str, options: TextOptions) -> Score:
         """The score of one answer."""
 
 
@@ -113,7 +113,7 @@ class Regex(_Compare):
                 raise ValueError(f"not a regular expression ({error})") from None
             return pattern
 
-    def metrics(self, options: Plugin.Config) -> tuple[Metric, ...]:
+    def metrics(self, options: TextOptions) -> tuple[Metric, ...]:
         """Agreement, and the share of answers in which nothing was found."""
         return (_share(self.name), _share("extraction_failed", higher_is_better=False, primary=False))
 

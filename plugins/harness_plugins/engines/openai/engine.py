@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+import harness
 from harness import (
     AdapterInfo,
     Availability,
@@ -42,14 +43,14 @@ MOST_STOPS = 4
 """OpenAI refuses more stop strings in a request. All of them are applied here afterwards, so only time is lost."""
 
 
-class OpenAIEngine(Engine):
+class OpenAIEngine(Engine["OpenAIEngine.Config"]):
     """A model behind a URL."""
 
     name = "openai"
     summary = "any OpenAI-compatible URL: completions or chat"
     remote = True
 
-    class Config(Config):
+    class Config(harness.Config):
         """Which endpoint, and how hard to try."""
 
         base_url: str | None = Field(None, description="address, as http://host:8000/v1; the model's, when it is a URL")
@@ -78,7 +79,7 @@ class OpenAIEngine(Engine):
         """Always: whether the server answers is seen when it is opened."""
         return Availability(True, "needs the address of a server")
 
-    def capabilities(self, model: ModelInfo, options: Any) -> Capabilities:
+    def capabilities(self, model: ModelInfo, options: Config) -> Capabilities:
         """What the chosen API offers."""
         reasons = {
             "prompt_embeds": "the OpenAI API takes no embeddings",
@@ -90,7 +91,7 @@ class OpenAIEngine(Engine):
             reasons["loglikelihood"] = "log-likelihoods are aligned by token: set engine.tokenizer"
         return Capabilities(True, "loglikelihood" not in reasons, chat_only=options.endpoint == "chat", reasons=reasons)
 
-    def settle(self, model: ModelInfo, options: Any) -> tuple[ModelInfo, Any]:
+    def settle(self, model: ModelInfo, options: Config) -> tuple[ModelInfo, Any]:
         """The server's address and the model's name there, so that another model is another evaluation."""
         address = options.base_url or model.ref
         check_address(address, options.api_key_env, "engine.base_url", "engine.api_key_env")
@@ -108,7 +109,7 @@ class OpenAIEngine(Engine):
             model = model.model_copy(update={"max_length": options.max_length})
         return model, options.model_copy(update=filled)
 
-    def identity(self, options: Any) -> dict[str, Any]:
+    def identity(self, options: Config) -> dict[str, Any]:
         """Address (without credentials), model and API: all that is known of what answers."""
         return {
             "name": self.name,
@@ -118,7 +119,7 @@ class OpenAIEngine(Engine):
             "token_ids": options.tokenizer is not None,
         }
 
-    def open(self, model: ModelInfo, adapters: Sequence[AdapterInfo], options: Any) -> Session:
+    def open(self, model: ModelInfo, adapters: Sequence[AdapterInfo], options: Config) -> Session:
         """Reach the server and settle the model's name.
 
         Raises:

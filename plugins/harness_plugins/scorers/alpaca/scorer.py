@@ -76,7 +76,7 @@ class _Asked:
     neutralised: bool
 
 
-class AlpacaEvalScorer(Scorer):
+class AlpacaEvalScorer(Scorer["AlpacaEvalScorer.Config"]):
     """Win rate against a reference, by a judge; the row's task carries the judge's name."""
 
     name = "alpaca_eval"
@@ -86,12 +86,12 @@ class AlpacaEvalScorer(Scorer):
     class Config(AlpacaOptions):
         """The judge, how it is asked, and what length control needs."""
 
-    def metrics(self, options: Any) -> tuple[Metric, ...]:
+    def metrics(self, options: Config) -> tuple[Metric, ...]:
         """Proportions of wins (a draw is half a one), and the answers' mean length."""
         controlled = (CONTROLLED,) if options.length_control else ()
         return (WIN, *controlled, DISCRETE, LENGTH)
 
-    def identity(self, options: Any) -> dict[str, Any]:
+    def identity(self, options: Config) -> dict[str, Any]:
         """Judge, question, order, and the tables by their content; not what the judging may cost."""
         options = _complete(options)
         asked = options.model_dump(mode="json", include={"order", "repeat", "neutralise", "length_control"})
@@ -104,7 +104,7 @@ class AlpacaEvalScorer(Scorer):
             **asked,
         }
 
-    def check(self, options: Any) -> None:
+    def check(self, options: Config) -> None:
         """Whether judge and tables are there.
 
         Raises:
@@ -121,7 +121,7 @@ class AlpacaEvalScorer(Scorer):
         if options.gamed is not None:
             read_alpaca_gamed(Path(options.gamed).expanduser())
 
-    def label(self, options: Any) -> str:
+    def label(self, options: Config) -> str:
         """The judge's short name, which its server is asked for where it is not given."""
         kept = self.__dict__.get("_open")
         # An open judge has settled its name already.

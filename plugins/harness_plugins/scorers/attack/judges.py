@@ -107,7 +107,7 @@ def attack_values(verdict: Verdict, judge: str = "") -> dict[str, float | None]:
     }
 
 
-class AttackScorer(Scorer):
+class AttackScorer(Scorer[Any]):
     """One judge. ``judge`` is its name where several are asked."""
 
     judge: ClassVar[JudgeName]

@@ -19,6 +19,7 @@ from harness_plugins.scorers.attack.judges import (
     JudgeName,
     RefusalOptions,
     RefusalScorer,
+    Verdict,
     attack_metrics,
     attack_values,
     detail_of,
@@ -31,7 +32,7 @@ PARTS: dict[str, AttackScorer] = {
 }
 
 
-class Attack(Scorer):
+class Attack(Scorer["Attack.Config"]):
     """One judge or several. The first one's verdicts are the task's; the others' stand beside them.
 
     For every two judges: the share of answers on which they agree, and Cohen's kappa, over answers with both verdicts.
@@ -58,7 +59,7 @@ class Attack(Scorer):
                 raise ValueError(f"a judge is named twice in {', '.join(self.judges)}")
             return self
 
-    def metrics(self, options: Any) -> tuple[Metric, ...]:
+    def metrics(self, options: Config) -> tuple[Metric, ...]:
         """The first judge's numbers; further judges' by name; agreement and kappa of every two."""
         others = options.judges[1:]
         found = [*attack_metrics(), *(one for judge in others for one in attack_metrics(judge, primary=False))]
@@ -78,13 +79,13 @@ class Attack(Scorer):
             ]
         return tuple(found)
 
-    def label(self, options: Any) -> str | None:
+    def label(self, options: Config) -> str | None:
         """The first judge's name."""
         first = options.judges[0]
         parts: dict[str, AttackScorer] = self.__dict__.get("_bound_parts", PARTS)
         return parts[first].label(getattr(options, first))
 
-    def check(self, options: Any) -> None:
+    def check(self, options: Config) -> None:
         """Every judge's own check.
 
         Raises:
@@ -97,7 +98,7 @@ class Attack(Scorer):
                 fix = error.fix.replace("TASK.scorer.", f"TASK.scorer.{judge}.")
                 raise UserError(error.where, error.what, fix) from None
 
-    def identity(self, options: Any) -> dict[str, Any]:
+    def identity(self, options: Config) -> dict[str, Any]:
         """The judges in their order."""
         return {"name": self.name, "judges": [PARTS[one].identity(getattr(options, one)) for one in options.judges]}
 
@@ -107,7 +108,7 @@ class Attack(Scorer):
         found = {judge: part.verdicts(samples, answers, context) for judge, part in self._parts().items()}
         scores = []
         for index, answer in enumerate(answers):
-            verdicts = {judge: found[judge][index] for judge in judges}
+            verdicts: dict[str, Verdict] = {judge: found[judge][index] for judge in judges}
             if answer.error is not None:
                 scores.append(Score.absent(metrics, answer.error))
                 continue

@@ -1,0 +1,126 @@
+"""A stranger's plugins under mypy --strict, against the wheel as it is installed: their ``config`` is their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PLUGINS = '''
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from pydantic import Field
+
+import harness
+from harness import (
+    Answer, Merged, Merger, Metric, PairLogps, PairwiseLoss, PairwiseRecipe, Sample, Score, Scorer,
+    ScorerContext, hookimpl,
+)
+
+
+class Halfway(Merger["Halfway.Config"]):
+    name = "halfway"
+
+    class Config(harness.Config):
+        share: float = Field(0.5, description="how far (no unit)")
+
+    def merge(
+        self,
+        tensors: Sequence[Any],
+        *,
+        base: Any,
+        weights: Sequence[float],
+        config: Config,
+        generator: Callable[[int], Any],
+    ) -> Merged:
+        share: float = config.share
+        return Merged(tensors[0] * share)
+
+
+class Length(Scorer["Length.Config"]):
+    name = "length"
+
+    class Config(harness.Config):
+        most: int = Field(10, description="longest answer (characters)")
+
+    def metrics(self, options: Config) -> tuple[Metric, ...]:
+        return (Metric(name="length", higher_is_better=None, unit="characters", high=options.most),)
+
+    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], context: ScorerContext) -> list[Score]:
+        return [Score({"length": float(min(len(answer.text), self.options.most))}) for answer in answers]
+
+
+class Margin(PairwiseLoss["Margin.Config"]):
+    name = "margin"
+
+    class Config(PairwiseRecipe):
+        margin: float = Field(1.0, description="wanted distance (nats)")
+
+    def loss(self, policy: PairLogps, reference: PairLogps | None, config: Config) -> Any:
+        return config.margin * config.beta - (policy.chosen - policy.rejected)
+
+
+@hookimpl
+def register_mergers() -> Iterator[Merger]:
+    yield Halfway()
+'''
+WRONG = {
+    "config.share": ("config.shere", '"Config" has no attribute "shere"'),
+    "self.options.most": ("self.options.least", '"Config" has no attribute "least"'),
+    "config.margin *": ("config.marge *", '"Config" has no attribute "marge"'),
+    "-> Merged:": ("-> int:", 'Return type "int" of "merge" incompatible with return type "Merged"'),
+    "import (\n": ("import (Nothing,\n", 'Module "harness" has no attribute "Nothing"'),
+}
+SETTINGS = """
+[mypy]
+strict = true
+cache_dir = cache
+plugins = pydantic.mypy
+[mypy-torch.*,transformers.*,datasets.*,trl.*,peft.*,accelerate.*,numpy.*,scipy.*,pandas.*,huggingface_hub.*,rich.*]
+follow_imports = skip
+ignore_missing_imports = true
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment into which the wheel, and nothing of the checkout, is installed."""
+    folder = tmp_path_factory.mktemp("typed")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder / "dist")]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    venv.create(folder / "env", symlinks=True)
+    (site,) = (folder / "env" / "lib").glob("python*/site-packages")
+    (wheel,) = (folder / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    # Its dependencies are those of this environment.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    (folder / "mypy.ini").write_text(SETTINGS, encoding="utf-8")
+    return folder
+
+
+def checked(folder: Path, text: str) -> str:
+    """What mypy --strict says of a module."""
+    (folder / "stranger.py").write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "mypy", "--python-executable", "env/bin/python", "stranger.py"]
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MYPYPATH")}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False).stdout
+
+
+def test_a_strangers_plugins_pass(installed: Path) -> None:
+    assert checked(installed, PLUGINS) == "Success: no issues found in 1 source file\n"
+
+
+@pytest.mark.parametrize("right", WRONG)
+def test_a_strangers_mistake_is_found(installed: Path, right: str) -> None:
+    wrong, said = WRONG[right]
+    found = checked(installed, PLUGINS.replace(right, wrong, 1))
+    assert said in found
