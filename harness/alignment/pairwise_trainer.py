@@ -35,7 +35,7 @@ class Method(Protocol):
         """Implicit rewards of the chosen and the rejected answers, each (B,)."""
 
 
-class PairwiseTrainer(DPOTrainer):
+class PairwiseTrainer(DPOTrainer):  # type: ignore[misc]  # mypy does not follow trl
     """Trains on tokenised pairs with the loss of a :class:`harness.PairwiseLoss`."""
 
     def __init__(self, method: Method, config: Any, **arguments: Any) -> None:

@@ -26,6 +26,10 @@ class Plugin(ABC, Generic[C]):
     name: ClassVar[str]
     summary: ClassVar[str] = ""
     contract: ClassVar[int] = CONTRACT_VERSION
+    numerics: ClassVar[int] = 1
+    """Of a bundled plugin: raised when a number that it makes may move; it stands for its code in step ids.
+
+    Of anybody else's plugin the files themselves are digested, so that this need not be thought of."""
 
     class Config(config.Config):
         """No options."""

@@ -20,6 +20,7 @@ from typing import Any
 from harness.contracts.registry import Origin, Registered
 from harness.core.caches import cache_folder
 
+BUNDLED = "harness_plugins"
 NUMERICS = 1
 """Raised when a change of the core may move a number; enters every step id."""
 
@@ -86,9 +87,13 @@ def files_digest(paths: Iterable[Path], root: Path) -> str:
 def code_digest(entry: Registered) -> str:
     """Digest of a plugin's code, as far as it may move a number.
 
-    A loose file: itself and what it imports from its folder. A bundled plugin: its module and what that imports of its
-    package (the core's part is ``NUMERICS``). Any other installed plugin: every .py file of its package.
+    A bundled plugin: the ``numerics`` that it declares (the core's part is ``NUMERICS``), so that a refactoring orphans
+    nobody's results. A loose file: itself and what it imports from its folder. Any other installed plugin: every .py
+    file of its package.
     """
+    package = type(entry.plugin).__module__.partition(".")[0]
+    if package == BUNDLED:
+        return digest_of_bytes(f"{entry.kind} {entry.name} {entry.plugin.numerics}".encode())
     module = sys.modules.get(type(entry.plugin).__module__)
     source = Path(getattr(module, "__file__", None) or ".")
     if not source.is_file():
@@ -96,17 +101,14 @@ def code_digest(entry: Registered) -> str:
     origin: Origin = entry.origin
     if origin.loose is not None:
         return files_digest(_local_imports(origin.loose), origin.loose.parent)
-    package = (getattr(module, "__name__", "") or "").partition(".")[0]
-    if package == "harness_plugins":
-        return files_digest(_local_imports(source, package), source.parent)
     root = Path(getattr(sys.modules.get(package), "__file__", None) or source).parent
     if getattr(sys.modules.get(package), "__path__", None) is None:
         return file_digest(source)
     return files_digest(root.rglob("*.py"), root)
 
 
-def _local_imports(path: Path, package: str = "") -> set[Path]:
-    """A file and the modules it imports, directly or not, from its own folder (which may be a package's)."""
+def _local_imports(path: Path) -> set[Path]:
+    """A file and the modules it imports, directly or not, from its own folder."""
     found: set[Path] = set()
     waiting = [path]
     while waiting:
@@ -119,7 +121,7 @@ def _local_imports(path: Path, package: str = "") -> set[Path]:
             if isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 names = [node.module]
             for name in names:
-                base = path.parent / name.removeprefix(f"{package}.").partition(".")[0]
+                base = path.parent / name.partition(".")[0]
                 # Of a package all files: what it imports within itself may be relative.
                 waiting += base.rglob("*.py") if base.is_dir() else []
                 waiting += [c for c in (base.with_suffix(".py"),) if c.is_file()]

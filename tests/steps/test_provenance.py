@@ -134,6 +134,25 @@ def test_the_code_of_a_loose_file_is_itself_and_what_it_imports_from_its_folder(
         assert code_digest(entry) == before
 
 
+def test_the_code_of_a_bundled_plugin_is_the_numerics_it_declares(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = load_plugins()
+    slerp, linear = (registry.entries["merger", name] for name in ("slerp", "linear"))
+    before = code_digest(slerp)
+    assert before != code_digest(linear)
+    monkeypatch.setattr(provenance, "files_digest", lambda *_: pytest.fail("files were read"))
+    assert code_digest(slerp) == before
+    monkeypatch.setattr(type(slerp.plugin), "numerics", 2)
+    assert code_digest(slerp) != before
+
+
+def test_the_numerics_of_anybody_elses_plugin_hide_no_change(tmp_path: Path) -> None:
+    plugin = tmp_path / "prov_numerics.py"
+    plugin.write_text(LOOSE.format(imports="json").replace('name = "mine"', 'name = "mine"\n    numerics = 7'))
+    before = code_digest(_entry(plugin))
+    plugin.write_text(plugin.read_text() + "# changed\n")
+    assert code_digest(_entry(plugin)) != before
+
+
 def test_the_code_of_an_installed_package_is_all_its_python_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

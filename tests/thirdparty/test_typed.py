@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PLUGINS = '''
+PLUGINS = """
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -71,7 +71,7 @@ class Margin(PairwiseLoss["Margin.Config"]):
 @hookimpl
 def register_mergers() -> Iterator[Merger]:
     yield Halfway()
-'''
+"""
 WRONG = {
     "config.share": ("config.shere", '"Config" has no attribute "shere"'),
     "self.options.most": ("self.options.least", '"Config" has no attribute "least"'),

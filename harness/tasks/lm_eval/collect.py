@@ -76,7 +76,7 @@ def collector(model: ModelInfo, tokenizer: PreTrainedTokenizerBase | None, max_n
 
     from harness.models.prompts import encode
 
-    class Collector(TemplateLM):
+    class Collector(TemplateLM):  # type: ignore[misc]  # mypy does not follow lm-eval
         def __init__(self) -> None:
             super().__init__()
             self.tokenizer = tokenizer

@@ -170,7 +170,7 @@ def _guarded(chosen: Chosen, folder: Path) -> Iterator[None]:
     def watched(base_dir: Path, *, resolve_funcs: bool) -> Any:
         loader: Any = make_loader(base_dir, resolve_funcs=resolve_funcs)
 
-        class Watched(loader):
+        class Watched(loader):  # type: ignore[misc]  # lm-eval makes its loaders in a function
             def get_single_node(self) -> Any:
                 node = super().get_single_node()
                 if node is not None:

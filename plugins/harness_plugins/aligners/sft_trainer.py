@@ -13,7 +13,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from harness import PackingCollator, TrainingJob
 
 
-class MaskedSftTrainer(SFTTrainer):
+class MaskedSftTrainer(SFTTrainer):  # type: ignore[misc]  # mypy does not follow trl
     """Rows carry ``input_ids`` and ``labels``; nothing is prepared again."""
 
     def __init__(self, **arguments: Any) -> None:
