@@ -153,7 +153,7 @@ def test_many_small_batches_are_read_in_linear_time(tmp_path: Path, monkeypatch:
             given.append(len(data))
             return self._decoder.decompress(data)
 
-    monkeypatch.setattr(store, "zlib", SimpleNamespace(decompressobj=Decoder, error=zlib.error))
+    monkeypatch.setattr("harness.steps.journal.zlib", SimpleNamespace(decompressobj=Decoder, error=zlib.error))
     path, count = tmp_path / "many.gz", 4_000
     path.write_bytes(b"".join(gzip.compress(b'{"id": "%d"}\n' % i, mtime=0) for i in range(count)))
     assert len(read_members(path)[0]) == count
@@ -208,7 +208,7 @@ def test_a_full_disk_is_said_and_leaves_no_half_batch(journal: Journal, room: in
 def test_the_file_size_limit_of_the_system_leaves_no_half_batch(tmp_path: Path) -> None:
     """A real refusal by the kernel, in a process of its own."""
     code = (
-        "import resource, os\nfrom harness.steps.store import Journal\n"
+        "import resource, os\nfrom harness.steps.journal import Journal\n"
         "journal = Journal(__import__('pathlib').Path(sys.argv[1]))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))\n"
         "try:\n"
