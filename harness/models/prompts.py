@@ -10,7 +10,7 @@ import jinja2
 
 from harness.core.errors import UserError
 from harness.core.records import Message
-from harness.models.rendering import SECONDS, bounded, sandbox
+from harness.models.rendering import SECONDS, bounded, refuse_bombs, sandbox
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,6 +72,9 @@ def render_chats(
     chats = [[dict(message) for message in messages] for messages in conversations]
     if not chats:
         return []
+    text = template if template is not None else tokenizer.chat_template
+    if isinstance(text, str):
+        refuse_bombs(text)
     with bounded("chat template", SECONDS + len(chats) / 10):
         rendered = tokenizer.apply_chat_template(
             chats, chat_template=template, tokenize=False, add_generation_prompt=not answered

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from functools import lru_cache
 from types import FrameType
 from typing import Any
 
@@ -86,6 +87,23 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if large:
             raise jinja2.TemplateRuntimeError(f"{operator} makes more than {MOST_REPEATED:,} items or bits")
         return super().call_binop(context, operator, left, right)
+
+
+@lru_cache(maxsize=16)
+def refuse_bombs(template: str) -> None:
+    """Refuse what a chat template computes in one step that does not end; for templates that others compile.
+
+    No honest one raises to a power, or multiplies where it names a number beyond ``MOST_REPEATED``.
+
+    Raises:
+        jinja2.TemplateError: it does, or cannot be read.
+    """
+    tokens = [(kind, text) for _, kind, text in jinja2.Environment().lex(template)]
+    operators = {text for kind, text in tokens if kind == "operator"}
+    numbers = [text.replace("_", "") for kind, text in tokens if kind == "integer"]
+    large = any(len(text) > 18 or int(text, 0) > MOST_REPEATED for text in numbers)
+    if "**" in operators or ("*" in operators and large):
+        raise jinja2.TemplateRuntimeError(f"it raises to a power, or multiplies by more than {MOST_REPEATED:,}")
 
 
 def sandbox(undefined: type[jinja2.Undefined]) -> ImmutableSandboxedEnvironment:

@@ -53,6 +53,8 @@ def compare_runs(
         UserError: a folder is not a run, a run has not ended, there is nothing to compare, or the runs come from
             engines that no parity record brings together.
     """
+    if not 0 < alpha < 1:
+        raise UserError("alpha", f"is the level of a test, and {alpha:g} is none", "Give a number between 0 and 1.")
     a = open_ended(run_a)
     if run_b is None:
         return compare_arms(a, seed=seed, alpha=alpha, allow_prompt_mismatch=allow_prompt_mismatch)

@@ -90,6 +90,13 @@ def test_where_lower_is_better_a_rise_is_worse(pair: Pair) -> None:
     assert (one.n_better, one.n_worse) == (0, 8)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 1.0, -1.0, float("inf"), float("nan")])
+def test_a_level_is_between_0_and_1(pair: Pair, alpha: float) -> None:
+    pair.task("quiz", *flips(1, 1, 2))
+    with pytest.raises(UserError, match=r"alpha: is the level of a test, and .* is none\n  Give a number between 0"):
+        compare_runs(*pair.write(), alpha=alpha)
+
+
 def test_holm_and_alpha_decide_what_counts(pair: Pair) -> None:
     # 6 of 6: p = 2/64 = 0.03125, alone below 0.05, after Holm over two 0.0625.
     pair.task("quiz", *flips(0, 6, 4))

@@ -232,7 +232,7 @@ def _drop(job: DatasetJob, count: int, reason: str) -> None:
 def _parse(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(where, f"not JSON: {error}", "Each line holds one JSON object.") from None
     if not isinstance(row, dict):
         raise UserError(where, f"a JSON {type(row).__name__}, not an object", "Each line holds one JSON object.")
