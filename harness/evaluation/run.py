@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from harness.contracts.executor import Executor
 from harness.contracts.registry import Registry, load_plugins
 from harness.core.config import parse_options
-from harness.core.errors import HarnessError
+from harness.core.errors import HarnessError, StepError
 from harness.core.progress import Reporter
 from harness.core.records import Row, digest_of
 from harness.core.specs import EvalSpec, ModelSpec
@@ -154,8 +154,8 @@ class _Run:
             run.forget_folders()
         claim(self.store, self.plan, self.reporter)
         remove_scratch(self.store.scratch)
-        executor = run.registry.find(Executor, EXECUTOR, "executor")
-        executor.carry_out(self._groups(pending), lambda group: group(), executor.Config())
+        for groups in self._stages(pending):
+            self._execute(groups)
         if not pending:
             self.reporter.note("everything was done before")
         rows, leaves = self._collect()
@@ -163,14 +163,34 @@ class _Run:
             raise run.last_error
         return Evaluation(self.store.root, self.plan, rows, leaves, run.failures, dict(run.seconds))
 
-    def _groups(self, pending: Sequence[Unit]) -> Iterator[Callable[[], None]]:
-        """Groups as they become ready: answers by what one open engine serves, then scores, which need all of them."""
-        for group in groups_of(self.plan, pending):
-            yield partial(self._answer, group)
+    def _stages(self, pending: Sequence[Unit]) -> Iterator[list[Callable[[], None]]]:
+        """What may be carried out in any order: answers by what one open engine serves; then scores, on all of them."""
+        yield [partial(self._answer, group) for group in groups_of(self.plan, pending)]
         if pending:
-            yield partial(Scoring(self.run, self._answered).carry_out, pending)
+            yield [partial(Scoring(self.run, self._answered).carry_out, pending)]
         if self._second is not None:
-            yield partial(self._measure, Parity(self.run, self._second))
+            yield [partial(self._measure, Parity(self.run, self._second))]
+
+    def _execute(self, groups: Sequence[Callable[[], None]]) -> None:
+        """Hand groups to the executor, and hold it to its contract: what it leaves out would be missing rows.
+
+        Raises:
+            StepError: it did not carry out each of them once.
+        """
+        executor = self.run.registry.find(Executor, EXECUTOR, "executor")
+        calls = [0] * len(groups)
+
+        def work(number: int) -> None:
+            groups[number]()
+            calls[number] += 1
+
+        executor.carry_out(range(len(groups)), work, executor.Config())
+        if wrong := [f"group {number + 1} {times} times" for number, times in enumerate(calls) if times != 1]:
+            raise StepError(
+                f"executor {executor.name}",
+                f"carried out {', '.join(wrong)}, and each of {len(groups)} groups is to be carried out once",
+                "A fault of the executor: harness.testing.check_executor finds such.",
+            )
 
     def _measure(self, parity: Parity) -> None:
         """What fails here takes no score with it."""

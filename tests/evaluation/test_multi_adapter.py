@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,50 @@ def test_groups_go_through_the_registered_executor(tiny: Path, sums: Path, adapt
     evaluation = evaluate(tiny, sums, "out", registry=registry, adapters=[adapters])
     # Three groups of answers (base and a, b, c), and the scores.
     assert len(seen) == 4 and len(evaluation.rows) == 4
+
+
+class Chosen(Executor):
+    """Carries out what ``order`` makes of the groups."""
+
+    name = "local"
+
+    def __init__(self, order: Callable[[list[Any]], list[Any]]) -> None:
+        self._order = order
+
+    def carry_out(self, groups: Any, work: Any, options: Any) -> None:
+        for group in self._order(list(groups)):
+            work(group)
+
+
+def with_executor(registry: Registry, order: Callable[[list[Any]], list[Any]]) -> Registry:
+    origin = Origin("x", "x", "1", loose=Path(__file__))
+    registry.entries["executor", "local"] = Registered("executor", "local", Chosen(order), origin)
+    return registry
+
+
+def test_groups_in_any_order_give_the_same_rows(tiny: Path, sums: Path, adapters: Path) -> None:
+    backwards = with_executor(with_echo(most=1)[0], lambda groups: groups[::-1])
+    found = [
+        evaluate(tiny, sums, out, registry=registry, adapters=[adapters])
+        for out, registry in (("a", with_echo(most=1)[0]), ("b", backwards))
+    ]
+    assert [row.model_dump() for row in found[0].rows] == [row.model_dump() for row in found[1].rows]
+    assert len(found[1].rows) == 4 and not found[1].failures
+
+
+@pytest.mark.parametrize(
+    ("order", "said"),
+    [
+        (lambda groups: groups[1:], "carried out group 1 0 times, and each of 3 groups is to be carried out once"),
+        (lambda groups: [*groups, groups[-1]], "carried out group 3 2 times, and each of 3 groups"),
+    ],
+)
+def test_an_executor_that_leaves_a_group_out_leaves_no_hole(
+    tiny: Path, sums: Path, adapters: Path, order: Any, said: str
+) -> None:
+    with pytest.raises(StepError) as caught:
+        evaluate(tiny, sums, "out", registry=with_executor(with_echo(most=1)[0], order), adapters=[adapters])
+    assert said in str(caught.value)
 
 
 def test_the_guilty_arm_alone_fails(tiny: Path, sums: Path, adapters: Path) -> None:
