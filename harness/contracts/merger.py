@@ -63,9 +63,15 @@ class Merger(Plugin[C]):
         return given, config
 
     def prepare(self, models: Sequence[Mapping[str, Callable[[], torch.Tensor]]], config: C) -> Merger[C]:
-        """Optional look at whole models (name -> a function that reads the tensor) before the first tensor.
+        """Optional look at whole models before the first tensor.
 
-        Returns the merger to use: this one, or a copy that knows more.
+        Args:
+            models: one per model, in order: tensor's name -> a function that reads it, in float32; weights or deltas,
+                as ``operates_on`` says. Nothing is read before it is asked for.
+            config: the options in force for the first tensor.
+
+        Returns:
+            The merger to use: this one, or a copy that knows more.
         """
         return self
 

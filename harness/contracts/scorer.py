@@ -27,7 +27,10 @@ class ScorerContext:
     stored: Callable[[int], None] = lambda more: None
     """Told how many more samples an earlier run has scored: they cost no time now."""
     open_engine: Callable[..., Any] | None = None
-    """Opens a model for the scorer (a judge, say): ``open_engine(...)``; the scorer closes it."""
+    """Opens a model here for the scorer, a judge say: ``open_engine(model, engine="auto", options=None)``.
+
+    What comes back has ``session`` (:class:`harness.Session`), ``tokenizer`` and ``chat(messages)``, the token ids and
+    text of a conversation up to its answer; the scorer closes it. None where nothing may be opened: in a kit, say."""
     runtime: Any = None
     """The open task; used by the scorer that hands lm-eval's own metrics through."""
 
@@ -40,6 +43,8 @@ class Scorer(Plugin[C]):
 
     kind = "scorer"
     needs: ClassVar[Need | None] = None
+    """What it must have besides samples and answers: a classifier's weights, an engine opened on this machine,
+    an endpoint that is called; None: nothing. It tells whoever decides where a step runs; it changes no number."""
 
     @abstractmethod
     def metrics(self, options: C) -> tuple[Metric, ...]:

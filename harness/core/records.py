@@ -188,7 +188,9 @@ class Metric(Config):
     chance: float | None = Field(None, description="expected value of guessing")
     primary: bool = Field(True, description="whether the leaderboard shows it")
     aggregate: Literal["mean", "corpus"] = Field(
-        "mean", description="corpus: the scorer's own `aggregate`, bootstrapped"
+        "mean",
+        description="corpus: the scorer's own `aggregate` over all samples, bootstrapped; a sample's value is then what"
+        " that is made of, not a number to be averaged",
     )
     threshold: float = Field(0.05, description="share of unscored samples above which the mean is withheld")
     resolution: float | None = Field(
