@@ -32,7 +32,7 @@ def comparison_table(report: ComparisonReport, *, everything: bool = False) -> T
 
     title = Text.assemble("A ", (report.name_a, "bold"), "   B ", (report.name_b, "bold"))
     table = figures_table(title, "task, metric", ("A", "B", "B - A", "n"))
-    table.add_column("verdict", overflow="fold")
+    table.add_column("verdict", overflow="fold", max_width=14)
     for one in report.shown(everything=everything):
         counts = f"+{one.n_better:,} -{one.n_worse:,}" if one.test != "none" else ""
         table.add_row(
