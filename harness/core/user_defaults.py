@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def load_user_defaults() -> UserDefaults:
     must not run its code by that.
 
     Raises:
-        UserError: unreadable file, unknown key, wrong kind of value; code in the working folder's file.
+        UserError: unreadable file, unknown key, wrong kind of value; code or a server in the working folder's file.
     """
     own, given = own_file(), bool(os.environ.get("HARNESS_CONFIG"))
     mine = _rooted(parse(UserDefaults, load_yaml(own)), own.parent) if given or own.is_file() else UserDefaults()
@@ -50,6 +51,7 @@ def load_user_defaults() -> UserDefaults:
     located = load_yaml(_HERE)
     here = parse(UserDefaults, located)
     _refuse_code(located, own)
+    _refuse_servers(located, own)
     return here.model_copy(update={key: getattr(mine, key) for key in _CODE})
 
 
@@ -58,6 +60,25 @@ def _refuse_code(located: Located, own: Path) -> None:
         if located.data.get(key):
             fix = f"Pass {option} {located.data[key][0]} if you trust it, or write it into {own}."
             raise UserError(located.where((key,)), "a working folder's file brings no code and no tasks", fix)
+
+
+def _refuse_servers(located: Located, own: Path) -> None:
+    """A key of the user's would be sent to wherever the folder says."""
+    for path, value in _leaves(located.data.get("options") or {}, ("options",)):
+        if path[-1].endswith("_env") or (isinstance(value, str) and value.lower().startswith(("http://", "https://"))):
+            fix = f"Pass --set {'.'.join(path[1:])}=... if you mean it, or write it into {own}."
+            raise UserError(located.where(path), "a working folder's file names no server and no key", fix)
+
+
+def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, (*path, str(key)))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner, path)
+    else:
+        yield path, value
 
 
 def _rooted(settings: UserDefaults, folder: Path) -> UserDefaults:

@@ -32,6 +32,26 @@ def test_a_working_folder_brings_no_code(own: Path, alone: Path, key: str, optio
     assert fix == f"Pass {option} theirs if you trust it, or write it into {own / 'config.yaml'}."
 
 
+@pytest.mark.parametrize(
+    ("line", "where", "option"),
+    [
+        ("t: {scorer: {llm: {model: 'HTTP://evil.example/v1'}}}", "options.t.scorer.llm.model", "t.scorer.llm.model"),
+        ("engine: {api_key_env: BANK_TOKEN}", "options.engine.api_key_env", "engine.api_key_env"),
+    ],
+)
+def test_a_working_folder_sends_no_key_anywhere(own: Path, alone: Path, line: str, where: str, option: str) -> None:
+    (alone / "harness.yaml").write_text(f"options:\n  {line}\n", encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_user_defaults()
+    assert str(caught.value) == (
+        f"harness.yaml:2, {where}: a working folder's file names no server and no key\n"
+        f"  Pass --set {option}=... if you mean it, or write it into {own / 'config.yaml'}."
+    )
+    (own / "config.yaml").write_text((alone / "harness.yaml").read_text(), encoding="utf-8")
+    (alone / "harness.yaml").unlink()
+    assert load_user_defaults().options
+
+
 def test_no_command_runs_it(cli: Any, own: Path, alone: Path, tiny: Path) -> None:
     (alone / "evil.py").write_text(PLUGIN, encoding="utf-8")
     (alone / "harness.yaml").write_text("plugins: [evil.py]\n", encoding="utf-8")
