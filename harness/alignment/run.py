@@ -312,13 +312,13 @@ class _Run:
         """One training in this process, alone or as one of several."""
         import datasets
 
-        from harness.alignment import driver as training
+        from harness.alignment import driver
 
         plan, recipe = self.plan, self.plan.recipe
-        training.project_labels_alone()
+        driver.project_labels_alone()
         model, cuda, bf16 = self._open_model()
         lengths = [_length(row) for row in train.rows]
-        steps = training.order_rows(lengths, batch_size=recipe.batch_size, steps=recipe.steps, seed=plan.spec.seed)
+        steps = driver.order_rows(lengths, batch_size=recipe.batch_size, steps=recipe.steps, seed=plan.spec.seed)
         ids = [[train.rows[i]["id"] for i in step] for step in steps]
         if self.rank.first:
             planned = [{"step": n + 1, "rows": step} for n, step in enumerate(ids)]
@@ -332,7 +332,7 @@ class _Run:
         held_rows = sorted(held_rows, key=lambda row: (-_length(row), row["id"]))
         rows = dict(zip(seen, found, strict=True))
         ordered = datasets.Dataset.from_list([rows[i] for step in steps for i in step])
-        common = training.settings(
+        common = driver.settings(
             recipe,
             self.work.path / "checkpoints",
             seed=plan.spec.seed,
@@ -354,7 +354,7 @@ class _Run:
         )
         trainer = plan.aligner.trainer(job)
         advance = self.reporter.start(plan.arm, recipe.steps)
-        self._progress = training.Progress(
+        self._progress = driver.Progress(
             _stepper(advance, self.reporter, [sum(_tokens(train.rows[i]) for i in step) for step in steps]),
             self.work.log,
             frozenset(plan.spec.checkpoints),
@@ -363,7 +363,7 @@ class _Run:
         if self.rank.first:
             self._record_engine(trainer, micro)
         held_ids = [row["id"] for row in held_rows]
-        measured = training.drive(trainer, self._progress, ids, held_ids)
+        measured = driver.drive(trainer, self._progress, ids, held_ids)
         if self.rank.first:
             if measured:
                 write_rows(self.work.path / HELDOUT, measured)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from harness.contracts.engine import Session
-from harness.evaluation import ask as generate
+from harness.evaluation import ask
 from harness.evaluation.load import Group, Loaded
 from harness.evaluation.resume import ANSWERS_FILE
 from harness.evaluation.session import EvalSession, Unit, is_fatal
@@ -24,7 +24,7 @@ class Answering:
     def __init__(self, run: EvalSession, group: Group, broken: Mapping[str, Exception]) -> None:
         self.run, self.group, self._broken = run, group, broken
         self._engine = Loaded(run, run.plan, group)
-        self.answered: dict[str, generate.Answered] = {}
+        self.answered: dict[str, ask.Answered] = {}
 
     def carry_out(self) -> None:
         """Answer every unit of the group, task by task, and close the engine."""
@@ -51,7 +51,7 @@ class Answering:
 
     def _answer(self, units: Sequence[Unit]) -> None:
         """Answer one task for several arms. Where that fails, arm by arm, so that only the guilty one is lost."""
-        asked: list[tuple[Unit, generate.Part]] = []
+        asked: list[tuple[Unit, ask.Part]] = []
         for unit in units:
             with self.run.contained(unit, self.run.folder(unit)):
                 if unit.id in self._broken:
@@ -76,13 +76,13 @@ class Answering:
             with self.run.contained(unit, self.run.folder(unit)):
                 self._ask([(unit, part)])
 
-    def _part(self, unit: Unit) -> generate.Part | None:
+    def _part(self, unit: Unit) -> ask.Part | None:
         """What is to be asked for one arm, its step begun; None if all of it was stored before."""
         run, folder, opened = self.run, self.run.folder(unit), self.run.opened(unit)
         journal = Journal(folder.artifact / ANSWERS_FILE)
         status = folder.status()
         if status is not None:
-            answered = generate.load_answers(opened.samples, journal) if status.status == "done" else None
+            answered = ask.load_answers(opened.samples, journal) if status.status == "done" else None
             if answered is not None and answered.digest == status.digest:
                 run.reporter.note(f"{self._said(unit)}: all {answered.reused} answers were stored before")
                 self._keep(unit, answered)
@@ -103,9 +103,9 @@ class Answering:
             "notes": list(opened.notes),
         }
         folder.begin(step, provenance_record({}))
-        return generate.Part(opened.samples, journal, self._engine.sender(unit.arm))
+        return ask.Part(opened.samples, journal, self._engine.sender(unit.arm))
 
-    def _ask(self, asked: Sequence[tuple[Unit, generate.Part]]) -> None:
+    def _ask(self, asked: Sequence[tuple[Unit, ask.Part]]) -> None:
         run, task = self.run, asked[0][0].task
         totals = [sum(len(sample.requests) for sample in part.samples) for _, part in asked]
         title = f"{self._said(asked[0][0])} ({task.variant})"
@@ -123,7 +123,7 @@ class Answering:
         advance = run.reporter.start(title, sum(totals))
         begun, loaded = time.perf_counter(), run.seconds["load"]
         try:
-            answers = generate.answer(
+            answers = ask.answer(
                 [part for _, part in asked], open_session, advance, batchwise=not run.plan.engine.remote
             )
         finally:
@@ -138,7 +138,7 @@ class Answering:
             share = answered.computed / computed if computed else 1 / len(asked)
             self._ended(unit, answered, total, {"load": load * share, "compute": spent * share})
 
-    def _ended(self, unit: Unit, answered: generate.Answered, total: int, seconds: Mapping[str, float]) -> None:
+    def _ended(self, unit: Unit, answered: ask.Answered, total: int, seconds: Mapping[str, float]) -> None:
         run, folder, opened = self.run, self.run.folder(unit), self.run.opened(unit)
         if str(answered.damage):
             run.reporter.note(f"{folder.path.name}: found {answered.damage}; what was lost was asked again")
@@ -160,7 +160,7 @@ class Answering:
         run.finish(folder, answered.digest, counts, seconds)
         self._keep(unit, answered)
 
-    def _keep(self, unit: Unit, answered: generate.Answered) -> None:
+    def _keep(self, unit: Unit, answered: ask.Answered) -> None:
         """Hold answers for scoring where there is one arm; those of many are read back when they are scored."""
         if len(self.run.plan.arms) == 1:
             self.answered[unit.id] = answered

@@ -9,7 +9,7 @@ from harness.contracts.registry import Registry
 from harness.core.errors import CorruptionError, UserError
 from harness.core.parity_record import Bound, ParityRecord, TaskParity
 from harness.core.records import ModelInfo, Output, Request, digest_of
-from harness.evaluation import ask as generate
+from harness.evaluation import ask
 from harness.evaluation.engines import choose_engine, needs_of
 from harness.evaluation.load import Loaded, groups_of
 from harness.evaluation.parity import FULL, LOW, Tally, Turn, choose, probe_of, turn_of
@@ -138,7 +138,7 @@ class Parity:
         if status is None or status.status != "done":
             return []
         opened = self._run.opened(unit)
-        answered = generate.load_answers(opened.samples, Journal(folder.artifact / ANSWERS_FILE))
+        answered = ask.load_answers(opened.samples, Journal(folder.artifact / ANSWERS_FILE))
         self._run.forget(unit)
         if answered is None:
             return []
@@ -189,7 +189,7 @@ class Parity:
 
 def _ask(loaded: Loaded, asked: Sequence[tuple[_Item, Request | None]]) -> list[Output]:
     requests = [loaded.sender(item.unit.arm)(request) for item, request in asked if request is not None]
-    return generate.ask(loaded.session(), requests) if requests else []
+    return ask.ask(loaded.session(), requests) if requests else []
 
 
 def _tally(unit: Unit, items: Sequence[_Item], bound: Bound) -> TaskParity:

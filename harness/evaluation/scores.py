@@ -11,7 +11,7 @@ from harness.contracts.scorer import ScorerContext
 from harness.core.errors import CorruptionError
 from harness.core.progress import Bar
 from harness.core.records import Score
-from harness.evaluation import ask as generate
+from harness.evaluation import ask
 from harness.evaluation.plan import ScoresStep
 from harness.evaluation.resume import ANSWERS_FILE, SAMPLES_FILE, SCORES_FILE
 from harness.evaluation.rows import RowContext, Scored, build_rows, check_scores, sample_rows
@@ -27,7 +27,7 @@ from harness.tasks.questions import Questions
 class Scoring:
     """Scores units whose answers are there; scorers open what they need once for all of them."""
 
-    def __init__(self, run: EvalSession, answered: Mapping[str, generate.Answered]) -> None:
+    def __init__(self, run: EvalSession, answered: Mapping[str, ask.Answered]) -> None:
         self.run, self._answered = run, answered
 
     def carry_out(self, units: Sequence[Unit]) -> None:
@@ -44,17 +44,17 @@ class Scoring:
         status = self.run.folder(unit).status()
         return unit.id in self._answered or (status is not None and status.status == "done")
 
-    def _answers(self, unit: Unit) -> generate.Answered:
+    def _answers(self, unit: Unit) -> ask.Answered:
         kept = self._answered.get(unit.id)
         if kept is not None:
             return kept
         folder = self.run.folder(unit)
-        stored = generate.load_answers(self.run.opened(unit).samples, Journal(folder.artifact / ANSWERS_FILE))
+        stored = ask.load_answers(self.run.opened(unit).samples, Journal(folder.artifact / ANSWERS_FILE))
         if stored is None:
             raise CorruptionError(f"{folder.path.name}: its answers are no longer there; run the same command again")
         return stored
 
-    def _score(self, unit: Unit, step: ScoresStep, answered: generate.Answered) -> None:
+    def _score(self, unit: Unit, step: ScoresStep, answered: ask.Answered) -> None:
         run, folder, opened = self.run, self.run.scores_folder(unit, step), self.run.opened(unit)
         status = folder.status()
         if status is not None and status.status == "done":
@@ -92,7 +92,7 @@ class Scoring:
         digest = rows_digest(sample_rows(opened.samples, answered.answers, scores))
         run.finish(folder, digest, _counts(scores), {"compute": spent})
 
-    def _json(self, unit: Unit, step: ScoresStep, answered: generate.Answered, opened: Questions) -> dict[str, Any]:
+    def _json(self, unit: Unit, step: ScoresStep, answered: ask.Answered, opened: Questions) -> dict[str, Any]:
         return {
             "arm": unit.arm.name,
             "task": unit.task.name,
@@ -106,9 +106,7 @@ class Scoring:
             "requests": self.run.store.requests(opened.digest).name,
         }
 
-    def _write(
-        self, folder: StepFolder, unit: Unit, step: ScoresStep, scored: Scored, answered: generate.Answered
-    ) -> None:
+    def _write(self, folder: StepFolder, unit: Unit, step: ScoresStep, scored: Scored, answered: ask.Answered) -> None:
         opened, arm, task = self.run.opened(unit), unit.arm, unit.task
         label = step.scorer.label(step.scorer.options)
         lent = f"asked in the chat template of {arm.template_of}, as the base has none"

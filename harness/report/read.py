@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from harness.core.errors import CorruptionError, UserError, nearest
 from harness.core.records import Metric, Output, Row, StepKind, StepRecord
-from harness.core.text import portable, visible as visible
+from harness.core.text import portable, visible
 from harness.steps.files import read_json, stays_inside
 from harness.steps.journal import read_rows, rows_digest
 from harness.steps.provenance import digest_of_bytes
