@@ -212,7 +212,7 @@ def harness_arm(spec: dict[str, Any], meter: Meter) -> None:
     made = alignment.align(
         spec["method"], spec["model"], spec["dataset"], out=spec["out"], seed=spec["seed"], **asked(spec)
     )
-    log = [json.loads(line) for line in (made.folder / "training" / "log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (made.folder / "step" / "log.jsonl").read_text().splitlines()]
     meter.found["loop_s"] = next(line["train_runtime"] for line in log if "train_runtime" in line)
     computed = [line["computed"] for line in log if line.get("event") == "reference"]
     meter.found["reference_rows"] = computed[0] if computed else 0

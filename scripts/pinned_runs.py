@@ -155,7 +155,7 @@ def pin(root: Path) -> dict[str, dict[str, Any]]:
         place = f"{row.get('arm') or row['model']}+{row['adapter']} {row['task']}:{row['variant']} {row['metric']}"
         shown = ("n", "n_unscored", "n_truncated", "mean", "stderr", "ci95")
         found["rows"][place] = {key: row[key] for key in shown}
-    for file in sorted(root.rglob("status.json")):
+    for file in sorted(root.glob("eval/steps/*/status.json")):
         described = json.loads((file.parent / "step.json").read_text())
         found["answers"][_place(root, file, described)] = json.loads(file.read_text()).get("digest")
     return found
@@ -166,7 +166,7 @@ def _place(root: Path, file: Path, described: dict[str, Any]) -> str:
     if "steps" in relative.parts:  # its folder's name ends in the id
         what = [str(described.get(key)) for key in ("kind", "arm", "task", "variant", "scorer") if key in described]
         return f"{relative.parts[0]}: {' '.join(what)} {relative.name.rsplit('-', 1)[0]}"
-    return str(relative).replace("training", "").rstrip("/.")
+    return str(relative).removesuffix("step").rstrip("/.")
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> int:

@@ -22,7 +22,7 @@ from harness.contracts.registry import Registry
 from harness.core.config import parse_options
 from harness.core.errors import UserError
 from harness.core.machine import torch_device
-from harness.core.records import AdapterInfo, ModelInfo, digest_of
+from harness.core.records import AdapterInfo, ModelInfo
 from harness.core.specs import AlignSpec
 from harness.data.expression import at_revisions, parse_expression, portable
 from harness.data.hub import COMMIT
@@ -30,7 +30,8 @@ from harness.data.selection import identity_of
 from harness.models.chat_templates import ChatTemplate
 from harness.models.inspect import inspect_model
 from harness.steps.files import slug
-from harness.steps.provenance import NUMERICS, code_digest
+from harness.steps.provenance import code_digest
+from harness.steps.step import Step, make_step
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,19 @@ class AlignPlan:
     template: ChatTemplate
     data: dict[str, Any]
     data_options: dict[str, Any]
-    id: str
-    identity: dict[str, Any]
+    step: Step
     dataset: str
     """The expression as records have it: files by name alone."""
 
     @property
+    def id(self) -> str:
+        """Id of the step."""
+        return self.step.id
+
+    @property
     def arm(self) -> str:
         """Short name of the arm; commits are shortened in it."""
-        data = slug(COMMIT.sub(lambda found: found[0][:12], self.dataset).replace("&", " and "))
-        return f"{self.spec.method}-{data}-{self.model.name}-{self.adapter.name}-s{self.spec.seed}"
+        return self.step.arm
 
 
 def plan_align(spec: AlignSpec, registry: Registry) -> AlignPlan:
@@ -96,7 +100,6 @@ def plan_align(spec: AlignSpec, registry: Registry) -> AlignPlan:
     data_entries = [registry.registered(Dataset, part.name, "--dataset") for part in parts]
     data = identity_of(parts, aligner.consumes, registry, data_given, (spec.data_seed, spec.samples, recipe.eval_rows))
     identity = {
-        "kind": "align",
         "method": spec.method,
         "recipe": recipe.model_dump(mode="json"),
         "adapter": {"name": spec.adapter, **adapter_options.model_dump(mode="json")},
@@ -108,7 +111,6 @@ def plan_align(spec: AlignSpec, registry: Registry) -> AlignPlan:
         "checkpoints": sorted(spec.checkpoints),
         "seed": spec.seed,
         "code": [code_digest(entry) for entry in (aligner_entry, adapter_entry, *data_entries)],
-        "numerics": NUMERICS,
     }
     if spec.processes > 1:
         check_processes(spec.processes, recipe.batch_size)
@@ -125,7 +127,25 @@ def plan_align(spec: AlignSpec, registry: Registry) -> AlignPlan:
         template,
         data,
         data_given,
-        digest_of(identity),
-        identity,
+        _step(spec, model, start, identity, portable(spec.dataset)),
         portable(spec.dataset),
+    )
+
+
+def _step(spec: AlignSpec, model: ModelInfo, start: AdapterInfo | None, identity: dict[str, Any], dataset: str) -> Step:
+    data = slug(COMMIT.sub(lambda found: found[0][:12], dataset).replace("&", " and "))
+    factors = {
+        "method": spec.method,
+        "data": dataset,
+        "base": model.name,
+        "adapter": spec.adapter,
+        "seed": spec.seed,
+        "samples": spec.samples,
+    }
+    return make_step(
+        "align",
+        identity,
+        arm=f"{spec.method}-{data}-{model.name}-{spec.adapter}-s{spec.seed}",
+        factors=factors,
+        made_from={"base": model.weights_digest, **({"from": start.digest} if start is not None else {})},
     )

@@ -97,7 +97,6 @@ def _ending(error: BaseException) -> dict[str, Any]:
 
 
 def _train(payload: dict[str, Any], relay: _Relay) -> None:
-    from harness.alignment.folder import WORK
     from harness.alignment.plan import plan_align
     from harness.alignment.run import train_in_rank
     from harness.contracts.registry import load_plugins
@@ -111,10 +110,9 @@ def _train(payload: dict[str, Any], relay: _Relay) -> None:
             "another process sees other plugins or data than this one",
             "Plugins must be installed or given as files (--plugin).",
         )
-    kind: Callable[..., StepFolder] = StepFolder if rank.first else MuteStep
-    out = Path(payload["out"])
-    work = kind(out / WORK, plan.id, "align")
-    train_in_rank(plan, registry, (out, work), relay if rank.first else Reporter(), (rank, payload["micro"]))
+    kind = StepFolder if rank.first else MuteStep
+    work = kind(Path(payload["folder"]), plan.id, "align", Path(payload["out"]))
+    train_in_rank(plan, registry, relay if rank.first else Reporter(), work, (rank, payload["micro"]))
     import torch.distributed
 
     torch.distributed.destroy_process_group()

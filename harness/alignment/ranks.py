@@ -128,7 +128,7 @@ def train_apart(
     """Train in ``count`` processes, and say how that ended.
 
     Args:
-        payload: for :mod:`harness.alignment.rank_child`: ``spec``, ``plugins``, ``out``, ``id``, ``micro``.
+        payload: for :mod:`harness.alignment.rank_child`: ``spec``, ``plugins``, ``folder``, ``out``, ``id``, ``micro``.
         count: processes.
         reporter: hears what the first child says.
         started: is given the children, to hand signals on.

@@ -1,7 +1,7 @@
 """Train one arm: rows, template, starting policy, adapter, trainer, export. And `align`, the same from Python.
 
 The folder that comes out is a peft adapter (or a model, for full fine-tuning) with its template, lineage, log,
-provenance and model card; what is needed to go on after an interruption lies in ``training/`` within it.
+provenance and model card; what is needed to go on after an interruption lies in ``step/`` within it.
 """
 
 from __future__ import annotations
@@ -16,17 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from harness.alignment.export import Target, export, lineage_of
-from harness.alignment.folder import (
-    WORK,
-    check_whole,
-    claim,
-    clear,
-    holds_training,
-    record_alignment,
-    refuse_strangers,
-    tidy,
-    weights_digest,
-)
+from harness.alignment.folder import ALIGNMENT, has_checkpoint, record_alignment, tidy
 from harness.alignment.heldout import HELDOUT, means, summaries
 from harness.alignment.plan import AlignPlan, plan_align
 from harness.alignment.policy import described_quantization, open_policy, release, starting_policy
@@ -37,19 +27,21 @@ from harness.contracts.registry import Registry, load_plugins
 from harness.core.config import parse_options
 from harness.core.errors import Requeue, StepError, UserError
 from harness.core.progress import Reporter, stored
-from harness.core.records import StepRecord
 from harness.core.specs import AlignSpec, ModelSpec
 from harness.core.stats import Summary
 from harness.data.expression import parse_expression
 from harness.data.selection import Keep, Selection, select
 from harness.data.token_cache import Prepared, TokenCache, pinned
 from harness.data.tokenise import Tokenised, Tokeniser
+from harness.models.artifact import read_artifact
 from harness.models.inspect import open_tokenizer
+from harness.steps.alone import Alone
 from harness.steps.files import read_json, slug, write_bytes, write_json, writing
-from harness.steps.folder import StepFolder
+from harness.steps.folder import STEP, StepFolder
 from harness.steps.journal import read_rows, write_rows
+from harness.steps.lock import FolderLock
 from harness.steps.provenance import NUMERICS, code_digest, provenance_record
-from harness.steps.store import RunStore
+from harness.steps.runner import Ended, Runner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +58,7 @@ class Alignment:
     heldout: dict[str, float] = field(default_factory=dict)
     """Held-out loss and, for pairs, preference accuracy and margin, at the end: means over rows."""
     summaries: dict[str, Summary] = field(default_factory=dict)
-    """The same with n, standard error and 95 % interval; the values per row are in training/heldout.jsonl.gz."""
+    """The same with n, standard error and 95 % interval; the values per row are in step/heldout.jsonl.gz."""
 
 
 def align(
@@ -110,33 +102,40 @@ def run_align(
 ) -> Alignment:
     """Carry out a plan in a folder; an interrupted one goes on from its last checkpoint."""
     reporter = reporter or Reporter()
-    refuse_strangers(out, fresh=fresh)
-    with RunStore(out) as store:
-        work = StepFolder(store.root / WORK, plan.id, "align")
+    alone = Alone(plan.step, out, ALIGNMENT, has_checkpoint)
+    if fresh or not ALIGNMENT.is_ours(out):
+        # Asked before the lock as well: nothing is written into a folder that is somebody else's.
+        ALIGNMENT.refuse(out, fresh=fresh)
+    with FolderLock(out, ALIGNMENT.where(out)):
         if fresh:
-            clear(store.root)
-        pages = check_whole(store.root)
-        claim(store.root, plan.id, plan.identity)
-        if (ended := work.status()) is not None and ended.status == "done":
+            ALIGNMENT.clear(out)
+        work = alone.folder
+        if alone.done_before(reporter) is not None:
             tidy(work)
-            reporter.note(f"{out} holds this adapter already{pages}")
             return _load(out, plan, work)
-        begun_before = (work.path / "step.json").exists()
-        registry.announce("step_started", step={"id": plan.id, "kind": "align", "arm": plan.arm})
-        try:
-            with writing(store.root):
-                return _Run(plan, registry, out, work, reporter).carry_out()
-        except UserError:
-            if holds_training(store.root):
-                reporter.note("the last checkpoint is kept: the same command goes on from there")
-            elif not begun_before and work.path.exists():
-                # What is refused leaves nothing behind, so that the corrected command finds the folder as this one did.
-                clear(store.root)
-            raise
-        except (KeyboardInterrupt, Requeue):
-            if not holds_training(store.root):
-                reporter.note("there is no checkpoint yet: the same command trains from the first step")
-            raise
+        return _resume(plan, registry, Runner(registry, reporter), work)
+
+
+def _resume(plan: AlignPlan, registry: Registry, runner: Runner, work: StepFolder) -> Alignment:
+    """Carry out a plan from where its folder stands, and say what is kept when that is cut short."""
+    out, note = work.artifact, runner.reporter.note
+    begun_before = (work.path / STEP).exists()
+    if work.status() is not None:
+        work.reopen("it had failed")
+    try:
+        with runner.recorded(plan.step, work), writing(out):
+            return _Run(plan, registry, runner, work).carry_out()
+    except UserError:
+        if has_checkpoint(out):
+            note("the last checkpoint is kept: the same command goes on from there")
+        elif not begun_before and work.path.exists():
+            # What is refused leaves nothing behind, so that the corrected command finds the folder as this one did.
+            ALIGNMENT.clear(out)
+        raise
+    except (KeyboardInterrupt, Requeue):
+        if not has_checkpoint(out):
+            note("there is no checkpoint yet: the same command trains from the first step")
+        raise
 
 
 def _load(out: Path, plan: AlignPlan, work: StepFolder) -> Alignment:
@@ -151,10 +150,10 @@ class _Run:
     """One pass over an alignment in this process."""
 
     def __init__(
-        self, plan: AlignPlan, registry: Registry, out: Path, work: StepFolder, reporter: Reporter, rank: Rank = ALONE
+        self, plan: AlignPlan, registry: Registry, runner: Runner, work: StepFolder, rank: Rank = ALONE
     ) -> None:
-        self.plan, self.registry, self.out, self.work, self.reporter = plan, registry, out, work, reporter
-        self.rank = rank
+        self.plan, self.registry, self.runner, self.reporter = plan, registry, runner, runner.reporter
+        self.work, self.out, self.rank = work, work.artifact, rank
         self.tokenizer: PreTrainedTokenizerBase = open_tokenizer(plan.model)
         self.tokenizer.chat_template = plan.template.source
         self._signal: int | None = None
@@ -170,7 +169,7 @@ class _Run:
         described = self._described(selection, train)
         if held is not None:
             described["heldout"] = {"rows": len(held.rows), "dropped": held.rejected}
-        work.begin(described, provenance_record({}))
+        self.runner.begin(self.plan.step, work, described)
         work.log("data", read=data.read, tokenised=data.tokenised)
         prepared = time.perf_counter()
         try:
@@ -237,8 +236,6 @@ class _Run:
 
     def _described(self, selection: Selection, train: Tokenised) -> dict[str, Any]:
         return {
-            "arm": self.plan.arm,
-            "identity": self.plan.identity,
             "template": self.plan.template.name,
             "counts": selection.counts,
             "dropped": {**selection.dropped, **train.rejected},
@@ -291,6 +288,7 @@ class _Run:
         payload = {
             "spec": plan.spec.model_dump(mode="json"),
             "plugins": plugin_files(self.registry.origins),
+            "folder": str(self.work.path),
             "out": str(self.out),
             "id": plan.id,
             "micro": micro,
@@ -471,38 +469,31 @@ class _Run:
         write_json(self.work.path / "result.json", {"heldout": heldout, "rows": len(measured), "summaries": described})
         step = read_json(self.work.path / "step.json")
         write_bytes(self.out / "README.md", model_card(step, lineage_of(self.plan), heldout, history).encode())
-        record_alignment(self.out)
-        ended = StepRecord(
-            id=self.plan.id,
-            kind="align",
-            status="done",
-            digest=weights_digest(self.out),
-            counts=counts,
-            seconds={name: round(value, 3) for name, value in seconds.items()},
-        )
-        write_json(self.work.path / "status.json", ended.model_dump(mode="json"))
+        record_alignment(self.work)
+        made = read_artifact(self.out)
+        ended = Ended(made.kind, made.digest, {}, made.rank, made.template, counts, seconds)
+        self.runner.finish(self.plan.step, self.work, ended)
         # After the end is on record: a kill in between must not cost the training.
         tidy(self.work)
-        self.registry.announce("step_finished", record=ended)
         return Alignment(self.out, self.plan, history, heldout, found)
 
 
 def train_in_rank(
-    plan: AlignPlan, registry: Registry, where: tuple[Path, StepFolder], reporter: Reporter, share: tuple[Rank, int]
+    plan: AlignPlan, registry: Registry, reporter: Reporter, work: StepFolder, share: tuple[Rank, int]
 ) -> None:
     """The part of one process in a training that several share.
 
     Args:
         plan: the same in all of them.
         registry: of this process.
-        where: output folder, and the folder of the step.
         reporter: of the first process.
+        work: folder of the step.
         share: which process this is, and rows per forward pass.
     """
     rank, micro = share
-    run = _Run(plan, registry, *where, reporter, rank)
+    run = _Run(plan, registry, Runner(None, reporter), work, rank)
     data = run.prepare()
-    with run.signals(), writing(where[1].path):
+    with run.signals(), writing(work.path):
         run.train(data.train, data.heldout, micro)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pluggy
 
@@ -15,7 +14,7 @@ from harness.contracts.engine import Engine
 from harness.contracts.executor import Executor
 from harness.contracts.merger import Merger
 from harness.contracts.scorer import Scorer
-from harness.core.records import StepRecord
+from harness.core.records import StepInfo, StepRecord
 
 PROJECT = "harness"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -63,13 +62,13 @@ def register_tasks() -> Iterable[Path]:  # type: ignore[empty-body]
 
 
 @hookspec
-def step_started(step: Any) -> None:
-    """A step begins. Return values are ignored; an observer that raises is named and changes nothing."""
+def step_started(step: StepInfo) -> None:
+    """A step of any kind begins. Return values are ignored; an observer that raises is named and changes nothing."""
 
 
 @hookspec
-def step_finished(record: StepRecord) -> None:
-    """A step has ended; ``record`` is what its status.json holds."""
+def step_finished(step: StepInfo, record: StepRecord) -> None:
+    """A step of any kind has ended, well or not; ``record`` is what its status.json holds."""
 
 
 @hookspec

@@ -260,8 +260,18 @@ class AdapterInfo(Config):
     conditioning: dict[str, Any] | None = Field(None, description="conditioning.json: values, default, per-value data")
 
 
-StepKind = Literal["align", "merge", "answers", "scores"]
 Status = Literal["done", "failed"]
+ArtifactKind = Literal["adapter", "model", "answers", "scores"]
+
+
+class StepInfo(Config):
+    """A step as observers are told of it."""
+
+    id: str = Field(description="digest of all that can move its numbers")
+    kind: str = Field(description="align, merge, fold, answers, scores, or another that a package brings")
+    arm: str = Field(description="short name of what is aligned, merged or evaluated")
+    factors: dict[str, Any] = Field(default_factory=dict, description="method, data, seed: what sets its arm apart")
+    folder: str = Field("", description="folder of its record on this machine; never written into a file")
 
 
 class StepRecord(Config):
@@ -269,11 +279,17 @@ class StepRecord(Config):
 
     schema_version: int = SCHEMA_VERSION
     id: str
-    kind: StepKind
+    kind: str
     status: Status
+    arm: str = ""
+    attempt: int = Field(1, description="how often it had been begun when it ended")
     error: str | None = None
+    artifact: ArtifactKind | None = Field(None, description="what it left, as steps that build on it see it")
     digest: str | None = Field(None, description="SHA-256 of the artifact's contents")
     files: dict[str, str] = Field(default_factory=dict, description="SHA-256 of further files of the artifact")
+    rank: int | None = Field(None, description="largest LoRA rank of an adapter")
+    template: str | None = Field(None, description="SHA-256 of the chat template of an adapter or a model")
+    made_from: dict[str, str] = Field(default_factory=dict, description="what it was made from: part -> digest")
     counts: dict[str, int] = Field(default_factory=dict)
     seconds: dict[str, float] = Field(default_factory=dict, description="import, load, compute (seconds)")
     notes: tuple[str, ...] = ()

@@ -9,10 +9,11 @@ from harness.contracts.engine import Session
 from harness.evaluation import ask
 from harness.evaluation.load import Group, Loaded
 from harness.evaluation.resume import ANSWERS_FILE
-from harness.evaluation.session import EvalSession, Unit, is_fatal
+from harness.evaluation.session import EvalSession, Unit
 from harness.steps.files import write_json
 from harness.steps.journal import Journal, intact, write_rows
 from harness.steps.provenance import provenance_record
+from harness.steps.runner import Ended, is_fatal
 
 REQUESTS_AT_ONCE = 200_000
 """Most requests that lie in the memory at once; arms beyond that are asked in a second round of the same task."""
@@ -53,7 +54,7 @@ class Answering:
         """Answer one task for several arms. Where that fails, arm by arm, so that only the guilty one is lost."""
         asked: list[tuple[Unit, ask.Part]] = []
         for unit in units:
-            with self.run.contained(unit, self.run.folder(unit)):
+            with self.run.runner.contained(unit.task.answers, self.run.folder(unit)):
                 if unit.id in self._broken:
                     raise self._broken[unit.id]
                 part = self._part(unit)
@@ -68,12 +69,12 @@ class Answering:
                     raise
                 if not self._engine.is_open:  # it would not open for one of them either
                     for unit, _ in asked:
-                        self.run.fail(unit, self.run.folder(unit), error)
+                        self.run.runner.fail(unit.task.answers, self.run.folder(unit), error)
                     return
                 self.run.reporter.note(f"{asked[0][0].task.name}: {error}; its arms are asked one by one")
             self._engine.close()  # what failed may have broken the engine
         for unit, part in asked:
-            with self.run.contained(unit, self.run.folder(unit)):
+            with self.run.runner.contained(unit.task.answers, self.run.folder(unit)):
                 self._ask([(unit, part)])
 
     def _part(self, unit: Unit) -> ask.Part | None:
@@ -88,21 +89,18 @@ class Answering:
                 self._keep(unit, answered)
                 return None
             folder.reopen(status.error or "the stored answers are not those that were recorded")
-        run.registry.announce("step_started", step={"id": folder.id, "kind": "answers", "task": unit.task.name})
         requests = run.store.requests(opened.digest)
         if not intact(requests):
             write_rows(requests, opened.rows())
-        step = {
-            "arm": unit.arm.name,
+        described = {
             "task": unit.task.name,
             "variant": unit.task.variant,
-            "config": unit.task.config,
             "requests": requests.name,
             "questions": opened.digest,
             "dropped": opened.dropped,
             "notes": list(opened.notes),
         }
-        folder.begin(step, provenance_record({}))
+        run.runner.begin(unit.task.answers, folder, described)
         return ask.Part(opened.samples, journal, self._engine.sender(unit.arm))
 
     def _ask(self, asked: Sequence[tuple[Unit, ask.Part]]) -> None:
@@ -148,7 +146,7 @@ class Answering:
         folder.log("answered", computed=answered.computed, reused=answered.reused, errors=answered.errors)
         failed = answered.wholly_failed()
         if failed is not None:
-            run.fail(unit, folder, failed)
+            run.runner.fail(unit.task.answers, folder, failed)
             return
         counts = {
             "samples": len(opened.samples),
@@ -157,7 +155,7 @@ class Answering:
             "batch_dependent": answered.batch_dependent,
             **{f"dropped: {reason}": count for reason, count in opened.dropped.items()},
         }
-        run.finish(folder, answered.digest, counts, seconds)
+        run.runner.finish(unit.task.answers, folder, Ended("answers", answered.digest, counts=counts, seconds=seconds))
         self._keep(unit, answered)
 
     def _keep(self, unit: Unit, answered: ask.Answered) -> None:

@@ -105,7 +105,7 @@ class Loaded:
         remove_scratch(self._run.store.scratch)
         self._run.reporter.note(f"folding {arm.label} into a temporary checkpoint: {arm.folded}")
         out.parent.mkdir()
-        fold_into(arm.model, arm.adapter, out, dtype=spec.dtype, reporter=self._run.reporter)
+        fold_into(arm.model, arm.adapter, out, dtype=spec.dtype, runner=self._run.runner)
         # Everything but the weights is the base's, its name too; nobody asks for the digest of what is soon deleted.
         return arm.model.model_copy(update={"path": str(out), "pickled": False})
 

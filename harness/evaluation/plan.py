@@ -24,7 +24,8 @@ from harness.models.generation_config import generation_identity
 from harness.models.inspect import inspect_model
 from harness.models.locate import is_url
 from harness.models.precision import asked_dtype, settle_dtype, with_dtype
-from harness.steps.provenance import NUMERICS, code_digest
+from harness.steps.provenance import code_digest
+from harness.steps.step import Step, make_step, without_paths
 from harness.tasks.catalog import Catalog, Chosen, code_of
 from harness.tasks.questions import dataset_of, resolve_variant
 
@@ -34,13 +35,17 @@ LATER = {"leaf": None, "generation_prompt": True, "decoding_of": "task"}
 
 
 @dataclass(frozen=True)
-class ScoresStep:
+class ScorePlan:
     """One scorer over one task's answers."""
 
-    id: str
+    step: Step
     ref: ScorerRef
     scorer: Scorer
-    config: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        """Id of the scores step."""
+        return self.step.id
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,13 @@ class TaskPlan:
     variant: PromptKind
     template: str | None
     """Digest of the chat template that its prompts are written in; None: raw, or an endpoint's own."""
-    answers_id: str
-    config: dict[str, Any]
-    scores: tuple[ScoresStep, ...]
+    answers: Step
+    scores: tuple[ScorePlan, ...]
+
+    @property
+    def answers_id(self) -> str:
+        """Id of the answers step."""
+        return self.answers.id
 
     @property
     def name(self) -> str:
@@ -117,14 +126,14 @@ class EvalPlan:
         keep += " size_bytes dtype spec"
         model = only.model if only is not None else self.model
         return {
-            "spec": _without_paths(spec),
+            "spec": without_paths(spec),
             "arm": self.arm,
             "model": model.model_dump(mode="json", include=set(keep.split())),
             "adapter": _adapter_json(only.adapter) if only is not None else None,
             "engine": {
                 "name": self.engine.name,
                 "reason": self.engine_reason,
-                "options": _without_paths(self.engine_options.model_dump(mode="json")),
+                "options": without_paths(self.engine_options.model_dump(mode="json")),
             },
             "arms": [
                 {
@@ -216,7 +225,6 @@ class _Planner:
             "dtype": spec.model.dtype,
             "engine_code": code_digest(registry.registered(Engine, engine.name, "--engine")),
             "seed": spec.seed,
-            "numerics": NUMERICS,
         }
 
     def arms(self, candidates: Sequence[Candidate]) -> Iterator[ArmPlan]:
@@ -256,7 +264,7 @@ class _Planner:
             # Folding rounds, so that it may move a number; an adapter that is served says nothing.
             **({"folded": True} if folded is not None else {}),
         }
-        planned = [self._task(one, task, data, base, model) for one, task, data in tasks]
+        planned = [self._task(one, task, data, base, candidate) for one, task, data in tasks]
         return ArmPlan(
             name=candidate.name,
             model=model,
@@ -270,28 +278,43 @@ class _Planner:
         )
 
     def _task(
-        self, chosen: Chosen, task: dict[str, Any], data: dict[str, Any], base: dict[str, Any], model: ModelInfo
+        self, chosen: Chosen, task: dict[str, Any], data: dict[str, Any], base: dict[str, Any], candidate: Candidate
     ) -> TaskPlan:
+        model, adapter = candidate.model, candidate.adapter
         variant = self._variant(chosen, model)
-        config = {**base, "task": task, "variant": variant, "limit": chosen.limit, "data": data}
+        identity = {**base, "task": task, "variant": variant, "limit": chosen.limit, "data": data}
         if not self._engine.remote and "generate" in needs_of([chosen]):
-            config |= generation_identity(model, sampling=chosen.spec.decoding_of == "model")
-        answers_id = digest_of({"kind": "answers", **config})
+            identity |= generation_identity(model, sampling=chosen.spec.decoding_of == "model")
+        factors = {"base": model.name, "adapter": candidate.label, "control": candidate.control}
+        factors |= {"task": chosen.spec.name, "variant": variant}
+        answers = make_step(
+            "answers",
+            identity,
+            arm=candidate.name,
+            factors=factors,
+            made_from={"model": model.weights_digest} | ({"adapter": adapter.digest} if adapter is not None else {}),
+        )
         refs = chosen.spec.scorers
         if chosen.spec.lm_eval is not None and not any(ref.name == LM_EVAL_SCORER for ref in refs):
             refs = (ScorerRef(name=LM_EVAL_SCORER, options={"flexible": chosen.spec.lm_eval.flexible}), *refs)
-        steps = tuple(self._scores_step(chosen.spec.name, ref, answers_id) for ref in refs)
+        scores = tuple(self._score(chosen.spec.name, ref, answers) for ref in refs)
         template = model.template_digest if variant == "chat" else None
-        return TaskPlan(chosen, variant, template, answers_id, _without_paths(config), steps)
+        return TaskPlan(chosen, variant, template, answers, scores)
 
     def _variant(self, chosen: Chosen, model: ModelInfo) -> PromptKind:
         chat_only = self._engine.capabilities(model, self._options).chat_only
         return resolve_variant(chosen, model, chat_only=chat_only)
 
-    def _scores_step(self, task: str, ref: ScorerRef, answers_id: str) -> ScoresStep:
+    def _score(self, task: str, ref: ScorerRef, answers: Step) -> ScorePlan:
         scorer, identity = self._scorer(task, ref)
-        config = {"answers": answers_id, **identity, "numerics": NUMERICS}
-        return ScoresStep(digest_of({"kind": "scores", **config}), ref, scorer, _without_paths(config))
+        step = make_step(
+            "scores",
+            {"answers": answers.id, **identity},
+            arm=answers.arm,
+            factors={**answers.factors, "scorer": ref.name},
+            parents=(answers.id,),
+        )
+        return ScorePlan(step, ref, scorer)
 
     def _scorer(self, task: str, ref: ScorerRef) -> tuple[Scorer, dict[str, Any]]:
         """A scorer with its options, and its part of the step's id; one object for all arms, which opens once."""
@@ -337,7 +360,7 @@ def _portable_task(chosen: Chosen) -> dict[str, Any]:
         # What it comes to is in the identity of the data.
         del task["lm_eval"]["revision"]
     if task["dataset"] is not None:
-        task["dataset"]["options"] = _without_paths(task["dataset"]["options"])
+        task["dataset"]["options"] = without_paths(task["dataset"]["options"])
     return {key: value for key, value in task.items() if key not in LATER or value != LATER[key]}
 
 
@@ -377,14 +400,3 @@ def _at_revision(chosen: Chosen, revisions: Mapping[str, str], registry: Registr
 
 def _with(config: C, **fields: Any) -> C:
     return config.model_copy(update=fields)
-
-
-def _without_paths(value: Any) -> Any:
-    """The same data with absolute paths cut to their last part."""
-    if isinstance(value, dict):
-        return {key: _without_paths(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_paths(inner) for inner in value]
-    if isinstance(value, str) and value.startswith(("/", "~")) and "\n" not in value and len(value) > 1:
-        return value.rstrip("/").rsplit("/", 1)[-1]
-    return value

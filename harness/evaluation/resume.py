@@ -13,6 +13,7 @@ from harness.steps.files import read_json, stays_inside, write_json
 from harness.steps.folder import StepFolder
 from harness.steps.journal import intact, read_members, rows_digest
 from harness.steps.provenance import digest_of_bytes
+from harness.steps.step import unequal
 from harness.steps.store import RunStore
 
 ANSWERS_FILE = "answers.jsonl.gz"
@@ -119,7 +120,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     parts = ("arm", "model", "adapter", "spec", "engine")
     ours = [{key: plan.get(key) for key in parts} for plan in (before, now)]
     ours = [{**plan, "engine": {**(plan["engine"] or {}), "reason": None}} for plan in ours]
-    found = _unequal(ours[0], ours[1], "")
+    found = unequal(ours[0], ours[1])
     if found:
         return found
     pairs = list(zip(before["tasks"], now["tasks"], strict=False))
@@ -127,18 +128,6 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         found += [f"{n['task']}.{key} was {b.get(key)}, is {n[key]}" for b, n in pairs if b.get(key) != n[key]]
     changed = [n["task"] for b, n in pairs if b["answers"] != n["answers"]]
     return found or [f"the YAML, data or code of task {name}, or the engine's code, changed" for name in changed]
-
-
-def _unequal(before: Any, now: Any, path: str) -> list[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        inner = ((key, f"{path}.{key}" if path else key) for key in sorted(set(before) | set(now)))
-        return [found for key, where in inner for found in _unequal(before.get(key), now.get(key), where)]
-    return [] if before == now else [f"{path} was {_short(before)}, is {_short(now)}"]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def damage(folder: StepFolder, status: StepRecord, store: RunStore) -> str | None:

@@ -24,7 +24,7 @@ from harness.evaluation.resume import SCORES_FILE, check_folder, claim
 from harness.evaluation.scores import Scoring
 from harness.evaluation.session import EvalSession, Unit
 from harness.steps.files import read_json, slug
-from harness.steps.store import RunStore
+from harness.steps.store import RUN, RunStore
 from harness.tasks.catalog import load_catalog
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def run_plan(
     """Carry out a plan in a run folder; what is there already is kept."""
     reporter = reporter or Reporter()
     # Asked before the lock as well: nothing is written into a folder that is somebody else's.
-    RunStore(out).refuse_strangers() if fresh else check_folder(out, plan)
+    RUN.refuse(out, fresh=True) if fresh else check_folder(out, plan)
     with RunStore(out) as store:
         if not fresh:
             check_folder(out, plan)
@@ -150,7 +150,7 @@ class _Run:
         pending = [unit for unit in run.units if fresh or not run.ended(unit)]
         self._broken = {unit.id: error for unit in pending if (error := run.unopenable(unit)) is not None}
         if fresh:
-            self.store.clear()
+            RUN.clear(self.store.root)
             run.forget_folders()
         claim(self.store, self.plan, self.reporter)
         remove_scratch(self.store.scratch)
@@ -159,9 +159,9 @@ class _Run:
         if not pending:
             self.reporter.note("everything was done before")
         rows, leaves = self._collect()
-        if run.last_error is not None and not rows:
-            raise run.last_error
-        return Evaluation(self.store.root, self.plan, rows, leaves, run.failures, dict(run.seconds))
+        if (error := run.runner.last_error) is not None and not rows:
+            raise error
+        return Evaluation(self.store.root, self.plan, rows, leaves, run.runner.failures, dict(run.seconds))
 
     def _stages(self, pending: Sequence[Unit]) -> Iterator[list[Callable[[], None]]]:
         """What may be carried out in any order: answers by what one open engine serves; then scores, on all of them."""
@@ -197,7 +197,7 @@ class _Run:
         try:
             parity.carry_out()
         except HarnessError as error:
-            self.run.failures["parity"] = str(error)
+            self.run.runner.failures["parity"] = str(error)
             self.reporter.note(f"failed: parity: {error}")
 
     def _answer(self, group: Group) -> None:

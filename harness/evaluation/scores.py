@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,15 +13,16 @@ from harness.core.errors import CorruptionError
 from harness.core.progress import Bar
 from harness.core.records import Score
 from harness.evaluation import ask
-from harness.evaluation.plan import ScoresStep
+from harness.evaluation.plan import ScorePlan
 from harness.evaluation.resume import ANSWERS_FILE, SAMPLES_FILE, SCORES_FILE
 from harness.evaluation.rows import RowContext, Scored, build_rows, check_scores, sample_rows
 from harness.evaluation.session import EvalSession, Unit
 from harness.models.precision import asked_dtype
-from harness.steps.files import read_json, write_json
+from harness.steps.files import write_json
 from harness.steps.folder import StepFolder
 from harness.steps.journal import Journal, rows_digest, write_rows
-from harness.steps.provenance import provenance_record
+from harness.steps.provenance import file_digest
+from harness.steps.runner import Ended
 from harness.tasks.questions import Questions
 
 
@@ -36,7 +38,7 @@ class Scoring:
             if not self._has_answers(unit):
                 continue
             for step in unit.task.scores:
-                with self.run.contained(unit, self.run.scores_folder(unit, step), mistakes=True):
+                with self.run.runner.contained(step.step, self.run.scores_folder(unit, step), mistakes=True):
                     self._score(unit, step, self._answers(unit))
             self.run.forget(unit)
 
@@ -54,17 +56,16 @@ class Scoring:
             raise CorruptionError(f"{folder.path.name}: its answers are no longer there; run the same command again")
         return stored
 
-    def _score(self, unit: Unit, step: ScoresStep, answered: ask.Answered) -> None:
+    def _score(self, unit: Unit, step: ScorePlan, answered: ask.Answered) -> None:
         run, folder, opened = self.run, self.run.scores_folder(unit, step), self.run.opened(unit)
         status = folder.status()
         if status is not None and status.status == "done":
-            stored = read_json(folder.path / "step.json")
-            if stored.get("answers_digest") == answered.digest:
+            if status.made_from.get("answers") == answered.digest:
                 return
             folder.reopen("the answers it scored have changed")
         elif status is not None:
             folder.reopen(status.error or "it had failed")
-        run.registry.announce("step_started", step={"id": folder.id, "kind": "scores", "task": unit.task.name})
+        begun_of = replace(step.step, made_from={"answers": answered.digest})
         with run.clock("score"):
             begun = time.perf_counter()
             title = f"{unit.task.name}: {step.ref.name}"
@@ -81,7 +82,7 @@ class Scoring:
                 open_engine=_opener(run),
                 runtime=opened.runtime,
             )
-            folder.begin(self._json(unit, step, answered, opened), provenance_record({}))
+            run.runner.begin(begun_of, folder, self._json(unit, step, opened))
             scores = step.scorer.score(opened.samples, answered.answers, context)
             bar.fill()
             # lm-eval's metrics are known once its task is open.
@@ -90,23 +91,22 @@ class Scoring:
             self._write(folder, unit, step, Scored(metrics, scores), answered)
             spent = time.perf_counter() - begun
         digest = rows_digest(sample_rows(opened.samples, answered.answers, scores))
-        run.finish(folder, digest, _counts(scores), {"compute": spent})
+        files = {SCORES_FILE: file_digest(folder.artifact / SCORES_FILE)}
+        ended = Ended("scores", digest, files, counts=_counts(scores), seconds={"compute": spent})
+        run.runner.finish(begun_of, folder, ended)
 
-    def _json(self, unit: Unit, step: ScoresStep, answered: ask.Answered, opened: Questions) -> dict[str, Any]:
+    def _json(self, unit: Unit, step: ScorePlan, opened: Questions) -> dict[str, Any]:
         return {
-            "arm": unit.arm.name,
             "task": unit.task.name,
             "variant": unit.task.variant,
             "title": f"{unit.task.name} ({unit.task.variant})",
             "scorer": step.ref.name,
-            "config": step.config,
             "answers": unit.id,
             "answers_folder": self.run.folder(unit).path.name,
-            "answers_digest": answered.digest,
             "requests": self.run.store.requests(opened.digest).name,
         }
 
-    def _write(self, folder: StepFolder, unit: Unit, step: ScoresStep, scored: Scored, answered: ask.Answered) -> None:
+    def _write(self, folder: StepFolder, unit: Unit, step: ScorePlan, scored: Scored, answered: ask.Answered) -> None:
         opened, arm, task = self.run.opened(unit), unit.arm, unit.task
         label = step.scorer.label(step.scorer.options)
         lent = f"asked in the chat template of {arm.template_of}, as the base has none"
@@ -131,9 +131,7 @@ class Scoring:
         )
         rows = build_rows(context, step.scorer, scored, opened.samples, answered.answers)
         write_rows(folder.artifact / SAMPLES_FILE, sample_rows(opened.samples, answered.answers, scored.scores))
-        described = read_json(folder.path / "step.json")
-        described["metrics"] = [metric.model_dump(mode="json") for metric in scored.metrics]
-        write_json(folder.path / "step.json", described)
+        folder.describe(metrics=[metric.model_dump(mode="json") for metric in scored.metrics])
         write_json(folder.artifact / SCORES_FILE, {"rows": [row.model_dump(mode="json") for row in rows]})
 
 

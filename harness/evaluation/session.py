@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import time
-import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from harness.contracts.registry import Registry
 from harness.contracts.scorer import Scorer
-from harness.core.errors import HarnessError, StepError, UserError
+from harness.core.errors import UserError
 from harness.core.progress import Reporter
-from harness.core.records import StepKind, StepRecord
-from harness.core.text import portable
-from harness.evaluation.plan import ArmPlan, EvalPlan, ScoresStep, TaskPlan
-from harness.evaluation.resume import SCORES_FILE, damage
+from harness.core.records import StepRecord
+from harness.evaluation.plan import ArmPlan, EvalPlan, ScorePlan, TaskPlan
+from harness.evaluation.resume import damage
 from harness.models.inspect import open_tokenizer
-from harness.steps.files import is_disk_full
 from harness.steps.folder import StepFolder
-from harness.steps.provenance import file_digest, provenance_record
+from harness.steps.runner import Runner
 from harness.steps.store import RunStore
 from harness.tasks.questions import Questions, open_task, steered
 
@@ -45,8 +41,7 @@ class EvalSession:
     def __init__(self, plan: EvalPlan, registry: Registry, store: RunStore, reporter: Reporter) -> None:
         self.plan, self.registry, self.store, self.reporter = plan, registry, store, reporter
         self.seconds: dict[str, float] = {"prepare": 0.0, "load": 0.0, "answer": 0.0, "score": 0.0}
-        self.failures: dict[str, str] = {}
-        self.last_error: HarnessError | None = None
+        self.runner = Runner(registry, reporter)
         self._tokenizers: dict[str | None, Any] = {}
         self._questions: dict[tuple[int, str, str | None], Questions] = {}
         self._open: dict[str, Questions] = {}
@@ -69,15 +64,15 @@ class EvalSession:
         """Of the answers."""
         return self._folder("answers", f"{unit.arm.name}-{unit.task.name}", unit.id)
 
-    def scores_folder(self, unit: Unit, step: ScoresStep) -> StepFolder:
+    def scores_folder(self, unit: Unit, step: ScorePlan) -> StepFolder:
         """Of one scorer's scores."""
         return self._folder("scores", f"{unit.arm.name}-{unit.task.name}-{step.ref.name}", step.id)
 
-    def _folder(self, kind: StepKind, arm: str, step_id: str) -> StepFolder:
+    def _folder(self, kind: str, arm: str, step_id: str) -> StepFolder:
         folder = self.store.step(kind, arm, step_id)
         # A step is its id: in company its arm may go by another name than alone.
         known = self._folders.setdefault((kind, step_id[:12]), folder.path)
-        return StepFolder(known, step_id, kind)
+        return StepFolder(known, step_id, kind, known / "artifact")
 
     def forget_folders(self) -> None:
         """The run folder was cleared."""
@@ -157,7 +152,7 @@ class EvalSession:
             self._tokenizers[arm.model.template_digest] = open_tokenizer(arm.model)
         return self._tokenizers[arm.model.template_digest]
 
-    # ------------------------------------------------------------------------------------------------ time and failure
+    # --------------------------------------------------------------------------------------------------------- time
 
     @contextmanager
     def clock(self, name: str) -> Iterator[None]:
@@ -167,67 +162,3 @@ class EvalSession:
             yield
         finally:
             self.seconds[name] += time.perf_counter() - begun
-
-    @contextmanager
-    def contained(self, unit: Unit, folder: StepFolder, *, mistakes: bool = False) -> Iterator[None]:
-        """A step that fails is recorded and does not stop the others; a full disk does.
-
-        ``mistakes``: a user's mistake fails the step too, instead of stopping the run.
-        """
-        try:
-            yield
-        except Exception as error:
-            if is_fatal(error, mistakes=mistakes):
-                raise
-            self.fail(unit, folder, error)
-
-    def fail(self, unit: Unit, folder: StepFolder, error: Exception) -> None:
-        """Record that a step failed."""
-        kept = error if isinstance(error, HarnessError) else StepError(folder.path.name, _described(error))
-        kept.__cause__ = None if kept is error else error
-        self.last_error = kept
-        self.failures[folder.path.name] = str(kept)
-        self.reporter.note(f"failed: {kept}")
-        if not (folder.path / "step.json").exists():
-            described = {"arm": unit.arm.name, "task": unit.task.name, "variant": unit.task.variant}
-            folder.begin(described, provenance_record({}))
-        ended = StepRecord(id=folder.id, kind=folder.kind, status="failed", error=portable(str(kept)))
-        folder.log("failed", error=ended.error)
-        folder.finish(ended)
-        self.registry.announce("step_finished", record=ended)
-
-    def finish(
-        self,
-        folder: StepFolder,
-        digest: str,
-        counts: dict[str, int],
-        seconds: Mapping[str, float],
-        notes: tuple[str, ...] = (),
-    ) -> None:
-        """Record that a step is done."""
-        ended = StepRecord(
-            id=folder.id,
-            kind=folder.kind,
-            status="done",
-            digest=digest,
-            files={SCORES_FILE: file_digest(folder.artifact / SCORES_FILE)} if folder.kind == "scores" else {},
-            counts=counts,
-            seconds={name: round(value, 3) for name, value in seconds.items()},
-            notes=notes,
-        )
-        folder.finish(ended)
-        self.registry.announce("step_finished", record=ended)
-
-
-def is_fatal(error: Exception, *, mistakes: bool = False) -> bool:
-    """Whether an error ends the run rather than one step of it."""
-    if isinstance(error, UserError):
-        return not mistakes
-    return isinstance(error, OSError) and is_disk_full(error)
-
-
-def _described(error: Exception) -> str:
-    """Type, message and place of an exception, without folders: it goes into files that may be published."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" (at {Path(frames[-1].filename).name}:{frames[-1].lineno}, in {frames[-1].name})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"

@@ -36,6 +36,11 @@ class OpenModels:
     config_changes: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """Input by number -> digest of its weights, as a record says what a merge was made from."""
+        return {f"input {number}": model.digest for number, model in enumerate(self.inputs, 1)}
+
 
 class _Opener:
     """Opens each checkpoint once, however many adapters lie on it."""

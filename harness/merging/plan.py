@@ -16,7 +16,9 @@ from harness.merging.compute import Maker
 from harness.merging.inputs import OpenModels, open_models
 from harness.merging.tensor_plan import MergeRecipe, TensorRecipe, recipe_of
 from harness.merging.threads import Clock
-from harness.steps.provenance import NUMERICS, code_digest
+from harness.steps.files import slug
+from harness.steps.provenance import code_digest
+from harness.steps.step import Step, make_step
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,14 @@ class MergePlan:
     opened: OpenModels
     recipe: MergeRecipe
     device: str
-    id: str
-    identity: dict[str, Any]
+    step: Step
     seconds: float
     """What planning took; digests of weights that were not known yet are most of it."""
+
+    @property
+    def id(self) -> str:
+        """Id of the step."""
+        return self.step.id
 
 
 def parse_input(given: str | Path | tuple[str | Path, float] | MergeInput) -> MergeInput:
@@ -69,7 +75,6 @@ def plan_merge(spec: MergeSpec, registry: Registry, device: str = "auto") -> Mer
     for one in recipe.tensors:
         maker.check(one)
     identity = {
-        "kind": "merge",
         "method": spec.method,
         "tensors": digest_of([_canonical(one) for one in recipe.tensors]),
         "base": opened.info.identity(),
@@ -83,10 +88,19 @@ def plan_merge(spec: MergeSpec, registry: Registry, device: str = "auto") -> Mer
         "rank": spec.rank,
         "device": device.partition(":")[0],
         "code": code_digest(entry),
-        "numerics": NUMERICS,
     }
-    seconds = time.perf_counter() - begun
-    return MergePlan(spec, merger, opened, recipe, device, digest_of(identity), identity, seconds)
+    return MergePlan(spec, merger, opened, recipe, device, _step(spec, opened, identity), time.perf_counter() - begun)
+
+
+def _step(spec: MergeSpec, opened: OpenModels, identity: dict[str, Any]) -> Step:
+    names = [model.name for model in opened.inputs]
+    return make_step(
+        "merge",
+        identity,
+        arm=f"{spec.method}-{slug('+'.join(names))}",
+        factors={"method": spec.method, "base": opened.info.name, "inputs": names, "seed": spec.seed},
+        made_from={"base": opened.info.weights_digest, **opened.digests},
+    )
 
 
 def _canonical(recipe: TensorRecipe) -> list[Any]:

@@ -7,108 +7,89 @@ the end. What a killed merge leaves there the next one clears away, and starts c
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from harness.core.errors import CorruptionError, UserError
-from harness.core.progress import Reporter
-from harness.steps.checksums import differences, is_recorded, record_files, still_whole
-from harness.steps.files import fsync_folder, read_json
-from harness.steps.store import RunStore
+from harness.core.errors import UserError
+from harness.core.records import StepRecord
+from harness.models.artifact import read_artifact
+from harness.steps.checksums import record_files
+from harness.steps.files import fsync_folder
+from harness.steps.folder import RECORD, STATUS, STEP, StepFolder
+from harness.steps.guard import Guard
+from harness.steps.lock import LOCK, FolderLock
+from harness.steps.runner import Ended, Runner
+from harness.steps.step import Step
 
-RECORD = "merge.json"
-"""The record of how a folder came about; for a fold ``fold.json``."""
+MERGE = "merge.json"
+"""What a merge was and came to, for people and pages; for a fold ``fold.json``."""
 FOLD = "fold.json"
-_OWN = re.compile(
-    r"merge\.json|checksums\.json|merge_stats\.jsonl|merge\.html|fold\.json|lineage\.json|README\.md|config\.json|generation_config\.json|"
-    r"adapter_model[\w.-]*\.(safetensors|json)|adapter_config\.json|model[\w.-]*\.(safetensors|json)|"
-    r"chat_template\.(jinja|json)|tokenizer[\w.]*|special_tokens_map\.json|added_tokens\.json|vocab\.\w+|merges\.txt|"
-    r"spiece\.model|(pre)?processor_config\.json|[\w.-]+\.py|\..*"
+MERGED = Guard(
+    "merge",
+    rf"{RECORD}|merge\.json|checksums\.json|merge_stats\.jsonl|merge\.html|fold\.json|lineage\.json|README\.md|config\.json|"
+    r"generation_config\.json|adapter_model[\w.-]*\.(safetensors|json)|adapter_config\.json|"
+    r"model[\w.-]*\.(safetensors|json)|chat_template\.(jinja|json)|tokenizer[\w.]*|special_tokens_map\.json|"
+    r"added_tokens\.json|vocab\.\w+|merges\.txt|spiece\.model|(pre)?processor_config\.json|[\w.-]+\.py",
+    f"{RECORD}/{STEP}",
 )
-"""Names that a merge leaves in its folder."""
 
 
-def done_before(out: Path, identity: str, *, fresh: bool, reporter: Reporter) -> dict[str, Any] | None:
-    """The record of a folder that holds this very merge, whole; None where there is work to do.
+@dataclass(frozen=True)
+class Made:
+    """What the writing of a merge gives for its record."""
 
-    Raises:
-        UserError: the folder is damaged, or holds anything else, and may not be replaced.
-    """
-    if not out.exists() and not out.is_symlink():
-        return None
-    if not out.is_dir():
-        raise UserError(f"--out {out}", "is no folder", "Give a new folder.")
-    names = sorted(path.name for path in out.iterdir())
-    if not names:
-        return None
-    record = _record(out)
-    # Its record may be what is damaged.
-    ours = record is not None or is_recorded(out, RECORD, FOLD)
-    strange = [name for name in names if not (ours and _OWN.fullmatch(name))]
-    if ours and not fresh and (record is None or record.get("id") == identity):
-        found = differences(out, everything=True)
-        pages = still_whole(found, f"--out {out}", "Give another --out, or --fresh to make it again.")
-        assert record is not None
-        reporter.note(f"{out} holds this {record['kind']} already{pages}")
-        return record
-    if strange:
-        raise UserError(
-            f"--out {out}",
-            f"holds files that are no merge's ({', '.join(strange[:5])})",
-            "--fresh deletes only a merge. Give another folder, or move those files."
-            if fresh
-            else "Give a new folder.",
-        )
-    if not fresh:
-        assert record is not None
-        raise UserError(
-            f"--out {out}",
-            f"holds another result ({record.get('method')}, id {str(record.get('id'))[:12]})",
-            "Give another --out, or --fresh to replace it.",
-        )
-    return None
+    counts: Mapping[str, int]
+    seconds: Mapping[str, float]
+    notes: tuple[str, ...]
 
 
-def _record(out: Path) -> dict[str, Any] | None:
-    for name in (RECORD, FOLD):
-        with contextlib.suppress(OSError, CorruptionError):
-            found = read_json(out / name)
-            if isinstance(found, dict):
-                return found
-    return None
+def publish(step: Step, out: Path, runner: Runner, write: Callable[[Path], Made]) -> StepRecord:
+    """Carry out a step whose folder appears when it is whole; an earlier one that it replaces is deleted then.
 
-
-class _Work(RunStore):
-    """The lock of the work folder; messages name the folder that the user gave."""
-
-    def __init__(self, root: Path, out: Path) -> None:
-        super().__init__(root)
-        self.out = out
-
-    def lock(self) -> None:
-        try:
-            super().lock()
-        except UserError as error:
-            raise UserError(f"--out {self.out}", error.what, error.fix) from None
-
-
-@contextlib.contextmanager
-def appearing(out: Path) -> Iterator[Path]:
-    """A folder to write into; at the end of the block it gets its name, and on an error it is deleted.
-
-    What ``out`` holds then (an earlier merge that :func:`done_before` let pass) is deleted.
+    Args:
+        step: a merge or a fold.
+        out: may hold what it is to replace.
+        runner: begins it, and records how it ended; of a failure the record alone stays, where nothing else lies there.
+        write: fills the folder that it is given.
 
     Raises:
         UserError: another process is writing there, or the work folder is somebody else's.
     """
     out = out.resolve()
+    with _appearing(out) as model:
+        folder = StepFolder.within(model, step.id, step.kind)
+        folder.known_as = out / RECORD
+        try:
+            with runner.recorded(step, folder):
+                runner.begin(step, folder)
+                made = write(model)
+                record_files(model, [path for path in _files(model) if path != folder.path / STATUS])
+                found = read_artifact(model)
+                ended = Ended(
+                    found.kind, found.digest, {}, found.rank, found.template, made.counts, made.seconds, made.notes
+                )
+                return runner.finish(step, folder, ended)
+        except Exception:
+            if (folder.path / STATUS).is_file() and not (out.is_dir() and any(out.iterdir())):
+                out.mkdir(exist_ok=True)
+                folder.path.rename(out / RECORD)
+            raise
+
+
+def _files(model: Path) -> Iterator[Path]:
+    for path in model.iterdir():
+        yield from path.iterdir() if path.is_dir() else [path]
+
+
+@contextlib.contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A folder to write into; at the end of the block it gets its name, and on an error it is deleted."""
     work = out.parent / f".{out.name}.merge"
     try:
-        with _Work(work, out):
-            strange = sorted(path.name for path in work.iterdir() if path.name not in (".lock", "model", "replaced"))
+        with FolderLock(work, MERGED.where(out)):
+            strange = sorted(path.name for path in work.iterdir() if path.name not in (LOCK, "model", "replaced"))
             if strange:
                 raise UserError(
                     f"{work}", f"holds files that are no merge's ({', '.join(strange[:5])})", "Move that folder away."
@@ -119,7 +100,6 @@ def appearing(out: Path) -> Iterator[Path]:
             model.mkdir()
             try:
                 yield model
-                record_files(model, model.iterdir())
                 fsync_folder(model)
                 if out.is_dir() and any(out.iterdir()):
                     out.rename(work / "replaced")

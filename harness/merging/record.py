@@ -37,7 +37,7 @@ def record_of(plan: MergePlan, maker: Maker, files: Mapping[str, int], spent: Sp
         "id": plan.id,
         "kind": "merge",
         "method": plan.spec.method,
-        "identity": plan.identity,
+        "identity": plan.step.identity,
         "form": plan.spec.form,
         "base": lineage_entry(opened.base) if opened.base is not None else None,
         "inputs": [

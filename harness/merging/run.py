@@ -16,19 +16,20 @@ from pydantic import Field
 from harness.contracts.registry import Registry, load_plugins
 from harness.core.config import Config, parse_options
 from harness.core.progress import Reporter
-from harness.core.records import StepRecord
 from harness.core.specs import MergeInput, MergeSpec, ModelSpec
 from harness.merging.compute import Maker
 from harness.merging.page import render
 from harness.merging.plan import MergePlan, parse_input, plan_merge
-from harness.merging.publish import RECORD, appearing, done_before
+from harness.merging.publish import MERGE, MERGED, Made, publish
 from harness.merging.record import Spent, lineage_of, merge_card, record_of
 from harness.merging.tensor_plan import TensorRecipe
 from harness.merging.threads import Clock, TensorWork, carry_out, default_workers
 from harness.merging.write import SHARD_SIZE, Shards, TensorShape, check_disk, target_dtype, write_small_files
 from harness.models.lineage import LINEAGE
 from harness.models.tensors import FLOATS
+from harness.steps.alone import Alone
 from harness.steps.files import read_json, write_bytes, write_json
+from harness.steps.runner import Runner
 
 
 class MergeSettings(Config):
@@ -97,21 +98,11 @@ def run_merge(
     plan: MergePlan, out: Path, running: MergeSettings, *, fresh: bool, registry: Registry, reporter: Reporter
 ) -> Merging:
     """Carry out a plan; the folder appears at the end, or not at all."""
-    if (before := done_before(out, plan.id, fresh=fresh, reporter=reporter)) is not None:
-        return Merging(out, plan.id, before, before=True)
-    registry.announce("step_started", step={"id": plan.id, "kind": "merge", "arm": out.name})
+    if Alone(plan.step, out, MERGED).done_before(reporter, fresh=fresh) is not None:
+        return Merging(out, plan.id, read_json(out / MERGE), before=True)
     run = _Run(plan, running, reporter)
-    record = run.carry_out(out)
-    ended = StepRecord(
-        id=plan.id,
-        kind="merge",
-        status="done",
-        counts=record["counts"],
-        seconds=record["seconds"],
-        notes=tuple(record["notes"]),
-    )
-    registry.announce("step_finished", record=ended)
-    return Merging(out, plan.id, record)
+    publish(plan.step, out, Runner(registry, reporter), lambda folder: run.carry_out(out, folder))
+    return Merging(out, plan.id, read_json(out / MERGE))
 
 
 class _Run:
@@ -121,8 +112,8 @@ class _Run:
         self.plan, self.running, self.reporter = plan, running, reporter
         self.spent = Spent(running.workers or default_workers(), Clock(), {"plan": plan.seconds})
 
-    def carry_out(self, out: Path) -> dict[str, Any]:
-        """Merge, write, record."""
+    def carry_out(self, out: Path, folder: Path) -> Made:
+        """Merge, and write all that is to lie in ``out`` into ``folder``."""
         begun = time.perf_counter()
         import torch  # noqa: F401 - so that its import is on its own account
 
@@ -133,19 +124,17 @@ class _Run:
         maker.merger = maker.prepared(plan.recipe.tensors)
         self.spent.seconds["prepare"] = time.perf_counter() - begun
         begun = time.perf_counter()
-        with appearing(out) as folder:
-            if plan.spec.form == "adapter":
-                files = self._write_adapter(out, folder, maker)
-            else:
-                files = self._write_model(out, folder, maker)
-            self.spent.seconds["compute"] = time.perf_counter() - begun
-            record = record_of(plan, maker, files, self.spent)
-            write_json(folder / RECORD, record)
-            write_bytes(folder / "merge.html", render(record).encode())
-            write_json(folder / LINEAGE, lineage_of(plan))
-            write_bytes(folder / "README.md", merge_card(record).encode())
-        found: dict[str, Any] = read_json(out / RECORD)
-        return found
+        if plan.spec.form == "adapter":
+            files = self._write_adapter(out, folder, maker)
+        else:
+            files = self._write_model(out, folder, maker)
+        self.spent.seconds["compute"] = time.perf_counter() - begun
+        record = record_of(plan, maker, files, self.spent)
+        write_json(folder / MERGE, record)
+        write_bytes(folder / "merge.html", render(record).encode())
+        write_json(folder / LINEAGE, lineage_of(plan))
+        write_bytes(folder / "README.md", merge_card(record).encode())
+        return Made(record["counts"], record["seconds"], tuple(record["notes"]))
 
     def _write_model(self, out: Path, folder: Path, maker: Maker) -> dict[str, int]:
         plan = self.plan

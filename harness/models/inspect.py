@@ -15,6 +15,7 @@ from harness.core.records import AdapterInfo, ModelInfo
 from harness.core.secrecy import refuse_credentials
 from harness.core.specs import ModelSpec
 from harness.models.adapter_keys import Base, check_keys, module_of
+from harness.models.artifact import adapter_digest, largest_rank
 from harness.models.chat_templates import read_chat_template
 from harness.models.files import (
     IndexFile,
@@ -233,13 +234,12 @@ def inspect_adapter(
     header = {name: entry for file in weights for name, entry in read_header(file, where).items()}
     check_keys(f"{where} {ref}", config, header, _base_of(model))
     _check_template(ref, path, model, allow_template_mismatch)
-    ranks = [config.get("r") or 0, *(config.get("rank_pattern") or {}).values()]
     return AdapterInfo(
         ref=ref,
         path=str(path),
         name=short_name(ref, revision, path),
-        digest=files_digest([*weights, path / "adapter_config.json"], path),
-        rank=max(rank for rank in ranks if isinstance(rank, int)),
+        digest=adapter_digest(path),
+        rank=largest_rank(config),
         config=config,
     )
 

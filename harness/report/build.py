@@ -6,7 +6,6 @@ A report holds nothing of its own: it can be deleted and is rebuilt from the rec
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,19 +148,15 @@ def _asked(task: TaskResult) -> tuple[Any, dict[str, Any] | None]:
     """Kind of request and decoding, as the first stored request shows them, else as the answers step says."""
     request = next((step.first_request() for step in task.scores), {})
     info = task.answers.info if task.answers is not None else {}
+    described = task.answers.identity.get("task") if task.answers is not None else None
     kind = request.get("kind")
     if kind == "loglikelihood":
         return kind, None
     decoding = request.get("decoding")
     # What lm-eval decodes with stands in its own task file, not in ours.
-    if decoding is None and not _is_lm_eval(info):
+    if decoding is None and not (isinstance(described, dict) and described.get("lm_eval") is not None):
         decoding = info.get("decoding")
     return ("generate" if decoding else kind), (dict(decoding) if decoding else None)
-
-
-def _is_lm_eval(info: Mapping[str, Any]) -> bool:
-    described = (info.get("config") or {}).get("task") or {}
-    return isinstance(described, dict) and described.get("lm_eval") is not None
 
 
 def _provenance(run: RunResult) -> dict[str, Any]:

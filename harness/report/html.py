@@ -33,7 +33,7 @@ from harness.core.text import (
 )
 from harness.report.compare_text import p_text, signed, verdict_text
 from harness.report.leaderboard import arm_text, differences_by_row, digits_by_row, row_key
-from harness.report.read import RunResult, Step, TaskResult, Texts
+from harness.report.read import RunResult, StepResult, TaskResult, Texts
 from harness.report.text import HOW_TO_READ, interval_text, mean_text, pedigree, remarks, shown_rows, task_facts
 
 if TYPE_CHECKING:
@@ -259,7 +259,7 @@ def _task_view(
 # ------------------------------------------------------------------------------------------------------------ samples
 
 
-def _scored(task: TaskResult) -> list[Step]:
+def _scored(task: TaskResult) -> list[StepResult]:
     return [step for step in task.scores if step.done]
 
 

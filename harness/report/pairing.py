@@ -8,7 +8,7 @@ from pathlib import Path
 from harness.core.errors import UserError
 from harness.core.records import Metric, Row
 from harness.core.text import task_label, visible
-from harness.report.read import RunResult, Step, TaskResult, open_run
+from harness.report.read import RunResult, StepResult, TaskResult, open_run
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Side:
     """One metric of one task of one run; ``row`` is its whole-task row."""
 
     task: TaskResult
-    step: Step
+    step: StepResult
     metric: Metric
     row: Row | None
 
@@ -136,7 +136,7 @@ def obstacle(a: Side, b: Side, *, allow_prompt_mismatch: bool = False) -> str | 
     versions = a.task.info.get("version"), b.task.info.get("version")
     if versions[0] != versions[1]:
         return f"task versions {versions[0]} and {versions[1]} differ in prompts or data"
-    scorers = [(side.step.info.get("config") or {}).get("scorer") for side in (a, b)]
+    scorers = [side.step.identity.get("scorer") for side in (a, b)]
     if scorers[0] != scorers[1]:
         return "the scorers differ in options or model"
     if (a.metric.unit, a.metric.higher_is_better) != (b.metric.unit, b.metric.higher_is_better):

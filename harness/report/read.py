@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from harness.core.errors import CorruptionError, UserError, nearest
-from harness.core.records import Metric, Output, Row, StepKind, StepRecord
+from harness.core.records import Metric, Output, Row, StepRecord
 from harness.core.text import portable, visible
 from harness.steps.files import read_json, stays_inside
 from harness.steps.journal import read_rows, rows_digest
@@ -65,7 +65,7 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepResult:
     """One step of a run. ``record`` is None while it has not ended."""
 
     root: Path
@@ -83,6 +83,11 @@ class Step:
     def artifact(self) -> Path:
         """Folder of what the step made."""
         return (self.folder or self.root / "steps") / "artifact"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that can move its numbers; runs of harness 0.1 call it `config`."""
+        return dict(self.info.get("identity") or self.info.get("config") or {})
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
@@ -163,8 +168,8 @@ class TaskResult:
     """One task of a run: the plan's words about it, and its steps."""
 
     info: Mapping[str, Any]
-    answers: Step | None
-    scores: tuple[Step, ...]
+    answers: StepResult | None
+    scores: tuple[StepResult, ...]
 
     @property
     def name(self) -> str:
@@ -182,15 +187,15 @@ class TaskResult:
         return self.info.get("template")
 
     @property
-    def steps(self) -> tuple[Step, ...]:
+    def steps(self) -> tuple[StepResult, ...]:
         """All its steps, answers first."""
         return ((self.answers,) if self.answers is not None else ()) + self.scores
 
-    def unfinished(self) -> list[Step]:
+    def unfinished(self) -> list[StepResult]:
         """Steps that have not ended."""
         return [step for step in self.steps if step.record is None]
 
-    def failed(self) -> list[Step]:
+    def failed(self) -> list[StepResult]:
         """Steps that ended in an error."""
         return [step for step in self.steps if step.record is not None and step.record.status == "failed"]
 
@@ -294,7 +299,7 @@ def _task(root: Path, info: Mapping[str, Any]) -> TaskResult:
     )
 
 
-def _step(root: Path, kind: StepKind, step_id: str) -> Step:
+def _step(root: Path, kind: str, step_id: str) -> StepResult:
     for folder in sorted((root / "steps").glob(f"{kind}-*-{glob.escape(step_id[:12])}")):
         if not (folder / "step.json").is_file():
             continue
@@ -310,8 +315,8 @@ def _step(root: Path, kind: StepKind, step_id: str) -> Step:
             file = folder / "artifact" / name
             if not file.is_file() or digest_of_bytes(file.read_bytes()) != digest:
                 raise CorruptionError(f"{file}: does not hold what status.json recorded; run the same command again")
-        return Step(root, step_id, folder, info, record)
-    return Step(root, step_id, None, {}, None)
+        return StepResult(root, step_id, folder, info, record)
+    return StepResult(root, step_id, None, {}, None)
 
 
 def _not_a_run(root: Path) -> UserError:

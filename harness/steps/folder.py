@@ -1,19 +1,29 @@
-"""The folder of one step."""
+"""The folder of one step's record, the same for every kind: what it is, what it did, how it ended."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.core.errors import CorruptionError
-from harness.core.records import StepKind, StepRecord
+from harness.core.errors import CorruptionError, StepError
+from harness.core.records import StepRecord
 from harness.steps.files import fsync_folder, read_json, write_json, writing
+from harness.steps.step import Step
 
 CHECKPOINT_COMPLETE = "complete.json"
 """Written into a checkpoint of training last: without it, it is not one."""
+RECORD = "step"
+"""Folder of the record within the artifact's, where a command makes one artifact alone."""
+STEP, STATUS, LOG, PROVENANCE = "step.json", "status.json", "log.jsonl", "provenance.json"
+
+
+class SupersededError(StepError):
+    """Another attempt at the same step has begun since: this one must not end it."""
 
 
 @dataclass
@@ -22,29 +32,53 @@ class StepFolder:
 
     path: Path
     id: str
-    kind: StepKind
+    kind: str
+    artifact: Path
+    """Folder of what the step makes."""
+    attempt: int = field(default=0)
+    """Which attempt at the step this process makes; 0: none."""
+    known_as: Path | None = None
+    """Where the record lies once the artifact has appeared, for one that is made in another place."""
 
     @property
-    def artifact(self) -> Path:
-        """Folder of what the step makes."""
-        return self.path / "artifact"
+    def name(self) -> str:
+        """What messages and lists of failures call the step."""
+        return self.path.name if self.path.name != RECORD else (self.known_as or self.path).parent.name
 
-    def begin(self, step: dict[str, Any], provenance: dict[str, Any]) -> None:
-        """Write what the step is, before it does anything."""
+    @classmethod
+    def within(cls, out: Path, step_id: str, kind: str) -> StepFolder:
+        """Where a command makes one artifact alone: ``out`` is the artifact, and the record lies in ``out/step``."""
+        return cls(out / RECORD, step_id, kind, out)
+
+    def begin(self, step: Step, described: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+        """Write what the step is, before it does anything; every beginning is a new attempt."""
         self.artifact.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / "step.json", {"id": self.id, "kind": self.kind, **step})
-        write_json(self.path / "provenance.json", provenance)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.attempt = self._begun() + 1
+        known = {"id": step.id, "kind": step.kind, "arm": step.arm, "attempt": self.attempt}
+        identity = {"identity": step.identity, "factors": step.factors, "parents": step.parents}
+        write_json(self.path / STEP, {**described, **identity, "made_from": step.made_from, **known})
+        write_json(self.path / PROVENANCE, provenance)
+
+    def describe(self, **more: Any) -> None:
+        """Add to step.json what is known only once the step is under way."""
+        write_json(self.path / STEP, {**read_json(self.path / STEP), **more})
+
+    def _begun(self) -> int:
+        with contextlib.suppress(OSError, CorruptionError, AttributeError, TypeError, ValueError):
+            return int(read_json(self.path / STEP).get("attempt", 1))
+        return 0
 
     def log(self, event: str, **fields: Any) -> None:
         """Append one line to log.jsonl."""
         line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, ensure_ascii=False)
-        path = self.path / "log.jsonl"
+        path = self.path / LOG
         with writing(path), path.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
     def status(self) -> StepRecord | None:
         """The record of an ended step; None while it has not ended (or its status.json is damaged)."""
-        path = self.path / "status.json"
+        path = self.path / STATUS
         if not path.exists():
             return None
         try:
@@ -55,10 +89,18 @@ class StepFolder:
 
     def reopen(self, reason: str) -> None:
         """Take back the end of a step whose artifact no longer holds what was recorded."""
-        (self.path / "status.json").unlink(missing_ok=True)
+        (self.path / STATUS).unlink(missing_ok=True)
         self.log("reopened", reason=reason)
 
     def finish(self, record: StepRecord) -> None:
-        """Write status.json, last and atomically."""
+        """Write status.json, last and atomically, unless another attempt has begun since.
+
+        Raises:
+            SupersededError: it has: a worker that was cut off from its cluster must not end what another does again.
+        """
+        if self.attempt and (now := self._begun()) != self.attempt:
+            raise SupersededError(
+                self.name, f"attempt {now} has begun since this one, {self.attempt}", "Its result is the one kept."
+            )
         fsync_folder(self.artifact)
-        write_json(self.path / "status.json", record.model_dump(mode="json"))
+        write_json(self.path / STATUS, record.model_dump(mode="json"))

@@ -16,7 +16,6 @@ from typing import Any
 
 from yaml import YAMLError
 
-from harness.alignment.folder import WORK
 from harness.alignment.heldout import ACCURACY, HELDOUT, LOSS
 from harness.alignment.plan import AlignPlan, plan_align
 from harness.alignment.run import run_align
@@ -31,12 +30,15 @@ from harness.core.records import digest_of
 from harness.core.specs import AlignSpec, ModelSpec
 from harness.core.stats import Comparison, Summary, compare_paired, holm
 from harness.steps.files import slug, write_bytes, write_json
+from harness.steps.folder import RECORD
+from harness.steps.guard import Guard
 from harness.steps.journal import read_rows
-from harness.steps.store import RunStore
+from harness.steps.lock import FolderLock
 
 OPTION = "--search"
 FILE = "search.json"
 BEST = "best"
+SEARCH = Guard("search", r"[^.].*", FILE)
 ALPHA = 0.05
 """Two cells differ when the Holm-adjusted p-value is below this."""
 
@@ -117,16 +119,16 @@ def search(
     registry, reporter = registry or load_plugins(), reporter or Reporter()
     folder = Path(out)
     cells = plan_cells(spec, registry, folder, grid or {})
-    with RunStore(folder) as store:
-        _refuse_strangers(store.root, cells)
-        _write(store.root, spec, cells, None, "")
+    SEARCH.refuse(folder)
+    with FolderLock(folder, SEARCH.where(folder)):
+        _write(folder, spec, cells, None, "")
         for number, cell in enumerate(cells, 1):
             reporter.note(f"cell {number} of {len(cells)}: {cell.name}")
             _run(cell, registry, fresh, reporter)
-            _write(store.root, spec, cells, None, "")
+            _write(folder, spec, cells, None, "")
         found = choose(folder, cells, seed=spec.seed)
         _point(folder / BEST, found.best.folder)
-        _write(store.root, spec, cells, found.best, found.verdict)
+        _write(folder, spec, cells, found.best, found.verdict)
     reporter.note(f"best: {found.best.name}. {found.verdict}")
     return found
 
@@ -223,17 +225,6 @@ def full_grid(spec: AlignSpec, registry: Registry, grid: Grid) -> dict[str, list
     return full
 
 
-def _refuse_strangers(root: Path, cells: Sequence[Cell]) -> None:
-    """The folder is empty or holds a search."""
-    strange = [path.name for path in root.iterdir() if not path.name.startswith(".")]
-    if strange and not (root / FILE).is_file():
-        raise UserError(
-            f"--out {root}", f"holds files that are no search ({', '.join(sorted(strange)[:5])})", "Give a new folder."
-        )
-    if (root / BEST).exists() and not (root / BEST).is_symlink():
-        raise UserError(f"--out {root}", f"{BEST!r} in it is not a search's pointer", "Move it away.")
-
-
 def _run(cell: Cell, registry: Registry, fresh: bool, reporter: Reporter) -> None:
     try:
         made = run_align(cell.plan, registry, cell.folder, fresh=fresh, reporter=reporter)
@@ -243,7 +234,7 @@ def _run(cell: Cell, registry: Registry, fresh: bool, reporter: Reporter) -> Non
         reporter.note(f"failed: {cell.error}")
         return
     cell.heldout = made.summaries
-    rows = cell.folder / WORK / HELDOUT
+    rows = cell.folder / RECORD / HELDOUT
     cell.rows = read_rows(rows) if rows.exists() else []
 
 
@@ -261,7 +252,7 @@ def choose(folder: Path, cells: list[Cell], *, seed: int) -> Search:
     if not done:
         why = "; ".join(f"{cell.name}: {cell.error}" for cell in cells if cell.error)
         raise StepError(
-            "search", f"no cell has held-out figures{': ' + why if why else ''}", "See each cell's training/log.jsonl."
+            "search", f"no cell has held-out figures{': ' + why if why else ''}", "See each cell's step/log.jsonl."
         )
     criterion = ACCURACY if all(ACCURACY in cell.heldout for cell in done) else LOSS
 
@@ -299,6 +290,8 @@ def _verdict(criterion: str, best: Cell, others: Sequence[Cell]) -> str:
 
 def _point(link: Path, target: Path) -> None:
     """A relative link, replaced atomically, so that the folder can be moved."""
+    if link.exists() and not link.is_symlink():
+        raise UserError(f"--out {link.parent}", f"{link.name!r} in it is not a search's pointer", "Move it away.")
     temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name, target_is_directory=True)

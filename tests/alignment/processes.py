@@ -62,7 +62,7 @@ def as_set(**options: Any) -> list[str]:
 
 def log_of(out: Path, event: str) -> list[dict[str, Any]]:
     """Lines of an alignment's log about one kind of event."""
-    lines = [json.loads(text) for text in (out / "training" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(text) for text in (out / "step" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if line["event"] == event]
 
 

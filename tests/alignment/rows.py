@@ -40,5 +40,5 @@ def short(**more: Any) -> dict[str, Any]:
 
 def events(folder: Path, event: str) -> list[dict[str, Any]]:
     """Lines of an alignment's log about one event."""
-    lines = (folder / "training" / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder / "step" / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return [line for line in map(json.loads, lines) if line["event"] == event]

@@ -28,7 +28,7 @@ RECORDS = {"batches.jsonl.gz", "heldout.jsonl.gz", "log.jsonl", "provenance.json
 FILES = {
     *ADAPTER,
     *(f"step-3/{name}" for name in ADAPTER),
-    *(f"training/{name}" for name in (*RECORDS, "step.json")),
+    *(f"step/{name}" for name in (*RECORDS, "step.json")),
     "README.md",
     ".lock",
 }
@@ -106,7 +106,7 @@ def test_whoever_uses_the_adapter_names_what_is_damaged(copy: Path, tiny: Path, 
         assert name.rpartition("/")[2] in caught.value.what
 
 
-@pytest.mark.parametrize("lost", ["training/step.json", "training/status.json", "checksums.json", "lineage.json"])
+@pytest.mark.parametrize("lost", ["step/step.json", "step/status.json", "checksums.json", "lineage.json"])
 def test_fresh_makes_a_damaged_alignment_again(
     made: tuple[AlignPlan, Registry, Path], copy: Path, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
@@ -135,7 +135,7 @@ def test_an_alignment_killed_before_its_end_is_on_record_goes_on(
     made: tuple[AlignPlan, Registry, Path], copy: Path, again: Callable[..., str]
 ) -> None:
     """The record of files is there, status.json is not, and the checkpoint says that there is something to go on."""
-    (copy / "training" / "status.json").unlink()
-    write_json(copy / "training" / "checkpoints" / "checkpoint-6" / "complete.json", {"step": 6})
+    (copy / "step" / "status.json").unlink()
+    write_json(copy / "step" / "checkpoints" / "checkpoint-6" / "complete.json", {"step": 6})
     with pytest.raises(pytest.fail.Exception, match="it trained again"):
         again(copy)

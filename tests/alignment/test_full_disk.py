@@ -48,7 +48,7 @@ def test_before_the_first_checkpoint_nothing_stays(
         ran = cli(*command, "dpo", *more, "--out", "out")
     assert ran.code == 2, ran.err
     assert ran.err.endswith(
-        f"error: out/training/{file}: {what}\n"
+        f"error: out/step/{file}: {what}\n"
         "  Lift that limit, or write to another folder, and run the same command again.\n"
     )
     assert "Traceback" not in ran.err and "goes on" not in ran.err

@@ -48,7 +48,7 @@ def test_the_size_of_batches_changes_no_figure(tiny: Path, alone: Path, method: 
         # One step at a rate near 0, in which dropout has no part: the models stay the same.
         options = short(steps=1, micro_batch_size=micro, eval_rows=7, learning_rate=1e-12)
         made = align(method, str(tiny), pairs, out=alone / f"{method}-{micro}", options=options)
-        rows = read_rows(made.folder / "training" / "heldout.jsonl.gz")
+        rows = read_rows(made.folder / "step" / "heldout.jsonl.gz")
         assert len(rows) % 2 == 1
         assert made.heldout["eval_loss"] == pytest.approx(math.fsum(r["loss"] for r in rows) / len(rows))
         return {row["id"]: row for row in rows}
@@ -64,7 +64,7 @@ def test_figures_at_steps_are_in_the_log_and_the_last_in_the_result(tiny: Path, 
     made = align("dpo", str(tiny), pairs, out=alone / "out", options=short(steps=4, eval_every=2))
     logged = [line for line in events(made.folder, "train") if "eval_loss" in line]
     assert [line["step"] for line in logged] == [2, 4]
-    result = json.loads((made.folder / "training" / "result.json").read_text())
+    result = json.loads((made.folder / "step" / "result.json").read_text())
     for key in ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"):
         assert result["heldout"][key] == logged[-1][key] == made.heldout[key]
     summary = result["summaries"]["rewards/accuracies"]
@@ -84,7 +84,7 @@ def test_a_trainer_that_says_nothing_per_row_is_measured_row_by_row(tiny: Path, 
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr(MaskedSftTrainer, "row_values")
         plain = align("sft", str(tiny), pairs, out=alone / "plain", options=options)
-    rows = [read_rows(made.folder / "training" / "heldout.jsonl.gz") for made in (known, plain)]
+    rows = [read_rows(made.folder / "step" / "heldout.jsonl.gz") for made in (known, plain)]
     assert [row.keys() for row in rows[1]] == [{"id", "loss"}] * len(rows[0])
     for mine, its in zip(*rows, strict=True):
         assert its["id"] == mine["id"] and its["loss"] == pytest.approx(mine["loss"], rel=1e-4)

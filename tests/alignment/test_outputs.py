@@ -83,7 +83,7 @@ def test_peft_takes_it(align: Align, tiny: Path) -> None:
     names = {path.name for path in made.folder.iterdir() if path.name != ".lock"}
     weights = {"adapter_model.safetensors", "adapter_config.json", "chat_template.jinja", "lineage.json"}
     weights |= {"checksums.json"}
-    assert names == {*weights, "README.md", "step-3", "training"}
+    assert names == {*weights, "README.md", "step-3", "step"}
     assert {path.name for path in (made.folder / "step-3").iterdir()} == weights
     files = [path for path in made.folder.rglob("*") if path.is_file() and path.suffix not in (".gz", ".safetensors")]
     assert len(files) >= 10
@@ -231,7 +231,7 @@ def test_the_record(align: Align) -> None:
     # Cosine from 1e-3 over six steps: the first step is at the peak.
     assert trained[0]["learning_rate"] == pytest.approx(1e-3)
     assert trained[3]["learning_rate"] == pytest.approx(0.5e-3)
-    engine = json.loads((made.folder / "training" / "provenance.json").read_text())["engine"]
+    engine = json.loads((made.folder / "step" / "provenance.json").read_text())["engine"]
     # Two layers; q_proj is square, so A and B have the same number of weights.
     width = made.plan.model.config["hidden_size"]
     assert engine["trainable_parameters"] == 2 * 2 * 4 * width
@@ -294,7 +294,7 @@ def test_samples_and_selected_count_rows_that_are_trained_on(align: Align, alone
     file = alone / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     made = align("sft", "out", data=file, samples=20, steps=1, max_length=64)
-    step = json.loads((made.folder / "training" / "step.json").read_text())
+    step = json.loads((made.folder / "step" / "step.json").read_text())
     assert step["counts"]["jsonl:rows.jsonl"]["selected to train"] == 20
     assert step["tokens"]["kept"] == 20
     assert step["dropped"]["prompt longer than the context (64 tokens)"] == step["tokens"]["rows"] - 20 > 0

@@ -106,7 +106,7 @@ def test_dropout_is_on_and_seeds_matter(zygote: Zygote, folder: Path, dpo: list[
     assert made["same"] == whole
     assert made["other"] != whole
     assert made["dry"] != whole
-    provenance = json.loads((folder / "whole" / "training" / "provenance.json").read_text())
+    provenance = json.loads((folder / "whole" / "step" / "provenance.json").read_text())
     assert provenance["engine"]["dropout_in_force"] == [0.2]
     assert provenance["engine"]["trainable_dtypes"] == ["torch.float32"]
 
@@ -134,12 +134,12 @@ def test_killed(
     """SIGKILL, then the same command."""
     out = request.node.callspec.id.replace(" ", "-")
     assert run(zygote, folder, dpo, out, patch)[0] == -signal.SIGKILL
-    assert not (folder / out / "training" / "status.json").exists()
+    assert not (folder / out / "step" / "status.json").exists()
     code, said = run(zygote, folder, dpo, out)
     assert code == 0, said
     assert (folder / out / WEIGHTS).read_bytes() == whole
     assert [e["checkpoint"] for e in log_of(folder / out, "resumed")] == ([resumed] if resumed else [])
-    assert not (folder / out / "training" / "checkpoints").exists()
+    assert not (folder / out / "step" / "checkpoints").exists()
 
 
 def test_killed_in_the_reference_pass(zygote: Zygote, folder: Path, dpo: list[str], tmp_path: Path) -> None:
@@ -163,13 +163,13 @@ def test_killed_after_the_end(zygote: Zygote, folder: Path, dpo: list[str], whol
     code, said = run(zygote, folder, dpo, "ended")
     assert (code, "holds this adapter already" in said) == (0, True)
     assert (folder / "ended" / WEIGHTS).read_bytes() == whole
-    assert not (folder / "ended" / "training" / "checkpoints").exists()
+    assert not (folder / "ended" / "step" / "checkpoints").exists()
 
 
 def test_killed_before_there_is_a_record(zygote: Zygote, folder: Path, dpo: list[str], whole: bytes) -> None:
     """A folder with nothing in it yet is nobody else's."""
     assert run(zygote, folder, dpo, "bare", NO_RECORD)[0] == -signal.SIGKILL
-    assert (folder / "bare" / "training").is_dir()
+    assert (folder / "bare" / "step").is_dir()
     assert run(zygote, folder, dpo, "bare")[0] == 0
     assert (folder / "bare" / WEIGHTS).read_bytes() == whole
 
@@ -182,7 +182,7 @@ def test_killed_again_and_again(zygote: Zygote, folder: Path, dpo: list[str], wh
         child: Child = zygote.start([*dpo, "--out", "often"], cwd=folder)
         # At first too early to get anywhere, then later and later.
         time.sleep(draw.uniform(0.05, 0.3 + 0.1 * attempt))
-        if (folder / "often" / "training" / "status.json").exists():
+        if (folder / "often" / "step" / "status.json").exists():
             assert child.wait() == 0
             break
         os.kill(child.pid, signal.SIGKILL)
@@ -220,7 +220,7 @@ def test_a_repeated_sigterm_still_saves(zygote: Zygote, folder: Path, dpo: list[
     assert patch.count(once) == 2
     ended, said = run(zygote, folder, dpo, "twice", patch)
     assert ended == 75, said
-    assert (folder / "twice" / "training" / "checkpoints" / "checkpoint-3" / "complete.json").exists()
+    assert (folder / "twice" / "step" / "checkpoints" / "checkpoint-3" / "complete.json").exists()
 
 
 def test_incomplete_checkpoints_are_never_used(tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ def test_a_signal_near_the_end_of_a_cell_stops_the_search(
             two_cells(tiny, alone)
     (folder,) = [path for path in (alone / "s").iterdir() if path.is_dir()]
     before = (folder / "adapter_model.safetensors").read_bytes()
-    assert json.loads((folder / "training" / "status.json").read_text())["status"] == "done"
+    assert json.loads((folder / "step" / "status.json").read_text())["status"] == "done"
     found = two_cells(tiny, alone)
     assert [bool(one.heldout) for one in found.cells] == [True, True]
     assert (folder / "adapter_model.safetensors").read_bytes() == before

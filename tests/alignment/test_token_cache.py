@@ -156,7 +156,7 @@ def test_alignments_share_tokens_across_seeds_and_see_a_changed_file(
     assert said["read"] is True and said["tokenised"] > 40
     second, said = run("b", seed=1)
     assert (said["read"], said["tokenised"]) == (False, 0)
-    steps = [json.loads((folder / "training" / "step.json").read_text()) for folder in (first, second)]
+    steps = [json.loads((folder / "step" / "step.json").read_text()) for folder in (first, second)]
     assert all(steps[0][key] == steps[1][key] for key in ("counts", "dropped", "tokens", "notes"))
     file = Path(pairs.removeprefix("jsonl:"))
     file.write_text(file.read_text().replace("thank you", "thanks"))

@@ -46,7 +46,7 @@ def furthest(one: str | Path, two: str | Path) -> float:
 
 def batches(out: str) -> list[list[str]]:
     """Row ids of every optimiser step."""
-    return [row["rows"] for row in read_rows(Path(out) / "training" / "batches.jsonl.gz")]
+    return [row["rows"] for row in read_rows(Path(out) / "step" / "batches.jsonl.gz")]
 
 
 # ------------------------------------------------------------------------------------------------ no number
@@ -104,7 +104,7 @@ def test_after_a_checkpoint_the_folder_is_kept(
     refused = cli(*other)
     assert refused.code == 2
     assert "holds another alignment; different: recipe.learning_rate (there 0.001, here 0.0001)\n" in refused.err
-    assert (alone / "out/training/checkpoints/checkpoint-2/complete.json").exists()
+    assert (alone / "out/step/checkpoints/checkpoint-2/complete.json").exists()
     assert cli(*other, "--fresh").code == 0
 
 
@@ -123,9 +123,9 @@ def test_out_of_memory_halves(align: Align, monkeypatch: pytest.MonkeyPatch, sta
     assert [line["micro_batch_size"] for line in log_of(hungry.folder, "out_of_memory")] == [4, 2]
     assert all("CUDA out of memory. Tried" in line["error"] for line in log_of(hungry.folder, "out_of_memory"))
     assert "out of memory: going on with micro batches of 4" in ear.said
-    engine = json.loads((hungry.folder / "training" / "provenance.json").read_text())["engine"]
+    engine = json.loads((hungry.folder / "step" / "provenance.json").read_text())["engine"]
     assert (engine["micro_batch_size"], engine["accumulation"]) == (2, 4)
-    assert json.loads((hungry.folder / "training" / "status.json").read_text())["counts"]["micro_batch_size"] == 2
+    assert json.loads((hungry.folder / "step" / "status.json").read_text())["counts"]["micro_batch_size"] == 2
     assert batches("halved") == batches("small")
     assert furthest("halved", "small") < 1e-4
     # Steps that were done again are in the history once.

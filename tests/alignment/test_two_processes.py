@@ -36,7 +36,7 @@ def assert_same(one: Path, two: Path) -> None:
     """The same rows in each step, and adapters that differ by rounding alone."""
     from safetensors.torch import load_file
 
-    batches = [read_rows(folder / "training" / "batches.jsonl.gz") for folder in (one, two)]
+    batches = [read_rows(folder / "step" / "batches.jsonl.gz") for folder in (one, two)]
     assert batches[0] == batches[1] and len(batches[0][0]["rows"]) == 4
     mine, its = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
     assert mine.keys() == its.keys()
@@ -91,21 +91,21 @@ def test_killed_with_the_parent_it_goes_on_and_ends_as_one_process_does(
     )
     arguments = [sys.executable, "-c", script, str(tiny), pairs, str(out), json.dumps(recipe)]
     parent = subprocess.Popen(arguments, cwd=alone, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    log = out / "training" / "log.jsonl"
+    log = out / "step" / "log.jsonl"
     until(lambda: parent.poll() is not None or (log.exists() and '"step": 3' in log.read_text()))
     children = [int(pid) for pid in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
     assert len(children) == 2
     parent.kill()
     parent.wait()
     until(lambda: not any(running(pid) for pid in children))
-    assert not (out / "training" / "status.json").exists()
+    assert not (out / "step" / "status.json").exists()
     again = align("dpo", str(tiny), pairs, out=out, processes=2, options=recipe)
     assert events(out, "resumed")
     assert_same(one.folder, again.folder)
-    engine = json.loads((out / "training" / "provenance.json").read_text())["engine"]
+    engine = json.loads((out / "step" / "provenance.json").read_text())["engine"]
     assert (engine["processes"], engine["micro_batch_size"], engine["accumulation"]) == (2, 2, 1)
     assert again.heldout["eval_loss"] == pytest.approx(one.heldout["eval_loss"], abs=1e-5)
-    rows = [read_rows(made.folder / "training" / "heldout.jsonl.gz") for made in (one, again)]
+    rows = [read_rows(made.folder / "step" / "heldout.jsonl.gz") for made in (one, again)]
     assert [row["id"] for row in rows[0]] == [row["id"] for row in rows[1]]
 
 
@@ -129,7 +129,7 @@ def test_a_signal_stops_both_after_one_step_and_the_same_call_goes_on(tiny: Path
     two: dict[str, Any] = {"out": alone / "two", "processes": 2, "options": recipe}
     with pytest.raises(Requeue):
         align("sft", str(tiny), pairs, reporter=Stopper(), **two)
-    (checkpoint,) = (alone / "two" / "training" / "checkpoints").glob("checkpoint-*")
+    (checkpoint,) = (alone / "two" / "step" / "checkpoints").glob("checkpoint-*")
     names = {path.name for path in checkpoint.iterdir()}
     assert {"complete.json", "rng_state_0.pth", "rng_state_1.pth"} <= names
     assert_same(one.folder, align("sft", str(tiny), pairs, **two).folder)

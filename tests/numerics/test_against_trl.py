@@ -254,7 +254,7 @@ def preferences(alone: Path) -> Path:
 
 
 def engine_of(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "training" / "provenance.json").read_text())["engine"]
+    found: dict[str, Any] = json.loads((folder / "step" / "provenance.json").read_text())["engine"]
     return found
 
 

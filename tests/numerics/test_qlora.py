@@ -190,7 +190,7 @@ def test_align_with_qlora_reads_its_reference_and_trains(tiny: Path, alone: Path
     assert losses[0] == pytest.approx(math.log(2), abs=0.02)
     # All pairs say the same two things, so six great steps are enough.
     assert losses[-1] < 0.5 * losses[0]
-    engine = json.loads((made.folder / "training" / "provenance.json").read_text())["engine"]
+    engine = json.loads((made.folder / "step" / "provenance.json").read_text())["engine"]
     assert engine["trainable_dtypes"] == ["torch.float32"]
     lineage = json.loads((made.folder / "lineage.json").read_text())
     assert lineage["quantization"]["bnb_4bit_quant_type"] == "nf4"

@@ -50,14 +50,14 @@ def test_the_record_holds_sha256_by_relative_name(tmp_path: Path) -> None:
 
 def test_a_folder_is_used_without_its_pages_and_sub_folders(tmp_path: Path) -> None:
     """Who made it is told of them."""
-    (tmp_path / "training").mkdir()
-    for name in ("config.json", "README.md", "merge.html", "training/log.jsonl"):
+    (tmp_path / "step").mkdir()
+    for name in ("config.json", "README.md", "merge.html", "step/log.jsonl"):
         (tmp_path / name).write_text(name)
     record_files(tmp_path, tmp_path.rglob("*"))
-    for name in ("README.md", "merge.html", "training/log.jsonl"):
+    for name in ("README.md", "merge.html", "step/log.jsonl"):
         (tmp_path / name).unlink()
     refuse_damaged(tmp_path, "--adapter")
-    assert set(differences(tmp_path, everything=True)) == {"README.md", "merge.html", "training/log.jsonl"}
+    assert set(differences(tmp_path, everything=True)) == {"README.md", "merge.html", "step/log.jsonl"}
 
 
 def test_many_damaged_files_are_counted(tmp_path: Path) -> None:

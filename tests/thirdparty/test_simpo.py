@@ -125,14 +125,14 @@ def test_it_is_listed_with_its_pedigree(environment: dict[str, str]) -> None:
 
 def test_it_trains(used: Path) -> None:
     trained = used / "out"
-    lines = [json.loads(line) for line in (trained / "training" / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (trained / "step" / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 6
     assert losses[-1] < 0.7 * losses[0]
     assert not [line for line in lines if line.get("event") == "reference"], "no reference is computed"
-    identity = json.loads((trained / "training" / "step.json").read_text())["identity"]
+    identity = json.loads((trained / "step" / "step.json").read_text())["identity"]
     assert (identity["method"], identity["recipe"]["beta"], identity["recipe"]["gamma"]) == ("simpo", 2.0, 0.5)
-    heldout = json.loads((trained / "training" / "result.json").read_text())["heldout"]
+    heldout = json.loads((trained / "step" / "result.json").read_text())["heldout"]
     assert heldout["eval_rewards/accuracies"] == 1.0, "every chosen answer begins alike, and so does every rejected one"
     config = json.loads((trained / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (16, 32), "PairwiseRecipe's defaults"

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from harness.contracts.registry import Registry
 from harness.core.config import Config, parse_options
 from harness.core.errors import UserError
 from harness.core.progress import Reporter
 from harness.core.records import AdapterInfo, ModelInfo, digest_of
 from harness.core.specs import MergeInput, MergeSpec, ModelSpec
 from harness.merging.inputs import OpenModels, lineage_entry, open_models
-from harness.merging.publish import FOLD, appearing, done_before
+from harness.merging.publish import FOLD, MERGED, Made, publish
 from harness.merging.sources import AdapterTensors, MergeModel
 from harness.merging.threads import Clock, TensorWork, carry_out, default_workers
 from harness.merging.write import SHARD_SIZE, Shards, TensorShape, check_disk, target_dtype, write_small_files
@@ -24,8 +25,11 @@ from harness.models.chat_templates import read_chat_template
 from harness.models.files import LineageFile, read_checked
 from harness.models.lineage import LINEAGE
 from harness.models.tensors import FLOATS, TORCH_NAMES, not_finite
-from harness.steps.files import read_json, write_bytes, write_json
-from harness.steps.provenance import NUMERICS, provenance_record
+from harness.steps.alone import Alone
+from harness.steps.files import read_json, slug, write_bytes, write_json
+from harness.steps.provenance import provenance_record
+from harness.steps.runner import Runner
+from harness.steps.step import make_step
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +64,7 @@ class Folded:
 
 
 def fold_into(
-    model: ModelInfo, adapter: AdapterInfo, out: Path, *, dtype: str = "auto", reporter: Reporter | None = None
+    model: ModelInfo, adapter: AdapterInfo, out: Path, *, dtype: str = "auto", runner: Runner | None = None
 ) -> Path:
     """Write base + adapter as one checkpoint; for an engine that cannot serve the adapter beside its base.
 
@@ -73,7 +77,7 @@ def fold_into(
         adapter: as ``inspect_adapter`` finds it.
         out: a new folder, or one that holds this very fold.
         dtype: float32, bfloat16, float16, or auto: the base's.
-        reporter: says what is going on; silent by default.
+        runner: announces and records the step; says nothing by default.
 
     Returns:
         ``out``.
@@ -82,7 +86,7 @@ def fold_into(
         UserError: the adapter cannot be written as changed weights (named), the folder is taken, the disk is full.
     """
     fold = _Fold(_open(model, adapter), "bf16", dtype)
-    fold.run(Path(out), reporter or Reporter(), fresh=False)
+    fold.run(Path(out), runner or Runner(None, Reporter()), fresh=False)
     return Path(out)
 
 
@@ -92,6 +96,7 @@ def fold(
     *,
     out: str | Path,
     fresh: bool = False,
+    registry: Registry | None = None,
     reporter: Reporter | None = None,
     **settings: Any,
 ) -> Folded:
@@ -102,6 +107,7 @@ def fold(
         base: folder or hub id, or a ``ModelSpec``.
         out: folder of the model; returns at once if it holds this very fold.
         fresh: replace another merge that the folder holds.
+        registry: from ``load_plugins``, for its observers; nobody is told by default.
         reporter: says what is going on; silent by default.
         **settings: further fields of ``FoldSpec``: precision, dtype, probe, probe_prompts.
 
@@ -124,7 +130,7 @@ def fold(
     def probed(folder: Path) -> dict[str, Any]:
         return compare(opened, folder, spec.precision, ids, reporter) if ids else {}
 
-    return Folded(Path(out), folding.run(Path(out), reporter, fresh=fresh, probe=probed))
+    return Folded(Path(out), folding.run(Path(out), Runner(registry, reporter), fresh=fresh, probe=probed))
 
 
 def _open(model: ModelInfo, adapter: AdapterInfo) -> OpenModels:
@@ -152,55 +158,62 @@ class _Fold:
         self.adapter = opened.inputs[0].adapter
         self.names = opened.names[0]
         self.quantised: dict[str, bool] = {}
-        self.identity = {
-            "kind": "fold",
-            "base": opened.info.identity(),
+        info = opened.info
+        identity = {
+            "base": info.identity(),
             "adapter": self.model.digest,
             "precision": precision,
             "dtype": dtype,
             "template": opened.template,
             "probe": probe,
-            "numerics": NUMERICS,
         }
-        self.id = digest_of(self.identity)
+        self.step = make_step(
+            "fold",
+            identity,
+            arm=f"fold-{slug(self.model.name)}",
+            factors={"base": info.name, "inputs": [self.model.name], "precision": precision},
+            made_from={"base": info.weights_digest, **opened.digests},
+        )
         self.clock = Clock()
 
     def run(
         self,
         out: Path,
-        reporter: Reporter,
+        runner: Runner,
         *,
         fresh: bool,
         probe: Callable[[Path], Mapping[str, Any]] = lambda folder: {},
     ) -> dict[str, Any]:
         """Write the folder, unless it holds this fold; returns its record."""
-        if (before := done_before(out, self.id, fresh=fresh, reporter=reporter)) is not None:
-            return before
+        if Alone(self.step, out, MERGED).done_before(runner.reporter, fresh=fresh) is None:
+            publish(self.step, out, runner, lambda folder: self._write(out, folder, runner.reporter, probe))
+        return dict(read_json(out / FOLD))
+
+    def _write(self, out: Path, folder: Path, reporter: Reporter, probe: Callable[[Path], Mapping[str, Any]]) -> Made:
         begun = time.perf_counter()
         plans = [self._plan(name) for name in self.names]
         check_disk(out.absolute().parent, sum(plan.size for plan in plans), f"--out {out}")
         if self.precision == "nf4-roundtrip":
             self.quantised = self._quantised_tensors()
-        with appearing(out) as folder:
-            shards = Shards(folder, plans, SHARD_SIZE)
-            try:
-                advance = reporter.start(f"fold {self.model.name}", len(plans))
-                carry_out([self._job(plan) for plan in plans], shards, default_workers(), self.clock, advance)
-                files = shards.finish()
-            finally:
-                shards.close()
-            write_small_files(
-                folder,
-                self.opened.info,
-                changes=self.opened.config_changes,
-                dtype=self.dtype,
-                template=self.opened.template,
-            )
-            found = self._record(files, time.perf_counter() - begun, dict(probe(folder)))
-            write_json(folder / FOLD, found)
-            write_json(folder / LINEAGE, self._lineage())
-            write_bytes(folder / "README.md", fold_card(found).encode())
-        return dict(read_json(out / FOLD))
+        shards = Shards(folder, plans, SHARD_SIZE)
+        try:
+            advance = reporter.start(f"fold {self.model.name}", len(plans))
+            carry_out([self._job(plan) for plan in plans], shards, default_workers(), self.clock, advance)
+            files = shards.finish()
+        finally:
+            shards.close()
+        write_small_files(
+            folder,
+            self.opened.info,
+            changes=self.opened.config_changes,
+            dtype=self.dtype,
+            template=self.opened.template,
+        )
+        found = self._record(files, time.perf_counter() - begun, dict(probe(folder)))
+        write_json(folder / FOLD, found)
+        write_json(folder / LINEAGE, self._lineage())
+        write_bytes(folder / "README.md", fold_card(found).encode())
+        return Made(found["counts"], found["seconds"], tuple(found["notes"]))
 
     def _quantised_tensors(self) -> dict[str, bool]:
         """Tensors of the base that training held in 4 bits -> whether they are stored as (in, out)."""
@@ -259,10 +272,10 @@ class _Fold:
         if trained is None and self.precision == "nf4-roundtrip":
             notes.append("nothing says that the adapter was trained on a 4-bit base")
         return {
-            "id": self.id,
+            "id": self.step.id,
             "kind": "fold",
             "method": "fold",
-            "identity": self.identity,
+            "identity": self.step.identity,
             "precision": self.precision,
             "folded_into": "the base as it is stored"
             if self.precision == "bf16"
@@ -290,7 +303,7 @@ class _Fold:
         return {
             "base": {"name": info.name, "revision": info.revision, "weights": info.weights_digest},
             "adapters": [{"name": self.model.name, "digest": self.model.digest}],
-            "step": self.id,
+            "step": self.step.id,
             "method": "fold",
             "precision": self.precision,
         }

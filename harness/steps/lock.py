@@ -1,0 +1,86 @@
+"""A lock on a folder that goes with the process that holds it, however that ends."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from harness.core.errors import UserError
+
+LOCK = ".lock"
+
+
+@dataclass
+class FolderLock:
+    """One folder, held by this process alone from ``take`` until ``release``."""
+
+    root: Path
+    where: str
+    """What messages call the folder."""
+    _stream: IO[str] | None = field(default=None, repr=False)
+    _made: bool = field(default=False, repr=False)
+
+    def __enter__(self) -> FolderLock:
+        self.take()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def take(self) -> None:
+        """Lock the folder, and make it where it is missing.
+
+        Raises:
+            UserError: it cannot be written, or another process holds it.
+        """
+        try:
+            self._made = self._made or not self.root.exists()
+            self.root.mkdir(parents=True, exist_ok=True)
+            stream = (self.root / LOCK).open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(self.where, f"cannot be written: {error.strerror}", "Give another folder.") from None
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            stream.seek(0)
+            owner = stream.read().strip() or "unknown"
+            stream.close()
+            raise UserError(
+                self.where,
+                f"another harness process (pid {owner}) is writing to this folder",
+                "Wait for it to end, stop it, or give another --out.",
+            ) from None
+        if not _same_file(stream, self.root / LOCK):
+            # Its last owner took the file away between our opening and our locking it.
+            stream.close()
+            return self.take()
+        stream.seek(0)
+        stream.truncate()
+        stream.write(f"{os.getpid()}\n")
+        stream.flush()
+        self._stream = stream
+        return None
+
+    def release(self) -> None:
+        """Unlock; a folder that was made for nothing goes."""
+        if self._stream is None:
+            return
+        # What was refused before it wrote anything leaves no trace.
+        with contextlib.suppress(OSError):
+            if [child.name for child in self.root.iterdir()] == [LOCK]:
+                (self.root / LOCK).unlink()
+                if self._made:
+                    self.root.rmdir()
+        self._stream.close()
+        self._stream = None
+
+
+def _same_file(stream: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
