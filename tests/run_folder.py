@@ -10,6 +10,7 @@ from harness.core.records import Metric, Output, Row, StepRecord
 from harness.steps.files import write_json
 from harness.steps.journal import Journal, rows_digest, write_rows
 from harness.steps.provenance import file_digest
+from harness.steps.step import Step
 from harness.steps.store import RunStore
 
 MODEL = {"name": "tiny", "architecture": "LlamaForCausalLM", "dtype": "bfloat16", "size_bytes": 16_000_000}
@@ -58,7 +59,8 @@ class RunFolder:
         requests = self.store.requests(digest(f"requests {name} {variant}"))
         write_rows(requests, asked)
         answers = self.store.step("answers", self.model, answers_id)
-        answers.begin({"arm": self.model, "task": name, "decoding": info.pop("decoding", None)}, self.provenance())
+        asking = Step("answers", answers_id, self.model, info.get("config", {}))
+        answers.begin(asking, {"task": name, "decoding": info.pop("decoding", None)}, self.provenance())
         journal = Journal(answers.artifact / "answers.jsonl.gz")
         half = len(answered) // 2
         for batch in (answered[:half], answered[half:]):
@@ -67,17 +69,15 @@ class RunFolder:
         answers.finish(StepRecord(id=answers_id, kind="answers", status="done", counts=info.pop("counts", {})))
         scores = self.store.step("scores", self.model, scores_id)
         step = {
-            "arm": self.model,
             "task": name,
             "variant": variant,
             "scorer": scorer,
-            "config": info.pop("config", {}),
             "metrics": [metric.model_dump(mode="json") for metric in metrics],
             "answers": answers_id,
             "answers_folder": answers.path.name,
             "requests": requests.name,
         }
-        scores.begin(step, self.provenance())
+        scores.begin(Step("scores", scores_id, self.model, info.pop("config", {})), step, self.provenance())
         if state == "done":
             write_rows(scores.artifact / "samples.jsonl.gz", scored)
             full = [Row(**self._row(name, variant, scorer, scores_id, row)).model_dump(mode="json") for row in rows]

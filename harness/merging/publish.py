@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness.core.errors import UserError
@@ -34,6 +34,7 @@ MERGED = Guard(
     r"added_tokens\.json|vocab\.\w+|merges\.txt|spiece\.model|(pre)?processor_config\.json|[\w.-]+\.py",
     f"{RECORD}/{STEP}",
 )
+FOLDED = replace(MERGED, word="fold")
 
 
 @dataclass(frozen=True)

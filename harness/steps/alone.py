@@ -13,7 +13,7 @@ from harness.steps.checksums import CHECKSUMS, differences, still_whole
 from harness.steps.files import read_json
 from harness.steps.folder import STATUS, STEP, StepFolder
 from harness.steps.guard import Guard
-from harness.steps.step import Step, unequal
+from harness.steps.step import Step, differences_told
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ class Alone:
         if (record := self._status()) is not None and record.status == "failed" and not self.is_under_way(self.out):
             self.guard.clear(self.out)
             return
-        changed = unequal(held.get("identity"), self.step.identity)
-        more = f"; and {len(changed) - 4} more" if len(changed) > 4 else ""
-        what = f"holds another {self.guard.word}; different: {'; '.join(changed[:4])}{more}"
+        what = (
+            f"holds another {self.guard.word}; different: {differences_told(held.get('identity'), self.step.identity)}"
+        )
         raise UserError(where, what, "Give another --out, or --fresh to replace it.")
 
     def _whole(self) -> str:
@@ -88,7 +88,7 @@ class Alone:
         found = differences(self.out, everything=True)
         if record is None:
             found[f"{status.parent.name}/{STATUS}"] = "is damaged" if status.is_file() else "is missing"
-        fix = "Delete it or pass --fresh to make it again, or give another --out."
+        fix = "Give another --out, or --fresh to make it again."
         return still_whole(found, self.guard.where(self.out), fix)
 
     def _status(self) -> StepRecord | None:

@@ -140,6 +140,9 @@ class Runner:
     def _announce(self, hook: str, step: Step, folder: StepFolder, **more: Any) -> None:
         if self._registry is not None:
             self._registry.announce(hook, step=step.info(folder.known_as or folder.path), **more)
+            for warning in self._registry.warnings:
+                self.reporter.note(f"warning: {warning}")
+            self._registry.warnings.clear()
 
 
 def is_fatal(error: Exception, *, mistakes: bool = False) -> bool:

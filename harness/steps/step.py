@@ -75,6 +75,12 @@ def unequal(before: Any, now: Any, path: str = "") -> list[str]:
     return [] if _plain(before) == _plain(now) else [f"{path} was {_short(before)}, is {_short(now)}"]
 
 
+def differences_told(before: Any, now: Any, most: int = 6) -> str:
+    """What two records differ in, in one line; what can be read is said before digests."""
+    found = sorted(unequal(before, now), key=len)
+    return "; ".join(found[:most]) + (f"; and {len(found) - most} more" if len(found) > most else "")
+
+
 def _plain(value: Any) -> Any:
     """A tuple and the list that JSON makes of it are the same."""
     return [_plain(one) for one in value] if isinstance(value, list | tuple) else value

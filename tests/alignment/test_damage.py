@@ -78,7 +78,7 @@ def test_the_same_command_names_what_is_damaged(copy: Path, again: Callable[...,
         if name in NOT_READ:
             again(copy)
         elif name in PAGES:
-            assert f"out holds this adapter already; {name} " in again(copy)
+            assert f"out holds this alignment already; {name} " in again(copy)
         else:
             with pytest.raises(harness.UserError) as caught:
                 again(copy)
@@ -86,7 +86,7 @@ def test_the_same_command_names_what_is_damaged(copy: Path, again: Callable[...,
             assert caught.value.what.startswith(f"{name} {HOW[harm]}")
             assert ";" not in caught.value.what
             assert "--fresh" in caught.value.fix
-    assert again(copy) == f"{copy} holds this adapter already"
+    assert again(copy) == f"{copy} holds this alignment already"
 
 
 @pytest.mark.parametrize("harm", HARMS)

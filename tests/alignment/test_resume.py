@@ -161,7 +161,7 @@ def test_killed_after_the_end(zygote: Zygote, folder: Path, dpo: list[str], whol
     """The end is on record before what was needed to go on is deleted."""
     assert run(zygote, folder, dpo, "ended", AFTER_STATUS)[0] == -signal.SIGKILL
     code, said = run(zygote, folder, dpo, "ended")
-    assert (code, "holds this adapter already" in said) == (0, True)
+    assert (code, "holds this alignment already" in said) == (0, True)
     assert (folder / "ended" / WEIGHTS).read_bytes() == whole
     assert not (folder / "ended" / "step" / "checkpoints").exists()
 

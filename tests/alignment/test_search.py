@@ -268,4 +268,4 @@ def test_search_wants_a_folder_of_its_own(cli: Any, tiny: Path, alone: Path) -> 
     (alone / "s").mkdir()
     (alone / "s" / "notes.txt").write_text("mine")
     err = cli(*base, "--out", alone / "s").err
-    assert "holds files that are no search (notes.txt)" in err and "Give a new folder." in err
+    assert "holds files that are no search's (notes.txt)" in err and "Give a new folder." in err

@@ -103,7 +103,7 @@ def test_after_a_checkpoint_the_folder_is_kept(
     other = [*broken, *as_set(learning_rate=1e-4)]
     refused = cli(*other)
     assert refused.code == 2
-    assert "holds another alignment; different: recipe.learning_rate (there 0.001, here 0.0001)\n" in refused.err
+    assert "holds another alignment; different: recipe.learning_rate was 0.001, is 0.0001\n" in refused.err
     assert (alone / "out/step/checkpoints/checkpoint-2/complete.json").exists()
     assert cli(*other, "--fresh").code == 0
 

@@ -21,7 +21,7 @@ from harness import hookimpl
 
 @hookimpl
 def step_started(step):
-    open("seen", "a").write(f"started {step['kind']}\\n")
+    open("seen", "a").write(f"started {step.kind}\\n")
 
 @hookimpl
 def step_finished(record):

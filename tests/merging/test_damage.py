@@ -19,7 +19,8 @@ from tests.damage import HARMS, files_of, one_by_one
 
 MODEL = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"}
-COMMON = {"lineage.json", "README.md", "checksums.json"}
+RECORD = {"step/step.json", "step/provenance.json", "step/status.json"}
+COMMON = {"lineage.json", "README.md", "checksums.json", *RECORD}
 FILES = {
     "merge": {*MODEL, *COMMON, "merge.json", "merge.html"},
     "merge as adapter": {*ADAPTER, *COMMON, "merge.json", "merge.html"},
@@ -59,8 +60,8 @@ def again(whole: tuple[str, Path], made: Path, copy: Path, monkeypatch: pytest.M
 
     def run() -> str:
         said: list[str] = []
-        monkeypatch.setattr("harness.merging.run.appearing", lambda _: pytest.fail("it was made again"))
-        monkeypatch.setattr("harness.merging.fold.run.appearing", lambda _: pytest.fail("it was made again"))
+        monkeypatch.setattr("harness.merging.run.publish", lambda *_: pytest.fail("it was made again"))
+        monkeypatch.setattr("harness.merging.fold.run.publish", lambda *_: pytest.fail("it was made again"))
         monkeypatch.setattr(Reporter, "note", lambda _, text: said.append(text))
         carry_out(whole[0], made, copy)
         return "\n".join(said)
@@ -81,8 +82,9 @@ def test_the_same_command_names_what_is_damaged(
         with pytest.raises(harness.UserError) as caught:
             again()
         own = {"delete": "is missing"}.get(harm, "is damaged")
+        by_itself = name in ("checksums.json", "step/status.json")
         assert caught.value.where == f"--out {copy}"
-        assert caught.value.what.startswith(f"{name} {own if name == 'checksums.json' else HOW[harm]}")
+        assert caught.value.what.startswith(f"{name} {own if by_itself else HOW[harm]}")
         assert caught.value.fix == "Give another --out, or --fresh to make it again."
     assert again() == f"{copy} holds this {verb} already"
 
@@ -99,7 +101,8 @@ def test_whoever_uses_it_names_what_is_damaged(whole: tuple[str, Path], copy: Pa
 
     for name in one_by_one(copy, harm):
         # Without a record it is taken as an outsider's: nothing tells it from one.
-        if name in PAGES or (name, harm) == ("checksums.json", "delete"):
+        # Whoever uses a model or an adapter does not ask how it was made.
+        if name in PAGES or name in RECORD or (name, harm) == ("checksums.json", "delete"):
             use()
             continue
         with pytest.raises(harness.UserError) as caught:

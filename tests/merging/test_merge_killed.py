@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 
 import harness
-from harness.merging import publish as merge_folder, run as merging
+from harness.core.progress import Reporter
+from harness.merging import publish, run as merging
 from harness.merging.write import Shards
+from harness.steps.runner import Runner
+from harness.steps.step import make_step
 from tests.merging.conftest import tensor_bytes
 
 
@@ -40,7 +43,7 @@ def before_the_record(patch: pytest.MonkeyPatch) -> None:
 
 
 def before_the_rename(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(merge_folder, "fsync_folder", die)
+    patch.setattr(publish, "fsync_folder", die)
 
 
 def between_the_two_renames(patch: pytest.MonkeyPatch) -> None:
@@ -135,10 +138,13 @@ def test_ctrl_c_stops_the_threads_and_cleans_up(made: Path, tmp_path: Path, monk
 def test_two_at_once(made: Path, tmp_path: Path) -> None:
     from harness.core.errors import UserError
 
-    with merge_folder.appearing(tmp_path / "out") as folder:
+    def write(folder: Path) -> publish.Made:
         (folder / "half").write_text("")
         with pytest.raises(UserError, match="another harness process") as error:
             run(made, tmp_path / "out")
         assert error.value.where == f"--out {tmp_path / 'out'}"
         assert (folder / "half").exists()
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"half", "checksums.json"}
+        return publish.Made({}, {}, ())
+
+    publish.publish(make_step("merge", {}, arm="a"), tmp_path / "out", Runner(None, Reporter()), write)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"half", "checksums.json", "step"}

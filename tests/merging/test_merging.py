@@ -214,7 +214,7 @@ def test_done_before_and_not_the_same(made: Path, tmp_path: Path, monkeypatch: p
     one = harness.merge("dare_ties", [copy], base=made / "base", out=tmp_path / "one")
     (copy / "adapter_model.safetensors").write_bytes((made / "a3" / "adapter_model.safetensors").read_bytes())
     (copy / "adapter_config.json").write_bytes((made / "a3" / "adapter_config.json").read_bytes())
-    with pytest.raises(harness.UserError, match="holds another result"):
+    with pytest.raises(harness.UserError, match="holds another merge"):
         harness.merge("dare_ties", [copy], base=made / "base", out=tmp_path / "one")
     two = harness.merge("dare_ties", [copy], base=made / "base", out=tmp_path / "one", fresh=True)
     assert one.id != two.id
@@ -281,7 +281,10 @@ def test_a_mergers_result_is_held_to_the_contract(cli: Any, made: Path, returned
     assert ran.code == 3, ran.err
     assert f"returned {seen.format(shape)}, expected harness.Merged of shape [{shape}], torch.float32" in ran.err
     assert "`harness.testing.check_merger` finds such." in ran.err and "Traceback" not in ran.err
-    assert not Path("out").exists()
+    # Of what failed the record stays, and the model does not appear.
+    assert [path.name for path in Path("out").iterdir()] == ["step"]
+    record = json.loads(Path("out/step/status.json").read_text())
+    assert (record["status"], record["kind"]) == ("failed", "merge") and "expected harness.Merged" in record["error"]
 
 
 def test_inputs_as_a_user_writes_them(tmp_path: Path) -> None:

@@ -189,9 +189,9 @@ def test_another_alignment_in_the_folder(cli: Any, tiny: Path, good: str) -> Non
     assert ran.code == 2
     assert "--out out: holds another alignment; different: " in ran.err
     for part in (
-        'adapter.name (there "lora", here "qlora")',
-        "recipe.beta (there 0.1, here 0.5)",
-        "seed (there 0, here 3)",
+        "adapter.name was 'lora', is 'qlora'",
+        "recipe.beta was 0.1, is 0.5",
+        "seed was 0, is 3",
     ):
         assert part in ran.err
     assert "recipe.steps" not in ran.err

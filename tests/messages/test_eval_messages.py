@@ -383,7 +383,7 @@ def test_strangers_files(refused: Refused, alone: Path) -> None:
     says(refused(out="thesis"), what, "Give an empty or a new folder.")
     says(
         refused("--fresh", out="thesis"),
-        "--out thesis: holds files that are not a run's: chapter1.tex",
+        "--out thesis: holds files that are no run's (chapter1.tex)",
         "--fresh deletes only what a run wrote. Give another folder, or move those files.",
     )
     (folder / "plan.json").write_text("[]", encoding="utf-8")
@@ -391,7 +391,7 @@ def test_strangers_files(refused: Refused, alone: Path) -> None:
     says(refused(out="thesis"), what, "Give another --out, or --fresh.")
     says(
         refused("--fresh", out="thesis"),
-        "--out thesis: holds files that are not a run's: chapter1.tex",
+        "--out thesis: holds files that are no run's (chapter1.tex)",
         "--fresh deletes only what a run wrote. Give another folder, or move those files.",
     )
     file = alone / "file"

@@ -256,7 +256,7 @@ def test_folders_of_others(cli: Any, models: Path) -> None:
     assert Path("mine/thesis.txt").read_text() == "more work"
     Path("mine/thesis.txt").unlink()
     ran = cli(*merge("--seed", "1"), "--out", "mine")
-    assert "--out mine: holds another result (dare_ties, id " in ran.err
+    assert "--out mine: holds another merge; different: " in ran.err
     assert "--fresh to replace it" in ran.err
     assert cli(*merge("--seed", "1", "--fresh"), "--out", "mine").code == 0
     Path("mine/model.safetensors").write_bytes(b"torn")

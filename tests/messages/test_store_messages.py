@@ -13,8 +13,8 @@ from harness.steps.store import RunStore
 
 def test_an_output_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(UserError) as caught:
-        RunStore(tmp_path / "run").lock()
+    with pytest.raises(UserError) as caught, RunStore(tmp_path / "run"):
+        pass
     assert str(caught.value) == f"--out {tmp_path / 'run'}: cannot be written: File exists\n  Give another folder."
 
 

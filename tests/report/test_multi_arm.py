@@ -263,7 +263,7 @@ def test_the_base_is_asked_what_each_of_its_arms_is_asked(bare: Path, sums: Path
         described = json.loads((step / "step.json").read_text())
         rows = harness.steps.journal.read_rows(root / "requests" / described["requests"])
         asked[described["arm"]] = [row["requests"][0]["prompt_ids"] for row in rows]
-        configs[described["arm"]] = described["config"]
+        configs[described["arm"]] = described["identity"]
     for base, arm in (("bare", "c"), ("bare (template of a)", "a"), ("bare (template of b)", "b")):
         assert asked[base] == asked[f"bare+{arm}"] and configs[base] == {**configs[f"bare+{arm}"], "adapter": None}
     assert len({str(asked[f"bare+{arm}"]) for arm in "abc"}) == 3

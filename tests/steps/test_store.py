@@ -22,11 +22,12 @@ from hypothesis import given, settings, strategies as st
 
 from harness.core.errors import CorruptionError, UserError
 from harness.core.records import StepRecord
-from harness.steps import store
+from harness.steps import guard
 from harness.steps.files import read_json, write_bytes, write_json, writing
 from harness.steps.folder import StepFolder
 from harness.steps.journal import Damage, Journal, read_members, read_rows, rows_digest, write_rows
-from harness.steps.store import RunStore
+from harness.steps.step import Step
+from harness.steps.store import RUN, RunStore
 
 BATCHES = [[{"id": f"{b}-{i}", "text": "naïve\n\u2028" * b, "p": 0.25} for i in range(3)] for b in range(3)]
 HEADER = 10
@@ -377,7 +378,7 @@ def test_json_of_earlier_versions_has_no_checksum(tmp_path: Path) -> None:
 def test_status_exists_exactly_when_a_step_has_ended(tmp_path: Path) -> None:
     folder = RunStore(tmp_path).step("answers", "tiny base/mmlu@0", "abcdef0123456789")
     assert folder.path.name == "answers-tiny-base-mmlu@0-abcdef012345"
-    folder.begin({"task": "mmlu@0"}, {"numerics": 1})
+    folder.begin(Step("answers", folder.id, "arm", {}), {"task": "mmlu@0"}, {"numerics": 1})
     assert folder.status() is None
     record = StepRecord(id=folder.id, kind="answers", status="done", counts={"n": 3})
     folder.finish(record)
@@ -388,8 +389,8 @@ def test_status_exists_exactly_when_a_step_has_ended(tmp_path: Path) -> None:
 
 
 def test_a_status_torn_at_any_byte_is_no_end(tmp_path: Path) -> None:
-    folder = StepFolder(tmp_path / "step", "abc", "scores")
-    folder.begin({}, {})
+    folder = StepFolder(tmp_path / "step", "abc", "scores", tmp_path / "step" / "artifact")
+    folder.begin(Step("scores", "abc", "arm", {}), {}, {})
     folder.finish(StepRecord(id="abc", kind="scores", status="done"))
     whole = (folder.path / "status.json").read_bytes().rstrip()
     for length in range(len(whole)):
@@ -401,7 +402,7 @@ def test_a_status_torn_at_any_byte_is_no_end(tmp_path: Path) -> None:
 def test_no_file_of_a_run_holds_an_absolute_path(tmp_path: Path) -> None:
     with RunStore(tmp_path / "run") as run:
         folder = run.step("answers", "arm", "0123456789abcdef")
-        folder.begin({"task": "t"}, {"seed": 0})
+        folder.begin(Step("answers", folder.id, "arm", {}), {"task": "t"}, {"seed": 0})
         folder.log("started", done=0)
         write_rows(folder.artifact / "answers.jsonl.gz", BATCHES[0])
         folder.finish(StepRecord(id=folder.id, kind="answers", status="done"))
@@ -421,7 +422,7 @@ HOLD = """
 import pathlib, time
 from harness.steps.store import RunStore
 run = RunStore(pathlib.Path(sys.argv[1]))
-run.lock()
+run.__enter__()
 print("held", flush=True)
 time.sleep(60)
 """
@@ -471,9 +472,9 @@ def make_run(root: Path) -> RunStore:
 
 def test_clear_deletes_what_a_run_wrote(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    run.clear()
+    RUN.clear(run.root)
     assert [path.name for path in run.root.iterdir()] == [".lock"]
-    run.clear()
+    RUN.clear(run.root)
 
 
 @pytest.mark.parametrize("strange", ["thesis.tex", "notes.tmp", ".plan.json.tmp", "steps.bak", "provenance.json"])
@@ -481,22 +482,22 @@ def test_clear_refuses_a_folder_with_a_strangers_file(tmp_path: Path, strange: s
     run = make_run(tmp_path / "run")
     (run.root / strange).write_text("mine")
     before = sorted(run.root.rglob("*"))
-    with pytest.raises(UserError, match=f"holds files that are not a run's: {strange}\n  --fresh deletes only what"):
-        run.clear()
+    with pytest.raises(UserError, match=rf"holds files that are no run's \({strange}\)\n  --fresh deletes only what"):
+        RUN.clear(run.root)
     assert sorted(run.root.rglob("*")) == before
 
 
 def test_clear_refuses_a_folder_named_report_that_no_run_wrote(tmp_path: Path) -> None:
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="not a run's: report"):
-        RunStore(tmp_path).clear()
+    with pytest.raises(UserError, match=r"no run's \(report\)"):
+        RUN.clear(tmp_path)
     assert (tmp_path / "report" / "thesis.tex").read_text() == "mine"
 
 
 def test_a_clearing_that_is_cut_short_can_be_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "run")
-    real: Callable[..., None] = store.shutil.rmtree
+    real: Callable[..., None] = guard.shutil.rmtree
     calls: list[Path] = []
 
     def cut_short(path: Path) -> None:
@@ -505,11 +506,11 @@ def test_a_clearing_that_is_cut_short_can_be_taken_up_again(tmp_path: Path, monk
             raise KeyboardInterrupt
         real(path)
 
-    monkeypatch.setattr(store.shutil, "rmtree", cut_short)
+    monkeypatch.setattr(guard.shutil, "rmtree", cut_short)
     with pytest.raises(KeyboardInterrupt):
-        run.clear()
-    monkeypatch.setattr(store.shutil, "rmtree", real)
-    run.clear()
+        RUN.clear(run.root)
+    monkeypatch.setattr(guard.shutil, "rmtree", real)
+    RUN.clear(run.root)
     assert [path.name for path in run.root.iterdir()] == [".lock"]
 
 
@@ -517,9 +518,9 @@ def test_clear_does_not_follow_a_link_out_of_the_run(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "mine.txt").write_text("mine")
-    store.shutil.rmtree(run.report)
+    guard.shutil.rmtree(run.report)
     run.report.symlink_to(tmp_path / "elsewhere")
-    run.clear()
+    RUN.clear(run.root)
     assert (tmp_path / "elsewhere" / "mine.txt").read_text() == "mine"
     assert not run.report.is_symlink()
 

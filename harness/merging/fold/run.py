@@ -17,7 +17,7 @@ from harness.core.progress import Reporter
 from harness.core.records import AdapterInfo, ModelInfo, digest_of
 from harness.core.specs import MergeInput, MergeSpec, ModelSpec
 from harness.merging.inputs import OpenModels, lineage_entry, open_models
-from harness.merging.publish import FOLD, MERGED, Made, publish
+from harness.merging.publish import FOLD, FOLDED, Made, publish
 from harness.merging.sources import AdapterTensors, MergeModel
 from harness.merging.threads import Clock, TensorWork, carry_out, default_workers
 from harness.merging.write import SHARD_SIZE, Shards, TensorShape, check_disk, target_dtype, write_small_files
@@ -185,7 +185,7 @@ class _Fold:
         probe: Callable[[Path], Mapping[str, Any]] = lambda folder: {},
     ) -> dict[str, Any]:
         """Write the folder, unless it holds this fold; returns its record."""
-        if Alone(self.step, out, MERGED).done_before(runner.reporter, fresh=fresh) is None:
+        if Alone(self.step, out, FOLDED).done_before(runner.reporter, fresh=fresh) is None:
             publish(self.step, out, runner, lambda folder: self._write(out, folder, runner.reporter, probe))
         return dict(read_json(out / FOLD))
 
