@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -21,7 +22,7 @@ ALIGNMENT = Guard(
 def record_alignment(folder: StepFolder) -> None:
     """Write the record of all files but ``status.json``, which comes after it."""
     root = folder.artifact
-    own = [path for path in root.iterdir() if not path.name.startswith(".")]
+    own = [path for path in root.iterdir() if re.fullmatch(ALIGNMENT.own, path.name)]
     files = [*own, *(file for inner in own if inner.is_dir() for file in inner.iterdir())]
     record_files(root, [file for file in files if file != folder.path / STATUS])
 

@@ -20,6 +20,7 @@ from harness.core.specs import ModelSpec
 from harness.models.inspect import inspect_adapter, inspect_model
 from harness.steps.checksums import PAGES
 from harness.steps.files import write_json
+from harness.steps.folder import StepFolder
 from tests.alignment.processes import TINY_STEPS
 from tests.damage import HARMS, files_of, one_by_one
 
@@ -125,7 +126,7 @@ def test_fresh_makes_a_damaged_alignment_again(
 
 def test_a_user_s_own_file_is_not_recorded(copy: Path, again: Callable[..., str]) -> None:
     (copy / "notes.txt").write_text("mine", encoding="utf-8")
-    record_alignment(copy)
+    record_alignment(StepFolder.within(copy, "id", "align"))
     assert "notes.txt" not in json.loads((copy / "checksums.json").read_text())["files"]
     (copy / "notes.txt").unlink()
     again(copy)

@@ -35,7 +35,7 @@ def files_up_to(size: int) -> Iterator[None]:
     ("more", "size", "file", "what"),
     [
         (SMALL, 1_000, "step.json", TOO_LARGE),
-        (SMALL, 3_000, "checkpoints/checkpoint-2/optimizer.pt", TORCH),
+        (SMALL, 4_500, "checkpoints/checkpoint-2/optimizer.pt", TORCH),
         (SMALL, 12_000, "checkpoints/checkpoint-2/rng_state.pth", TORCH),
         (["--adapter", "none"], 8_000, "checkpoints/checkpoint-6/trainable.safetensors", TOO_LARGE),
     ],
@@ -70,7 +70,7 @@ def test_after_a_checkpoint_the_same_command_goes_on_from_it(
         patch.setattr(os, "replace", full)
         ran = cli(*command, "dpo", *SMALL, "--out", "out")
     assert ran.code == 2, ran.err
-    folder = "out/training" if file in ("heldout.jsonl.gz", "status.json") else "out"
+    folder = "out/step" if file in ("heldout.jsonl.gz", "status.json") else "out"
     assert ran.err.endswith(
         f"{GOES_ON}\nerror: {folder}/{file}: the disk is full (No space left on device)\n"
         "  Free some space and run the same command again.\n"

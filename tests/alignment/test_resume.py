@@ -60,7 +60,7 @@ def write_json(path, value):
     real(path, value)
 a.write_json = write_json
 """
-BEFORE_STATUS = IN_EXPORT.replace("lineage.json", "status.json").replace("alignment.export", "alignment.run")
+BEFORE_STATUS = IN_EXPORT.replace("lineage.json", "status.json").replace("alignment.export", "steps.folder")
 AFTER_STATUS = """
 import os, signal, harness.alignment.run as a
 a.tidy = lambda work: os.kill(os.getpid(), signal.SIGKILL)

@@ -208,7 +208,7 @@ def test_the_cost_of_judges_is_set_wherever_a_scorer_has_one() -> None:
 
 def test_fields_that_came_later_are_no_part_of_an_id_while_they_stand_at_their_default(plan: Planner) -> None:
     (task,) = plan().tasks
-    assert not set(task.config["task"]) & set(LATER)
+    assert not set(task.answers.identity["task"]) & set(LATER)
 
 
 PINNED = """\
@@ -251,7 +251,7 @@ def test_other_commits_than_the_pinned_ones_are_refused_with_the_options_that_ac
     accept = [f"allenai/real-toxicity-prompts={COMMIT}", f"tatsu-lab/alpaca_eval={COMMIT}"]
     assert error.value.fix.endswith(f"says: --data-revision {accept[0]} --data-revision {accept[1]}")
     planned = plan(tasks=("severe", "follow"), data_revisions=dict(one.split("=") for one in accept))
-    assert [task.config["data"]["revision"] for task in planned.tasks] == [COMMIT, COMMIT]
+    assert [task.answers.identity["data"]["revision"] for task in planned.tasks] == [COMMIT, COMMIT]
     with pytest.raises(UserError, match=r"--data-revision tatsu-lab/alpaca_eval=a+$"):
         plan(tasks=("severe", "follow"), options={"severe": {"dataset": {"revision": COMMIT}}})
 
@@ -267,7 +267,7 @@ def test_the_commit_of_lm_evals_data_can_be_named(plan: Planner, other_commits: 
         for wanted in ({}, {"cais/mmlu": "b" * 40}, {"cais/mmlu": "c" * 40})
     )
     assert main.answers_id == named.answers_id != other.answers_id
-    assert other.config["data"]["revision"] == "c" * 40
+    assert other.answers.identity["data"]["revision"] == "c" * 40
 
 
 def test_where_a_model_ends_its_answers_makes_another_step(sums: Path, tiny: Path, tmp_path: Path) -> None:

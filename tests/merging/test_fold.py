@@ -221,7 +221,7 @@ def test_fold_into_twice_is_done_once(made: Path, tmp_path: Path) -> None:
     stamp = (out / "model.safetensors").stat().st_mtime_ns
     assert fold_into(model, first, out) == out
     assert (out / "model.safetensors").stat().st_mtime_ns == stamp
-    with pytest.raises(UserError, match="holds another merge"):
+    with pytest.raises(UserError, match="holds another fold"):
         fold_into(model, second, out)
     assert_equal(weights(out), peft_state(made / "base", made / "a0"), allowed=1e-6)
     # What an engine opens is recorded as the base's, template and all.

@@ -195,7 +195,7 @@ def test_another_alignment_in_the_folder(cli: Any, tiny: Path, good: str) -> Non
     ):
         assert part in ran.err
     assert "recipe.steps" not in ran.err
-    assert "Give another --out, or --fresh." in ran.err
+    assert "Give another --out, or --fresh to replace it." in ran.err
     assert Path("out/adapter_model.safetensors").read_bytes() == before
 
 
