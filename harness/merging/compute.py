@@ -11,8 +11,9 @@ from harness.contracts.merger import Factors, Merged, Merger
 from harness.core.errors import StepError, UserError
 from harness.merging.differences import Sums, sums_of
 from harness.merging.inputs import OpenModels, same_shape
+from harness.merging.names import Source
 from harness.merging.sources import MergeModel
-from harness.merging.tensor_plan import Source, TensorRecipe
+from harness.merging.tensor_plan import TensorRecipe
 from harness.merging.threads import Clock
 from harness.models.tensors import FLOATS, TORCH_NAMES, not_finite
 
