@@ -12,6 +12,10 @@ from harness.cli.tables import print_json, print_table, say
 from harness.core.errors import ExitCode
 from harness.core.text import visible
 
+KINDS = (
+    "aligner, loss (an aligner in one function), adapter, merger, scorer, dataset, engine, executor, observer (is told "
+    "of steps) or task."
+)
 plugins_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None, help="List plugins, or write a new one.")
 
 
@@ -57,6 +61,7 @@ def plugins(context: typer.Context, plugin: PluginFiles = None, as_json: Json = 
     """List every plugin with kind, name, distribution, version, hooks and import time."""
     if context.invoked_subcommand is not None:
         return ExitCode.DONE
+    from harness.contracts.hookspecs import NOTIFICATION
     from harness.contracts.registry import load_plugins
 
     registry = load_plugins(plugin or (), strict=False)
@@ -82,6 +87,18 @@ def plugins(context: typer.Context, plugin: PluginFiles = None, as_json: Json = 
         }
         for folder in registry.task_folders
     ]
+    rows += [
+        {
+            "kind": "observer",
+            "name": origin.name,
+            "distribution": origin.distribution,
+            "version": origin.version,
+            "hooks": ", ".join(watched),
+            "import": f"{origin.import_seconds:.3f} s",
+        }
+        for origin in registry.origins
+        if (watched := [hook for hook in origin.hooks if hook in NOTIFICATION])
+    ]
     broken = [{"name": o.title, "error": o.error, "traceback": o.traceback} for o in registry.origins if o.error]
     problems = [str(problem) for problem in registry.problems]
     if as_json:
@@ -97,7 +114,7 @@ def plugins(context: typer.Context, plugin: PluginFiles = None, as_json: Json = 
 
 @plugins_app.command("new")
 def plugins_new(
-    kind: Annotated[str, typer.Argument(help="aligner, adapter, merger, scorer, dataset, engine, executor or task.")],
+    kind: Annotated[str, typer.Argument(help=KINDS)],
     name: Annotated[str, typer.Argument(help="Name that users will choose it by.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write; by default ./harness-NAME.")] = None,
 ) -> None:
