@@ -11,7 +11,8 @@ from typing import Any
 from harness.core.errors import UserError
 from harness.core.records import AdapterInfo, ModelInfo
 from harness.core.specs import MergeInput, MergeSpec, ModelSpec
-from harness.merging.sources import AdapterTensors, MergeModel, head_of, is_tied, open_checkpoint
+from harness.merging.adapters.kinds import open_adapter
+from harness.merging.sources import MergeModel, head_of, is_tied, open_checkpoint
 from harness.models.chat_templates import read_chat_template
 from harness.models.inspect import inspect_adapter, inspect_model, is_adapter
 from harness.models.tensors import TensorFolder
@@ -103,7 +104,7 @@ def _adapter_model(found: AdapterInfo, under: MergeModel, label: str) -> MergeMo
         found.digest,
         under.checkpoint,
         under.info,
-        adapter=AdapterTensors(found, under.checkpoint, label),
+        adapter=open_adapter(found, under.checkpoint, label),
         template=read_chat_template(Path(found.path)) or under.template,
     )
 

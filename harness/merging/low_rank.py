@@ -93,9 +93,10 @@ def rank_of(opened: OpenModels, recipes: Sequence[TensorRecipe], asked: int | No
                 "--rank", f"{asked}, and no changed matrix has a rank above {most}", f"Give {most} or less."
             )
         return asked
-    without = [model.name for model in opened.inputs if model.adapter is None]
-    if without:
-        raise UserError("--rank", f"{without[0]} is a checkpoint: its change has no rank of its own", "Add --rank R.")
+    for model in opened.inputs:
+        if model.adapter is None or not model.adapter.factor_parts:
+            kind = "a checkpoint" if model.adapter is None else f"of peft_type {model.adapter.config['peft_type']}"
+            raise UserError("--rank", f"{model.name} is {kind}: its change has no rank of its own", "Add --rank R.")
     return min(sum(model.adapter.info.rank for model in opened.inputs if model.adapter is not None), most)
 
 
