@@ -106,7 +106,7 @@ def _is_text(argument: str) -> bool:
 
 
 def _click_error(error: Exception) -> int:
-    """Usage errors of the command line itself; anything else is a bug and keeps its traceback."""
+    """Print a usage error of the command line itself; anything else is a bug and keeps its traceback."""
     show = getattr(error, "show", None)
     if show is None or not hasattr(error, "exit_code"):
         raise error

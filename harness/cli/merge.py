@@ -152,7 +152,7 @@ def _changed(spec: Any, given: dict[str, Any]) -> Any:
 
 
 def parse_size(text: str, where: str = "--shard-size") -> int:
-    """Bytes of ``5GB``, ``500MB``, ``64KB`` or a plain number.
+    """The bytes that ``5GB``, ``500MB``, ``64KB`` or a plain number stands for.
 
     Raises:
         UserError: anything else.

@@ -64,7 +64,7 @@ def write_package(kind: str, name: str, folder: Path | str) -> list[Path]:
 
 
 def _files(kind: str, name: str, package: str) -> list[tuple[str, str]]:
-    """Templates and where they go."""
+    """The templates of a package, and where each goes."""
     files = [
         ("package/pyproject.toml.jinja", "pyproject.toml"),
         ("package/README.md.jinja", "README.md"),

@@ -65,7 +65,7 @@ class Maker:
         return recipe.base or recipe.sources[0]
 
     def check(self, recipe: TensorRecipe) -> None:
-        """All that is merged has one shape, and numbers that can be merged.
+        """Hold everything that is merged into one tensor to one shape, and to numbers that can be merged.
 
         Raises:
             UserError: with the names and both shapes.

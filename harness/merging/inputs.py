@@ -131,7 +131,7 @@ def open_models(spec: MergeSpec, option: str = INPUTS) -> OpenModels:
 
 
 def opened_from(base: MergeModel | None, inputs: list[MergeModel], template: str | None) -> OpenModels:
-    """The models with the lists of their tensors."""
+    """The opened models with the lists of their tensors."""
     opened = OpenModels((base or inputs[0]).info, base, inputs, template, [], None)
     _name_tensors(opened)
     return opened
@@ -194,7 +194,7 @@ def _own_head(model: MergeModel, head: str) -> bool:
 
 
 def _check_names(opened: OpenModels, first: MergeModel) -> None:
-    """Every model has the same tensors, of the same shapes.
+    """Hold every model to the same tensors, of the same shapes.
 
     Raises:
         UserError: naming the tensor and, where they differ, both shapes.
@@ -217,7 +217,7 @@ def _check_names(opened: OpenModels, first: MergeModel) -> None:
 
 
 def same_shape(model: MergeModel, name: str, other: MergeModel, its: str) -> None:
-    """Two tensors that are merged have one shape.
+    """Hold two tensors that are merged to one shape.
 
     Raises:
         UserError: with the names and both shapes.

@@ -114,7 +114,7 @@ def low_rank(recipe: TensorRecipe, maker: Maker, rank: int) -> LowRank:
 
 
 def _from_factors(a: torch.Tensor, b: torch.Tensor, rank: int) -> LowRank:
-    """B A as it is where its rank is small enough; else its best approximation, through the small core's SVD."""
+    """The product B A as it is where its rank is small enough; else its best approximation, through the core's SVD."""
     import torch
 
     gram = (b.double().t() @ b.double()) * (a.double() @ a.double().t())

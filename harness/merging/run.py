@@ -122,7 +122,7 @@ class _Run:
         self.spent = Spent(running.workers or default_workers(), Clock(), {"plan": plan.seconds})
 
     def carry_out(self, out: Path) -> dict[str, Any]:
-        """Merge, write, record."""
+        """Merge, write and record, and return the record."""
         begun = time.perf_counter()
         import torch  # noqa: F401 - so that its import is on its own account
 

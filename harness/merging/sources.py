@@ -78,11 +78,11 @@ class MergeModel:
         return "checkpoint" if self.adapter is None else "adapter"
 
     def entry(self, name: str) -> Entry:
-        """Type and shape of a tensor."""
+        """The type and shape of one of the model's tensors."""
         return self.checkpoint.entry(name)
 
     def touches(self, name: str) -> bool:
-        """Whether an adapter changes it; True for every tensor of a checkpoint."""
+        """Whether an adapter changes a tensor of its base; True for every tensor of a checkpoint."""
         return self.adapter is None or self.adapter.touches(name)
 
     def stored(self, name: str) -> torch.Tensor:
@@ -99,7 +99,7 @@ class MergeModel:
         return tensor
 
     def weight(self, name: str, device: str = "cpu") -> torch.Tensor:
-        """The tensor as this model has it: float32, new."""
+        """A tensor as this model has it: float32, new."""
         import torch
 
         if self.entry(name).dtype not in FLOATS:

@@ -77,7 +77,7 @@ def plain_recipe(spec: MergeSpec, merger: Merger, models: Models) -> MergeRecipe
 def settled(
     merger: Merger, weights: Sequence[float] | None, count: int, config: Any, of_weights: str, of_options: str
 ) -> tuple[tuple[float, ...], Any]:
-    """Weights and options as the merger wants them; its errors get the place where the user wrote them."""
+    """The weights and options as the merger wants them; its errors get the place where the user wrote them."""
     for weight in weights or ():
         if weight - weight != 0:
             raise UserError(of_weights, f"a weight is {weight}", "Give finite weights.")
