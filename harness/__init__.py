@@ -101,6 +101,7 @@ if TYPE_CHECKING:
         Row as Row,
         Sample as Sample,
         Score as Score,
+        StepInfo as StepInfo,
         StepRecord as StepRecord,
         digest_of as digest_of,
     )
@@ -205,7 +206,7 @@ _HOME = {
     "harness.core.machine": "torch_device",
     "harness.core.records": (
         "AdapterInfo Answer Finish LOGIT_RESOLUTION LOGPROB_ROUNDING Message Metric ModelInfo Output Request "
-        "Row SHARE_RESOLUTION Sample Score StepRecord digest_of"
+        "Row SHARE_RESOLUTION Sample Score StepInfo StepRecord digest_of"
     ),
     "harness.core.secrecy": "check_variable cleaned read_secret refuse_credentials",
     "harness.core.specs": (

@@ -8,7 +8,17 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from harness.cli.eval import DataRevisions
+from harness.cli.options import (
+    AllowPickle,
+    DataRevisions,
+    PluginFiles,
+    Revision,
+    TrustRemoteCode,
+    model_of,
+    options_of,
+    revisions_of,
+    with_defaults,
+)
 from harness.core.errors import ExitCode, UserError
 from harness.core.text import visible
 
@@ -61,7 +71,7 @@ def align(
     data_revision: DataRevisions = None,
     processes: Annotated[int, typer.Option(help="Processes, each with a device of its own, that share a batch.")] = 1,
     dtype: Annotated[str, typer.Option(help="auto (bf16 on CUDA, fp32 on CPU), float32, bfloat16.")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None,
+    revision: Revision = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the adapter; goes on if it holds this alignment.")] = None,
     search: Annotated[
         list[str] | None,
@@ -72,35 +82,29 @@ def align(
         ),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the folder holds and start over.")] = False,
-    plugin: Annotated[list[str] | None, typer.Option("--plugin", help="Loose plugin file (repeatable).")] = None,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load pickled weights (can run code).")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+    plugin: PluginFiles = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> int:
     """Train one arm: a base, a method, a data set, an adapter."""
     from harness.alignment.run import align as run
-    from harness.contracts.registry import load_plugins
-    from harness.core.config import parse_options, set_path
     from harness.core.progress import for_terminal
-    from harness.core.specs import ModelSpec
-    from harness.core.user_defaults import load_user_defaults
-    from harness.data.hub import parse_revisions
 
-    options: dict[str, object] = {}
-    for pair in set_ or ():
-        set_path(options, pair)
+    options = options_of(set_)
     if steps is not None:
         options["steps"] = steps
-    settings = load_user_defaults()
-    given = {
-        "model": model,
-        "revision": revision,
-        "dtype": dtype,
-        "allow_pickle": allow_pickle,
-        "trust_remote_code": trust_remote_code,
-    }
+    defaults, registry = with_defaults(plugin)
+    base = model_of(
+        "harness align",
+        model=model,
+        revision=revision,
+        dtype=dtype,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+    )
     common: dict[str, Any] = {
         "fresh": fresh,
-        "registry": load_plugins([*settings.plugins, *(plugin or ())]),
+        "registry": registry,
         "adapter": adapter,
         "start": start,
         "template": template,
@@ -110,9 +114,8 @@ def align(
         "data_seed": data_seed,
         "processes": processes,
         "options": options,
-        "data_revisions": {**settings.data_revisions, **parse_revisions(data_revision or ())},
+        "data_revisions": revisions_of(data_revision, defaults),
     }
-    base = parse_options(ModelSpec, given, "harness align")
     with for_terminal() as reporter:
         if search is not None:
             return _search(search, (method, base, dataset), out, {**common, "reporter": reporter})

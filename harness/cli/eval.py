@@ -7,33 +7,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from harness.cli.options import (
+    AllowPickle,
+    AllowTemplateMismatch,
+    DataRevisions,
+    Folders,
+    Json,
+    PluginFiles,
+    Revision,
+    RunDtype,
+    TrustRemoteCode,
+    model_of,
+    options_of,
+    revisions_of,
+    with_defaults,
+)
+from harness.cli.tables import print_json
 from harness.core.errors import ExitCode, UserError
 from harness.core.text import visible
 
 if TYPE_CHECKING:
     from harness.report.model import ComparisonReport
-
-PluginFiles = Annotated[list[str] | None, typer.Option("--plugin", help="Loose plugin file to load (repeatable).")]
-Folders = Annotated[list[str] | None, typer.Option("--tasks", help="Folder of task YAML files (repeatable).")]
-DataRevisions = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--data-revision",
-        metavar="OWNER/NAME=COMMIT",
-        help="Read a hub data set at this commit, not at the pinned one (repeatable).",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-def options_of(pairs: list[str] | None) -> dict[str, Any]:
-    """``--set`` values as nested options."""
-    from harness.core.config import set_path
-
-    options: dict[str, Any] = {}
-    for pair in pairs or ():
-        set_path(options, pair)
-    return options
 
 
 def eval_(
@@ -51,7 +45,7 @@ def eval_(
         typer.Option("--with-base/--no-base", help="Evaluate the base too; by default beside several adapters."),
     ] = None,
     control: Annotated[str | None, typer.Option(help="Value of the adapter's conditioning.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None,
+    revision: Revision = None,
     engine: Annotated[str | None, typer.Option(help="transformers, vllm, openai, or auto.")] = None,
     limit: Annotated[int | None, typer.Option(help="Samples per leaf task (per subject of MMLU, say).")] = None,
     seed: Annotated[int, typer.Option(help="Seed of few-shot choice, sampling and resampling.")] = 0,
@@ -66,64 +60,51 @@ def eval_(
         float | None, typer.Option(help="Most that a judge may cost in this run (in the currency of its prices).")
     ] = None,
     data_revision: DataRevisions = None,
-    dtype: Annotated[
-        str, typer.Option(help="auto (fp32 on a CPU, else as stored), float32, bfloat16, float16.")
-    ] = "auto",
+    dtype: RunDtype = "auto",
     plugin: PluginFiles = None,
     tasks: Folders = None,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load pickled weights (can run code).")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
     trust_task_code: Annotated[
         bool, typer.Option("--trust-task-code", help="Run code that lm-eval YAML of yours names (!function).")
     ] = False,
-    allow_template_mismatch: Annotated[
-        bool, typer.Option("--allow-template-mismatch", help="Go on when adapter and model differ in template.")
-    ] = False,
+    allow_template_mismatch: AllowTemplateMismatch = False,
 ) -> int:
     """Evaluate a model, or many adapters of one base: helpfulness and harmlessness, with intervals."""
-    from harness.contracts.registry import load_plugins
-    from harness.core.config import laid_over, parse_options
+    from harness.core.config import laid_over
     from harness.core.progress import for_terminal
-    from harness.core.specs import ModelSpec
-    from harness.core.user_defaults import load_user_defaults
-    from harness.data.hub import parse_revisions
     from harness.evaluation.run import evaluate
     from harness.report.build import write_reports
 
     _check_numbers(limit, parity, max_judge_cost)
-    settings = load_user_defaults()
-    model_spec = parse_options(
-        ModelSpec,
-        {
-            "model": model,
-            "revision": revision,
-            "control": control,
-            "dtype": dtype,
-            "allow_pickle": allow_pickle,
-            "trust_remote_code": trust_remote_code,
-            "allow_template_mismatch": allow_template_mismatch,
-        },
+    defaults, registry = with_defaults(plugin)
+    asked = model_of(
         "harness eval",
+        model=model,
+        revision=revision,
+        control=control,
+        dtype=dtype,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        allow_template_mismatch=allow_template_mismatch,
     )
     with for_terminal() as reporter:
         evaluation = evaluate(
-            model_spec,
+            asked,
             tasks=task or (),
             suite=suite,
             out=out,
             fresh=fresh,
-            registry=load_plugins([*settings.plugins, *(plugin or ())]),
+            registry=registry,
             reporter=reporter,
             adapters=adapter or (),
             with_base=with_base,
-            engine=engine or settings.engine,
+            engine=engine or defaults.engine,
             limit=limit,
             seed=seed,
-            options=laid_over(settings.options, options_of(set_)),
-            task_folders=(*settings.task_folders, *(tasks or ())),
-            data_revisions={**settings.data_revisions, **parse_revisions(data_revision or ())},
+            options=laid_over(defaults.options, options_of(set_)),
+            task_folders=(*defaults.task_folders, *(tasks or ())),
+            data_revisions=revisions_of(data_revision, defaults),
             trust_task_code=trust_task_code,
             parity=parity,
             parity_engine=parity_engine,
@@ -190,9 +171,7 @@ def compare(
         allow_prompt_mismatch=allow_prompt_mismatch,
     )
     if as_json:
-        import json
-
-        print(json.dumps(result.to_dict(), indent=2, ensure_ascii=False))
+        print_json(result.to_dict())
     else:
         from rich.console import Console
 

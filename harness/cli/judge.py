@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from harness.cli.options import Json, PluginFiles, options_of, with_defaults
+from harness.cli.tables import print_json
 from harness.core.errors import ExitCode, UserError
 from harness.core.text import visible
 
@@ -20,7 +21,6 @@ judge_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Win rates of a judge's annotations, and checks of judges."
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Model = Annotated[str | None, typer.Option(help="Whose wins are counted, where the file does not tell.")]
 Reference = Annotated[str | None, typer.Option(help="What it is compared with.")]
 Annotator = Annotated[str | None, typer.Option(help="Whose verdicts count, where the file holds several judges'.")]
@@ -53,7 +53,7 @@ def winrate(
         control = _published(model, reference, weights, difficulty)
         found: dict[str, Any] = {"model": model, "reference": control.reference}
         if as_json:
-            _print_json({**found, **_controlled(control), "notes": _notes(control)})
+            print_json({**found, **_controlled(control), "notes": _notes(control)})
         else:
             print(f"{model} against {control.reference}, by published weights")
             print(_line("length-controlled win rate", control.winrate, control.standard_error))
@@ -65,7 +65,7 @@ def winrate(
     if as_json:
         names = {"model": read.model, "reference": read.reference, "annotator": read.annotator}
         more = {"unscored": dict(read.unscored), **names, "notes": [*read.notes, *_notes(control)]}
-        _print_json({**rates, **_controlled(control), **more})
+        print_json({**rates, **_controlled(control), **more})
     else:
         print(visible("\n".join(_winrate_lines(read, rates, control)), lines=True))
     return ExitCode.DONE
@@ -123,10 +123,6 @@ def _line(title: str, value: float | None, error: float | None = None, more: str
     return f"{title:<28}{shown}" + (f", standard error {error:.2f}" if error is not None else "") + more
 
 
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
-
-
 @judge_app.command("calibrate")
 def calibrate(
     annotations: Annotated[list[Path], typer.Argument(help="Published AlpacaEval annotations, one file per model.")],
@@ -142,29 +138,24 @@ def calibrate(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=V of the scorer alpaca_eval: served_model, price_input, ...")
     ] = None,
-    plugin: Annotated[list[str] | None, typer.Option("--plugin", help="Loose plugin file (repeatable).")] = None,
+    plugin: PluginFiles = None,
     as_json: Json = False,
 ) -> int:
     """Agreement with published verdicts, position bias, length bias and repeat agreement of a judge, with intervals."""
-    from harness.contracts.registry import load_plugins
-    from harness.core.config import set_path
     from harness.core.progress import for_terminal
-    from harness.core.user_defaults import load_user_defaults
     from harness.judges.annotations import read_annotations
     from harness.judges.calibrate import calibrate as run
 
-    options: dict[str, Any] = {}
-    for pair in set_ or ():
-        set_path(options, pair)
+    given = options_of(set_)
     files = [read_annotations(path, annotator=annotator) for path in annotations]
-    options = {"annotator": prompts or _prompts_of(files), **options, "model": judge}
+    options = {"annotator": prompts or _prompts_of(files), **given, "model": judge}
     if max_judge_cost is not None:
         options["max_cost"] = max_judge_cost
-    registry = load_plugins([*load_user_defaults().plugins, *(plugin or ())])
+    _, registry = with_defaults(plugin)
     with for_terminal() as reporter:
         found = run(files, options, registry, out, limit=limit, seed=seed, reporter=reporter)
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     else:
         print(visible("\n".join(_calibration_lines(found)), lines=True))
     return ExitCode.DONE
@@ -227,7 +218,7 @@ def agreement(
 
     found, notes = compared(run, human_labels, task=task, scorer=scorer)
     if as_json:
-        _print_json({"judges": [one.to_json() for one in found], "notes": notes})
+        print_json({"judges": [one.to_json() for one in found], "notes": notes})
     else:
         lines = [line for one in found for line in one.lines()] + [f"note: {note}" for note in notes]
         print(visible("\n".join(lines), lines=True))

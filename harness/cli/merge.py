@@ -8,6 +8,16 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
+from harness.cli.options import (
+    AllowPickle,
+    AllowTemplateMismatch,
+    PluginFiles,
+    TrustRemoteCode,
+    model_of,
+    options_of,
+    with_defaults,
+)
+from harness.cli.tables import print_table
 from harness.core.errors import ExitCode, UserError
 from harness.core.text import visible
 
@@ -56,17 +66,15 @@ def merge(
     form: Annotated[str, typer.Option("--as", help="model, or adapter (low rank, on the base).")] = "model",
     rank: Annotated[int | None, typer.Option(help="Rank of the adapter; the sum of the inputs' when absent.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace another merge that the folder holds.")] = False,
-    plugin: Annotated[list[str] | None, typer.Option("--plugin", help="Loose plugin file (repeatable).")] = None,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load pickled weights (can run code).")] = False,
+    plugin: PluginFiles = None,
+    allow_pickle: AllowPickle = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Copy the model's own code.")] = False,
     allow_template_mismatch: Annotated[
         bool, typer.Option("--allow-template-mismatch", help="Go on when models differ in chat template.")
     ] = False,
 ) -> int:
     """Merge adapters and checkpoints into one model, or one adapter."""
-    from harness.contracts.registry import load_plugins
     from harness.core.progress import for_terminal
-    from harness.core.user_defaults import load_user_defaults
     from harness.merging.record import fallback_note
     from harness.merging.run import merge as run
 
@@ -80,13 +88,13 @@ def merge(
     given = {"method": method, "base": base, "inputs": inputs, "--set": set_}
     spec = _from_config(config, given, seed, trust) if config is not None else _from_options(given, trust, seed)
     spec = _changed(spec, {"dtype": dtype, "form": form, "rank": rank})
-    settings = load_user_defaults()
+    _, registry = with_defaults(plugin)
     with for_terminal() as reporter:
         made = run(
             spec,
             out=out,
             fresh=fresh,
-            registry=load_plugins([*settings.plugins, *(plugin or ())]),
+            registry=registry,
             reporter=reporter,
             workers=workers,
             shard_size=parse_size(shard_size),
@@ -114,7 +122,7 @@ def _from_config(config: Path, given: dict[str, Any], seed: int, trust: dict[str
 
 
 def _from_options(given: dict[str, Any], trust: dict[str, bool], seed: int) -> Any:
-    from harness.core.config import parse_options, set_path
+    from harness.core.config import parse_options
     from harness.core.specs import MergeSpec
     from harness.merging.plan import parse_input
 
@@ -124,14 +132,11 @@ def _from_options(given: dict[str, Any], trust: dict[str, bool], seed: int) -> A
         )
     if not given["inputs"]:
         raise UserError("--inputs", "there is nothing to merge", "Add --inputs ARM[:WEIGHT] ARM[:WEIGHT] ...")
-    options: dict[str, Any] = {}
-    for pair in given["--set"] or ():
-        set_path(options, pair)
     fields = {
         "method": given["method"],
         "inputs": [parse_input(one).model_dump() for one in given["inputs"]],
         "base": {"model": given["base"], **trust} if given["base"] is not None else None,
-        "options": options,
+        "options": options_of(given["--set"]),
         "seed": seed,
     }
     return parse_options(MergeSpec, fields, "harness merge")
@@ -147,7 +152,7 @@ def _changed(spec: Any, given: dict[str, Any]) -> Any:
 
 
 def parse_size(text: str, where: str = "--shard-size") -> int:
-    """Bytes of ``5GB``, ``500MB``, ``64KB`` or a plain number.
+    """The bytes that ``5GB``, ``500MB``, ``64KB`` or a plain number stands for.
 
     Raises:
         UserError: anything else.
@@ -165,18 +170,10 @@ def parse_size(text: str, where: str = "--shard-size") -> int:
 
 
 def _print_totals(record: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     from harness.merging.record import totals
 
-    console = Console()
-    console = console if console.is_terminal else Console(width=200)
-    table = Table(title=f"{record['method']}, {record['form']}", title_justify="left", show_header=False)
-    for name, value in totals(record):
-        table.add_row(Text(name), Text(visible(value)))
-    console.print(table)
+    rows = [{"name": name, "value": value} for name, value in totals(record)]
+    print_table(f"{record['method']}, {record['form']}", ["name", "value"], rows, header=False)
 
 
 def fold(
@@ -191,32 +188,30 @@ def fold(
     probe_prompts: Annotated[int | None, typer.Option(help="How many of them; 0: no comparison.")] = None,
     revision: Annotated[str | None, typer.Option(help="Hub revision of the base.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace another merge that the folder holds.")] = False,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load pickled weights (can run code).")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
-    allow_template_mismatch: Annotated[
-        bool, typer.Option("--allow-template-mismatch", help="Go on when adapter and base differ in template.")
-    ] = False,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_template_mismatch: AllowTemplateMismatch = False,
+    plugin: PluginFiles = None,
 ) -> int:
     """Fold an adapter into its base, in the base's precision or in the one that QLoRA trained on."""
-    from harness.core.config import parse_options
     from harness.core.progress import for_terminal
-    from harness.core.specs import ModelSpec
     from harness.merging.fold.run import fold as run, probe_line
 
-    fields = {
-        "model": base,
-        "revision": revision,
-        "allow_pickle": allow_pickle,
-        "trust_remote_code": trust_remote_code,
-        "allow_template_mismatch": allow_template_mismatch,
-    }
-    given = parse_options(ModelSpec, fields, "harness fold")
+    given = model_of(
+        "harness fold",
+        model=base,
+        revision=revision,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        allow_template_mismatch=allow_template_mismatch,
+    )
     with for_terminal() as reporter:
         made = run(
             adapter,
             given,
             out=out,
             fresh=fresh,
+            registry=with_defaults(plugin)[1],
             reporter=reporter,
             precision=precision,
             dtype=dtype,

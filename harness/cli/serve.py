@@ -8,6 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from harness.cli.options import (
+    AllowPickle,
+    AllowTemplateMismatch,
+    PluginFiles,
+    Revision,
+    RunDtype,
+    TrustRemoteCode,
+    options_of,
+    with_defaults,
+)
+from harness.cli.tables import print_json
 from harness.core.errors import ExitCode, Requeue
 from harness.core.text import visible
 
@@ -25,10 +36,8 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0: a free one.", min=0, max=65535)] = 8000,
     name: Annotated[str | None, typer.Option(help="What requests call the model; by default its own name.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Hub revision of the model.")] = None,
-    dtype: Annotated[
-        str, typer.Option(help="auto (fp32 on a CPU, else as stored), float32, bfloat16, float16.")
-    ] = "auto",
+    revision: Revision = None,
+    dtype: RunDtype = "auto",
     set_: Annotated[list[str] | None, typer.Option("--set", help="engine.KEY=V: an option of the engine.")] = None,
     engine: Annotated[str, typer.Option(help="Engine that brings the server.")] = "vllm",
     api_key_env: Annotated[
@@ -37,26 +46,17 @@ def serve(
     ready_timeout: Annotated[float, typer.Option(help="Longest wait until it answers (seconds).")] = 900.0,
     log: Annotated[Path | None, typer.Option(help="Keep the server's log in this file.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Say what cannot be served, and start nothing.")] = False,
-    plugin: Annotated[list[str] | None, typer.Option("--plugin", help="Loose plugin file (repeatable).")] = None,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Load pickled weights (can run code).")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
-    allow_template_mismatch: Annotated[
-        bool, typer.Option("--allow-template-mismatch", help="Go on when adapter and model differ in template.")
-    ] = False,
+    plugin: PluginFiles = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_template_mismatch: AllowTemplateMismatch = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON when it is ready.")] = False,
 ) -> int:
     """Serve a model, or a base with adapters, through vLLM's OpenAI-compatible server, until Ctrl-C."""
-    from harness.contracts.registry import load_plugins
-    from harness.core.config import parse_options, set_path
+    from harness.core.config import parse_options
     from harness.core.specs import ServeSpec
-    from harness.core.user_defaults import load_user_defaults
 
-    settings = load_user_defaults()
-    options: dict[str, Any] = {}
-    for pair in set_ or ():
-        set_path(options, pair)
+    options = options_of(set_)
     _only_engine(options)
     given = {
         "model": {
@@ -78,7 +78,7 @@ def serve(
         "log": str(log) if log is not None else None,
     }
     spec = parse_options(ServeSpec, given, "harness serve")
-    registry = load_plugins([*settings.plugins, *(plugin or ())])
+    _, registry = with_defaults(plugin)
     if check:
         return _check(spec, registry, as_json)
     return _serve(spec, registry, as_json)
@@ -97,7 +97,7 @@ def _check(spec: ServeSpec, registry: Registry, as_json: bool) -> int:
 
     checked = check(spec, registry)
     if as_json:
-        _line(checked.to_json())
+        print_json(checked.to_json(), line=True)
     else:
         print(visible("\n".join(_verdict(checked)), lines=True))
     return ExitCode.USER if checked.problems else ExitCode.DONE
@@ -120,7 +120,7 @@ def _serve(spec: ServeSpec, registry: Registry, as_json: bool) -> int:
     try:
         with serving(spec, registry=registry, reporter=PlainReporter()) as server:
             if as_json:
-                _line(server.facts)
+                print_json(server.facts, line=True)
             else:
                 print(f"{server.url} serves {', '.join(server.models)}; Ctrl-C ends it")
                 for name in server.models:
@@ -135,9 +135,3 @@ def _serve(spec: ServeSpec, registry: Registry, as_json: bool) -> int:
         print("stopped by a signal: the server has ended", file=sys.stderr, flush=True)
         raise SystemExit(ExitCode.REQUEUE) from None
     return ExitCode.DONE
-
-
-def _line(value: Any) -> None:
-    import json
-
-    print(json.dumps(value, ensure_ascii=False), flush=True)

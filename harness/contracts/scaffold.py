@@ -10,7 +10,8 @@ from harness.core.errors import UserError, unknown
 from harness.core.version import __version__
 
 TEMPLATES = Path(__file__).parent / "skeletons"
-KINDS = tuple(sorted(kind if kind != "tasks" else "task" for kind in REGISTRATION.values()))
+KINDS = tuple(sorted(["loss", "observer", *(kind if kind != "tasks" else "task" for kind in REGISTRATION.values())]))
+"""The kinds of plugins; ``loss`` is the short form of an aligner, and ``observer`` one that is told of steps."""
 _NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 
 
@@ -63,7 +64,7 @@ def write_package(kind: str, name: str, folder: Path | str) -> list[Path]:
 
 
 def _files(kind: str, name: str, package: str) -> list[tuple[str, str]]:
-    """Templates and where they go."""
+    """The templates of a package, and where each goes."""
     files = [
         ("package/pyproject.toml.jinja", "pyproject.toml"),
         ("package/README.md.jinja", "README.md"),

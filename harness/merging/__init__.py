@@ -1,1 +1,1 @@
-"""Models into one: merging and folding."""
+"""Models made into one: merging and folding."""

@@ -11,8 +11,9 @@ from harness.contracts.merger import Factors, Merged, Merger
 from harness.core.errors import StepError, UserError
 from harness.merging.differences import Sums, sums_of
 from harness.merging.inputs import OpenModels, same_shape
+from harness.merging.names import Source
 from harness.merging.sources import MergeModel
-from harness.merging.tensor_plan import Source, TensorRecipe
+from harness.merging.tensor_plan import TensorRecipe
 from harness.merging.threads import Clock
 from harness.models.tensors import FLOATS, TORCH_NAMES, not_finite
 
@@ -64,7 +65,7 @@ class Maker:
         return recipe.base or recipe.sources[0]
 
     def check(self, recipe: TensorRecipe) -> None:
-        """All that is merged has one shape, and numbers that can be merged.
+        """Hold everything that is merged into one tensor to one shape, and to numbers that can be merged.
 
         Raises:
             UserError: with the names and both shapes.

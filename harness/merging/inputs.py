@@ -11,7 +11,8 @@ from typing import Any
 from harness.core.errors import UserError
 from harness.core.records import AdapterInfo, ModelInfo
 from harness.core.specs import MergeInput, MergeSpec, ModelSpec
-from harness.merging.sources import AdapterTensors, MergeModel, head_of, is_tied, open_checkpoint
+from harness.merging.adapters.kinds import open_adapter
+from harness.merging.sources import MergeModel, head_of, is_tied, open_checkpoint
 from harness.models.chat_templates import read_chat_template
 from harness.models.inspect import inspect_adapter, inspect_model, is_adapter
 from harness.models.tensors import TensorFolder
@@ -108,7 +109,7 @@ def _adapter_model(found: AdapterInfo, under: MergeModel, label: str) -> MergeMo
         found.digest,
         under.checkpoint,
         under.info,
-        adapter=AdapterTensors(found, under.checkpoint, label),
+        adapter=open_adapter(found, under.checkpoint, label),
         template=read_chat_template(Path(found.path)) or under.template,
     )
 
@@ -135,7 +136,7 @@ def open_models(spec: MergeSpec, option: str = INPUTS) -> OpenModels:
 
 
 def opened_from(base: MergeModel | None, inputs: list[MergeModel], template: str | None) -> OpenModels:
-    """The models with the lists of their tensors."""
+    """The opened models with the lists of their tensors."""
     opened = OpenModels((base or inputs[0]).info, base, inputs, template, [], None)
     _name_tensors(opened)
     return opened
@@ -198,7 +199,7 @@ def _own_head(model: MergeModel, head: str) -> bool:
 
 
 def _check_names(opened: OpenModels, first: MergeModel) -> None:
-    """Every model has the same tensors, of the same shapes.
+    """Hold every model to the same tensors, of the same shapes.
 
     Raises:
         UserError: naming the tensor and, where they differ, both shapes.
@@ -221,7 +222,7 @@ def _check_names(opened: OpenModels, first: MergeModel) -> None:
 
 
 def same_shape(model: MergeModel, name: str, other: MergeModel, its: str) -> None:
-    """Two tensors that are merged have one shape.
+    """Hold two tensors that are merged to one shape.
 
     Raises:
         UserError: with the names and both shapes.

@@ -93,9 +93,10 @@ def rank_of(opened: OpenModels, recipes: Sequence[TensorRecipe], asked: int | No
                 "--rank", f"{asked}, and no changed matrix has a rank above {most}", f"Give {most} or less."
             )
         return asked
-    without = [model.name for model in opened.inputs if model.adapter is None]
-    if without:
-        raise UserError("--rank", f"{without[0]} is a checkpoint: its change has no rank of its own", "Add --rank R.")
+    for model in opened.inputs:
+        if model.adapter is None or not model.adapter.factor_parts:
+            kind = "a checkpoint" if model.adapter is None else f"of peft_type {model.adapter.config['peft_type']}"
+            raise UserError("--rank", f"{model.name} is {kind}: its change has no rank of its own", "Add --rank R.")
     return min(sum(model.adapter.info.rank for model in opened.inputs if model.adapter is not None), most)
 
 
@@ -113,7 +114,7 @@ def low_rank(recipe: TensorRecipe, maker: Maker, rank: int) -> LowRank:
 
 
 def _from_factors(a: torch.Tensor, b: torch.Tensor, rank: int) -> LowRank:
-    """B A as it is where its rank is small enough; else its best approximation, through the small core's SVD."""
+    """The product B A as it is where its rank is small enough; else its best approximation, through the core's SVD."""
     import torch
 
     gram = (b.double().t() @ b.double()) * (a.double() @ a.double().t())

@@ -44,11 +44,11 @@ class Models:
         self._base_set = set(self.base_names or ())
 
     def of(self, model: int) -> list[str]:
-        """Names of one model's tensors; -1 is the base."""
+        """The names of one model's tensors; -1 is the base."""
         return self.names[model] if model >= 0 else self.base_names or []
 
     def source(self, model: int, tensor: str, result: str) -> Source:
-        """One tensor, if the model has it."""
+        """One tensor of a model, which must have it."""
         if tensor in (self._sets[model] if model >= 0 else self._base_set):
             return Source(model, tensor)
         label = self.labels[model] if model >= 0 else self.base_label
@@ -59,7 +59,7 @@ class Models:
         raise UserError(label, what, "Merge models of one architecture; all inputs must have the same tensors.")
 
     def refuse_extra(self) -> None:
-        """A tensor of an input that the result has no place for."""
+        """Refuse a tensor of an input that the result has no place for."""
         reference = self._base_set if self.base_names is not None else self._sets[0]
         first = self.base_label if self.base_names is not None else self.labels[0]
         for label, held in zip(self.labels, self._sets, strict=True):
@@ -71,5 +71,5 @@ class Models:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was left out."""
+        """What is said of tensors that were left out."""
         return tuple(f"{name} is left out: the embeddings are tied" for name in sorted(self.dropped))

@@ -99,7 +99,7 @@ def _mean_cosine(row: _Row) -> float | None:
 
 
 def heat_map(figure: Figure, rows: Sequence[_Row]) -> dict[str, Any] | None:
-    """Layers down, modules across; None where no tensor has this figure.
+    """One figure as a table, layers down and modules across; None where no tensor has it.
 
     Tensors outside the layers (embeddings, the final norm, the head) stand in a line of their own.
     """

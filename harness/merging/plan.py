@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from harness.core.records import digest_of
 from harness.core.specs import MergeInput, MergeSpec
 from harness.merging.compute import Maker
 from harness.merging.inputs import OpenModels, open_models
-from harness.merging.tensor_plan import MergeRecipe, TensorRecipe, recipe_of
+from harness.merging.mergekit.recipe import configured_recipe
+from harness.merging.names import Models
+from harness.merging.tensor_plan import MergeRecipe, TensorRecipe, plain_recipe
 from harness.merging.threads import Clock
 from harness.steps.files import slug
 from harness.steps.provenance import code_digest
@@ -101,6 +104,33 @@ def _step(spec: MergeSpec, opened: OpenModels, identity: dict[str, Any]) -> Step
         factors={"method": spec.method, "base": opened.info.name, "inputs": names, "seed": spec.seed},
         made_from={"base": opened.info.weights_digest, **opened.digests},
     )
+
+
+def recipe_of(
+    spec: MergeSpec,
+    merger: Merger,
+    names: Sequence[Sequence[str]],
+    base_config: Mapping[str, Any],
+    base_names: Sequence[str] | None = None,
+) -> MergeRecipe:
+    """Every tensor of the result, from the names of the inputs' tensors.
+
+    Args:
+        names: of each input as a whole model (for an adapter those of the checkpoint below it).
+        base_config: config.json of the base, of the first input where there is none.
+        base_names: the base's tensors; None: there is no base.
+
+    Raises:
+        UserError: weights, options, tensors or layers that do not fit together.
+    """
+    if merger.operates_on == "deltas" and base_names is None:
+        what = f"{merger.name} merges differences from a base, and there is none"
+        raise UserError("--base", what, "Give the model that the inputs were trained from.")
+    tied = bool(base_config.get("tie_word_embeddings"))
+    models = Models(spec, names, base_names, tied)
+    if spec.config is None:
+        return plain_recipe(spec, merger, models)
+    return configured_recipe(spec.config, merger, models, base_config)
 
 
 def _canonical(recipe: TensorRecipe) -> list[Any]:

@@ -112,7 +112,7 @@ def _low_rank(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def lineage_of(plan: MergePlan) -> dict[str, Any]:
-    """Ordered: the base, and what was merged."""
+    """What lineage.json says of a merge: the base, and what was merged, in order."""
     info = plan.opened.info
     return {
         "base": {"name": info.name, "revision": info.revision, "weights": info.weights_digest},
@@ -186,7 +186,7 @@ def totals(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def fallback_note(found: Mapping[str, Any]) -> str | None:
-    """That slerp was lerp, and where; None: it never was."""
+    """The note that slerp fell back to lerp, and where; None: it never did."""
     rows = [row["merger"] for row in found["diagnostics"]["tensors"] if "lerp_fallback" in row["merger"]]
     fell = sum(row["lerp_fallback"] > 0 for row in rows)
     if not fell:

@@ -55,7 +55,7 @@ class Clock:
                 self.seconds[what] += time.perf_counter() - begun
 
     def count(self, size: int) -> None:
-        """So many bytes were read."""
+        """Add to the bytes that were read."""
         with self._lock:
             self.read += size
 
@@ -85,7 +85,7 @@ class _Queue:
             return None
 
     def done(self, job: TensorWork) -> None:
-        """Its bytes are free again."""
+        """Give back the room of a job that is done."""
         with self._changed:
             self._taken -= job.needs
             self._in_hand -= 1
@@ -105,7 +105,7 @@ class _Queue:
 
 
 def default_workers() -> int:
-    """As many as this process may use cores, up to 8: beyond that the disk decides."""
+    """The default number of threads: as many as this process may use cores, up to 8: beyond that the disk decides."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, 8))
 

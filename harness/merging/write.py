@@ -47,7 +47,7 @@ class TensorShape:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """The tensor's size in bytes."""
         size = _BYTES.get(self.dtype, 1)
         for length in self.shape:
             size *= length
@@ -176,7 +176,7 @@ class Shards:
             view, start = view[done:], start + done
 
     def finish(self) -> dict[str, int]:
-        """Write the index where there are several files; sizes of all files.
+        """Write the index where there are several files, and return the sizes of all.
 
         Raises:
             RuntimeError: a tensor was not written.
@@ -210,7 +210,7 @@ class Shards:
 
 
 def check_disk(folder: Path, needed: int, where: str) -> None:
-    """Ask for room before anything is written.
+    """Refuse to begin where the disk has no room for what will be written.
 
     Raises:
         UserError: with what is needed and what is free.
@@ -269,7 +269,7 @@ def write_small_files(
 
 
 def target_dtype(stored: str, asked: str) -> str:
-    """Type that a float tensor is written in, in safetensors' words.
+    """The type that a float tensor is written in, in safetensors' words.
 
     Args:
         stored: as the base has it.

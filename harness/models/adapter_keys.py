@@ -1,7 +1,7 @@
-"""Which tensors a LoRA adapter must have on a base, by peft's rules, and whether its file has just those. No torch.
+"""Which tensors a LoRA, VeRA or IA3 adapter must have on a base, by peft's rules, and whether its file has just those.
 
 peft fills what a file lacks with what it starts training from (a change of nothing), ignores what it does not know, and
-says so in a warning at most. The rules are those of ``peft.tuners.tuners_utils.check_target_module_exists``,
+says so in a warning at most. No torch. The rules are those of ``peft.tuners.tuners_utils.check_target_module_exists``,
 ``peft.utils.other._set_trainable`` and ``peft.utils.save_and_load.get_peft_model_state_dict`` (peft 0.21).
 """
 
@@ -124,7 +124,7 @@ def check_keys(where: str, config: Mapping[str, Any], header: Mapping[str, Shape
         )
     modules = {module_of(name) for name in found}
     check_patterns(where, _patterns(config), [*modules, *(base.weights if base is not None else ())])
-    if kind != "LORA" or base is None or base.renamed or any(config.get(key) for key in _OTHER_RULES):
+    if kind not in _LAYERS or base is None or base.renamed or any(config.get(key) for key in _OTHER_RULES):
         return  # the attached adapter tells; see ``harness.models.attaching``
     expected = _expected(config, _as_loaded(base, modules), found)
     _compare(where, found, expected)
@@ -138,7 +138,7 @@ def _plain(name: str) -> str:
 def _patterns(config: Mapping[str, Any]) -> list[Pattern]:
     """Every regular expression that peft makes of the configuration."""
     made = []
-    for key in ("target_modules", "exclude_modules"):
+    for key in ("target_modules", "exclude_modules", "feedforward_modules"):
         if isinstance(config.get(key), str):
             made.append(Pattern(key, config[key], "fullmatch"))
     for key in ("rank_pattern", "alpha_pattern"):
@@ -192,7 +192,7 @@ def _as_loaded(base: Base, modules: Iterable[str]) -> Base:
 
 
 def targeted(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """The modules that get a LoRA layer, by peft's rule."""
+    """The modules that get a layer of the adapter's, by peft's rule."""
     return [name for name in names if _is_target(config, name)]
 
 
@@ -234,7 +234,7 @@ def _expected(config: Mapping[str, Any], base: Base, found: Mapping[str, tuple[i
     matrices = [name for name, shape in base.weights.items() if len(shape) > 1]
     modules = targeted(config, matrices)
     for module in modules:
-        _expect_lora(made, config, module, base.weights[module])
+        _LAYERS[config["peft_type"]](made, config, module, base.weights[module])
     tensors = {f"{name}.weight": shape for name, shape in base.weights.items()} | dict(base.others)
     for saved in config.get("modules_to_save") or ():
         # peft takes every module whose name ends so, with all that lies in it.
@@ -275,6 +275,25 @@ def _expect_lora(made: _Expected, config: Mapping[str, Any], module: str, weight
         made.required |= {f"{module}.{part}": (out,) for part in more}
     else:
         made.required |= {f"{module}.{part}": None for part in ("lora_A.weight", "lora_B.weight", *more)}
+
+
+def _expect_vera(made: _Expected, config: Mapping[str, Any], module: str, weight: tuple[int, ...]) -> None:
+    out = weight[1] if config.get("fan_in_fan_out") else weight[0]
+    made.required |= {f"{module}.vera_lambda_b": (out,), f"{module}.vera_lambda_d": (config.get("r", 256),)}
+    if config.get("save_projection", True):
+        made.required |= {"base_model.vera_A": None, "base_model.vera_B": None}
+
+
+def _expect_ia3(made: _Expected, config: Mapping[str, Any], module: str, weight: tuple[int, ...]) -> None:
+    inner, out = weight[:2] if config.get("fan_in_fan_out") else reversed(weight[:2])
+    inputs = config.get("feedforward_modules") or ()
+    on_inputs = re.fullmatch(inputs, module) if isinstance(inputs, str) else any(module.endswith(one) for one in inputs)
+    # Convolutions have vectors of more dimensions.
+    made.required[f"{module}.ia3_l"] = None if len(weight) > 2 else (1, inner) if on_inputs else (out, 1)
+
+
+_LAYERS = {"LORA": _expect_lora, "VERA": _expect_vera, "IA3": _expect_ia3}
+"""Kinds of adapters whose tensors are known from their configuration; of all others the attached adapter tells."""
 
 
 def _compare(where: str, found: Mapping[str, tuple[int, ...]], expected: _Expected) -> None:

@@ -113,6 +113,25 @@ class AdapterFile(_Schema):
     modules_to_save: list[str] | None = None
 
 
+class VeraFile(AdapterFile):
+    """adapter_config.json of a VeRA."""
+
+    r: int = Field(256, ge=1, le=2**20)
+    projection_prng_key: int = Field(0, ge=-(2**63), lt=2**64)
+    save_projection: bool = True
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: Names = None
+    bias: Literal["none", "all", "vera_only"] = "none"
+    fan_in_fan_out: bool = False
+
+
+class Ia3File(AdapterFile):
+    """adapter_config.json of an IA3."""
+
+    feedforward_modules: Names = None
+    fan_in_fan_out: bool = False
+
+
 class LoraFile(AdapterFile):
     """adapter_config.json of a LoRA."""
 
@@ -243,6 +262,9 @@ def read_config(file: Path, where: str = "") -> dict[str, Any]:
     return config
 
 
+_ADAPTERS: dict[str, type[AdapterFile]] = {"LORA": LoraFile, "VERA": VeraFile, "IA3": Ia3File}
+
+
 def read_adapter_config(file: Path, where: str = "") -> dict[str, Any]:
     """adapter_config.json.
 
@@ -250,8 +272,8 @@ def read_adapter_config(file: Path, where: str = "") -> dict[str, Any]:
         UserError: naming the file and the key.
     """
     config = read_checked(file, AdapterFile, where)
-    if config["peft_type"] == "LORA":
-        check(config, LoraFile, f"{where} {file}".strip())
+    if (schema := _ADAPTERS.get(config["peft_type"])) is not None:
+        check(config, schema, f"{where} {file}".strip())
     return config
 
 

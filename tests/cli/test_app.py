@@ -52,6 +52,22 @@ def register_scorers():
 """
 
 
+ROWS_OF_ONES_OWN = """
+from harness import Dataset, hookimpl
+
+class Own(Dataset):
+    name = "rows_of_ones_own"
+    schema = "pairs"
+
+    def rows(self, job):
+        return iter(())
+
+@hookimpl
+def register_datasets():
+    yield Own()
+"""
+
+
 def heavy_after(*commands: list[str], where: Path) -> dict[str, list[str]]:
     """Which heavy packages each command has imported, run one after another in a fresh interpreter."""
     script = (
@@ -285,3 +301,14 @@ def test_nothing_that_is_said_steers_the_terminal(cli: Any, slow_eval: list[str]
 def test_what_no_command_can_take(cli: Any, tiny: Path, arguments: list[str], message: str) -> None:
     ran = cli(*(str(tiny) if one == "MODEL" else one for one in arguments))
     assert (ran.code, message in ran.err) == (2, True), ran.err
+
+
+def test_data_list_knows_the_plugins_of_the_users_defaults(
+    cli: Any, alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As eval, align and merge do: what can be trained on can be looked at."""
+    Path("own.py").write_text(ROWS_OF_ONES_OWN, encoding="utf-8")
+    assert "rows_of_ones_own" not in {row["name"] for row in json.loads(cli("data", "list", "--json").out)}
+    Path("mine.yaml").write_text("plugins: [own.py]\n", encoding="utf-8")
+    monkeypatch.setenv("HARNESS_CONFIG", "mine.yaml")
+    assert "rows_of_ones_own" in {row["name"] for row in json.loads(cli("data", "list", "--json").out)}

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_kind_of_the_contracts_can_be_written() -> None:
-    assert set(KINDS) == {*CONTRACTS, "task"}
+    assert set(KINDS) == {*CONTRACTS, "task", "loss", "observer"}
 
 
 LIGHT = ("dataset", "executor", "scorer", "task")
@@ -50,8 +50,8 @@ def test_the_tests_of_a_written_package_pass(tmp_path: Path, kinds: tuple[str, .
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
-    # Each has its contract and its registration tested; a scorer, a dataset, a merger and an aligner a number as well.
-    more = len({"scorer", "dataset", "merger", "aligner"}.intersection(kinds))
+    # Each has its contract and its registration tested (an observer: steps and runs), and these a number as well.
+    more = len({"scorer", "dataset", "merger", "aligner", "loss"}.intersection(kinds))
     assert f"{2 * len(kinds) + more} passed" in done.stdout
 
 
@@ -143,10 +143,12 @@ def put_to_use(kind: str, tiny: Path, sums: Path, pairs: str) -> list[str | Path
     return {
         "dataset": [*align, "sft", "--dataset", "made"],
         "aligner": [*align, "made", "--dataset", pairs],
+        "loss": [*align, "made", "--dataset", pairs],
         "adapter": [*align, "sft", "--dataset", pairs, "--adapter", "made"],
         "merger": ["merge", "made", "--inputs", tiny, tiny, "--out", "out"],
         "scorer": [*evaluate, "--task", "sums", "--engine", "transformers"],
         "engine": [*evaluate, "--task", "sums", "--engine", "made"],
+        "observer": [*evaluate, "--task", "sums", "--engine", "transformers"],
         "executor": [*evaluate, "--task", "sums", "--engine", "transformers"],
         "task": [*evaluate, "--task", "made", "--engine", "transformers"],
     }[kind]
@@ -164,9 +166,21 @@ def test_what_is_written_is_trained_or_evaluated_with(
     pairs = write_pairs(Path(), count=12)
     ran = cli(*put_to_use(kind, tiny, sums, pairs), "--plugin", "package/harness_made/__init__.py")
     assert (ran.code, "Traceback" in ran.err) == (0, False), ran.err
-    made = {"adapter": "adapter_config.json", "aligner": "adapter_config.json", "dataset": "adapter_config.json"}
+    made = dict.fromkeys(("adapter", "aligner", "dataset", "loss"), "adapter_config.json")
     made["merger"] = "model.safetensors"
     assert (Path("out") / made.get(kind, "report/report.json")).is_file()
     if kind == "scorer":
         (row,) = json.loads(Path("out/report/report.json").read_text(encoding="utf-8"))["rows"]
         assert (row["metric"], row["n"], row["n_unscored"]) == ("brevity", 2, 0)
+    if kind == "observer":
+        seen = [json.loads(line) for line in Path("made.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert [(one["event"], one["what"].get("kind")) for one in seen] == [
+            ("step_started", "answers"),
+            ("step_finished", "answers"),
+            ("step_started", "scores"),
+            ("step_finished", "scores"),
+            ("study_finished", None),
+        ]
+        listed = json.loads(cli("plugins", "--json", "--plugin", "package/harness_made/__init__.py").out)["plugins"]
+        (watching,) = [one["hooks"] for one in listed if one["kind"] == "observer"]
+        assert watching == "step_finished, step_started, study_finished"

@@ -15,7 +15,9 @@ from harness.core.errors import UserError
 from harness.core.specs import MergeInput, MergeSpec, ModelSpec
 from harness.merging.mergekit.config import read_merge_config
 from harness.merging.mergekit.methods import METHODS, setting_at
-from harness.merging.tensor_plan import MergeRecipe, Source, recipe_of
+from harness.merging.names import Source
+from harness.merging.plan import recipe_of
+from harness.merging.tensor_plan import MergeRecipe
 from harness_plugins.mergers.deltas import DareTies, TaskArithmetic, Ties
 from harness_plugins.mergers.linear import Linear
 from harness_plugins.mergers.spherical import Nuslerp, Slerp
@@ -372,6 +374,6 @@ def test_values_that_no_filter_gives_or_that_are_out_of_range(tmp_path: Path) ->
 
 
 def test_a_recipe_needs_no_torch() -> None:
-    code = "import sys, harness.merging.tensor_plan, harness.merging.mergekit.config; print('torch' in sys.modules)"
+    code = "import sys, harness.merging.plan, harness.merging.mergekit.config; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -103,6 +103,35 @@ def test_what_peft_writes_is_taken(kind: str, tiny: Path, model: ModelInfo, tmp_
     attached(tiny, folder)
 
 
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vera": ("VeraConfig", {"r": 3, "target_modules": ["q_proj", "down_proj"]}),
+    "vera without its matrices": ("VeraConfig", {"r": 3, "target_modules": ["q_proj"], "save_projection": False}),
+    "ia3": ("IA3Config", {"target_modules": ["q_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    "ia3 by pattern": ("IA3Config", {"target_modules": r".*\.(q|down)_proj", "feedforward_modules": r".*\.down_proj"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", OTHERS)
+def test_half_of_another_kind_is_refused_as_half_of_a_lora_is(
+    kind: str, tiny: Path, model: ModelInfo, tmp_path: Path
+) -> None:
+    """peft would fill in vectors that change nothing."""
+    import peft
+
+    name, settings = OTHERS[kind]
+    folder = saved(tiny, tmp_path / "adapter", getattr(peft, name)(task_type="CAUSAL_LM", **settings))
+    inspect_adapter(str(folder), model)
+    attached(tiny, folder)
+    rename(folder, lambda name: None if ".1." in name else name)
+    with pytest.raises(UserError) as caught:
+        inspect_adapter(str(folder), model)
+    layers = 2 if "down_proj" in str(settings) else 1
+    part, each = ("ia3_l", 1) if name == "IA3Config" else ("vera_lambda_b", 2)
+    first = "model.layers.1.mlp.down_proj" if layers == 2 else ONE
+    assert f"missing tensors: {layers * each} ({first}.{part}" in str(caught.value)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "settings",

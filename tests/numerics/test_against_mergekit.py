@@ -13,7 +13,9 @@ import yaml
 
 from harness import Merger, load_plugins
 from harness.merging.mergekit.config import read_merge_config
-from harness.merging.tensor_plan import MergeRecipe, Source, TensorRecipe, recipe_of
+from harness.merging.names import Source
+from harness.merging.plan import recipe_of
+from harness.merging.tensor_plan import MergeRecipe, TensorRecipe
 
 PEER = Path(__file__).parent / "mergekit_0.1.5"
 DATA = json.loads((PEER / "merges.json").read_text(encoding="utf-8"))

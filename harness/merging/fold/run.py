@@ -16,9 +16,11 @@ from harness.core.errors import UserError
 from harness.core.progress import Reporter
 from harness.core.records import AdapterInfo, ModelInfo, digest_of
 from harness.core.specs import MergeInput, MergeSpec, ModelSpec
+from harness.merging.adapters.kinds import open_adapter
+from harness.merging.adapters.tensors import in_base
 from harness.merging.inputs import OpenModels, lineage_entry, open_models
 from harness.merging.publish import FOLD, FOLDED, Made, publish
-from harness.merging.sources import AdapterTensors, MergeModel
+from harness.merging.sources import MergeModel, open_checkpoint
 from harness.merging.threads import Clock, TensorWork, carry_out, default_workers
 from harness.merging.write import SHARD_SIZE, Shards, TensorShape, check_disk, target_dtype, write_small_files
 from harness.models.chat_templates import read_chat_template
@@ -68,9 +70,8 @@ def fold_into(
 ) -> Path:
     """Write base + adapter as one checkpoint; for an engine that cannot serve the adapter beside its base.
 
-    Nothing but the folder is written, and it appears when it is whole. LoRA, rsLoRA and DoRA, on linear layers and
-    embeddings, with whole modules, trained biases and token rows beside them; each tensor is formed in fp32 and
-    rounded once.
+    Nothing but the folder is written, and it appears when it is whole. LoRA (rsLoRA and DoRA), VeRA and IA3,
+    with whole modules, trained biases and token rows beside them; each tensor is formed in fp32 and rounded once.
 
     Args:
         model: as ``inspect_model`` finds it.
@@ -136,13 +137,12 @@ def fold(
 def _open(model: ModelInfo, adapter: AdapterInfo) -> OpenModels:
     """As ``open_models``, for what has been inspected already."""
     from harness.merging.inputs import opened_from
-    from harness.merging.sources import open_checkpoint
 
     folder = open_checkpoint(model, f"--model {model.name}")
     base = MergeModel(f"--model {model.name}", model.name, model.weights_digest, folder, model, revision=model.revision)
     base.template = model.chat_template
     label = f"--adapter {adapter.name}"
-    top = MergeModel(label, adapter.name, adapter.digest, folder, model, AdapterTensors(adapter, folder, label))
+    top = MergeModel(label, adapter.name, adapter.digest, folder, model, open_adapter(adapter, folder, label))
     top.template = model.chat_template or read_chat_template(Path(adapter.path))
     return opened_from(base, [top], top.template)
 
@@ -218,7 +218,6 @@ class _Fold:
     def _quantised_tensors(self) -> dict[str, bool]:
         """Tensors of the base that training held in 4 bits -> whether they are stored as (in, out)."""
         from harness.merging.fold.nf4 import quantised_modules, require_bitsandbytes
-        from harness.merging.sources import in_base
 
         require_bitsandbytes("--precision")
         found = {}

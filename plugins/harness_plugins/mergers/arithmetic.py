@@ -23,7 +23,7 @@ DRAWN_BITS = 31
 
 
 def blocks(tensor: torch.Tensor) -> Iterator[slice]:
-    """Slices that cover a flattened tensor."""
+    """The slices that cover a flattened tensor, block by block."""
     size = BLOCK["cpu" if tensor.device.type == "cpu" else "other"]
     for start in range(0, tensor.numel(), size):
         yield slice(start, min(start + size, tensor.numel()))
@@ -151,7 +151,7 @@ def _group(values: torch.Tensor) -> torch.Tensor:
 
 
 def concatenated(factors: Sequence[Factors], coefficients: Sequence[float]) -> Factors:
-    """``sum(c_i * delta_i)`` of low-rank deltas, exact: the ranks add up.
+    """The sum ``sum(c_i * delta_i)`` of low-rank deltas, exact: the ranks add up.
 
     ``sum(c_i s_i B_i A_i) = [c_1 s_1 B_1 | c_2 s_2 B_2 | ...] [A_1; A_2; ...]``
     """

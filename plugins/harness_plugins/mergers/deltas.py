@@ -54,7 +54,7 @@ class DeltaMerger(Merger[D]):
     """Whether only those deltas count, entry by entry, whose sign is that of the weighted sum."""
 
     def settle(self, weights: Sequence[float] | None, count: int, config: D) -> tuple[tuple[float, ...], Any]:
-        """1/n each where none is given. A negative one subtracts: negation (arXiv 2212.04089, section 3)."""
+        """Weights of 1/n where none are given; a negative one subtracts: negation (arXiv 2212.04089, section 3)."""
         return (tuple(weights) if weights is not None else (1 / count,) * count), config
 
     def merge(
@@ -95,11 +95,11 @@ class DeltaMerger(Merger[D]):
         return float(value[index] if isinstance(value, tuple) else value)
 
     def keeps_equal(self, weights: Sequence[float], config: D) -> bool:
-        """No difference stays none, whatever the weights."""
+        """Whether equal tensors stay as they are: no difference stays none, whatever the weights."""
         return True
 
     def merge_factors(self, factors: Sequence[Factors], *, weights: Sequence[float], config: D) -> Factors | None:
-        """Exact where nothing is dropped and no sign is elected."""
+        """The merged delta in factors: exact where nothing is dropped and no sign is elected; None elsewhere."""
         whole = all(self.density(index, config) >= 1 for index in range(len(factors)))
         if self.elects or not whole:
             return None
@@ -208,7 +208,7 @@ class Ties(DeltaMerger["Ties.Config"]):
         )
 
     def mask(self, delta: torch.Tensor, index: int, config: Config, generator: Any) -> torch.Tensor | None:
-        """The largest entries."""
+        """The largest entries of one delta."""
         return largest_mask(delta, self.density(index, config))
 
 
@@ -241,7 +241,7 @@ class DareLinear(DeltaMerger["DareLinear.Config"]):
         """Options of dare_linear."""
 
     def mask(self, delta: torch.Tensor, index: int, config: Config, generator: Any) -> torch.Tensor | None:
-        """Random entries, from the generator of this model."""
+        """Entries of one delta drawn at random, from the generator of this model."""
         density = self.density(index, config)
         return random_mask(delta, density, generator(index)) if density < 1 else None
 

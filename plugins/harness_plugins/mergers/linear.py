@@ -33,7 +33,7 @@ class Linear(Merger["Linear.Config"]):
         normalize: bool = Field(True, description="divide by the sum of the weights")
 
     def settle(self, weights: Sequence[float] | None, count: int, config: Config) -> tuple[tuple[float, ...], Any]:
-        """1/n each where none is given; any sign, but not a sum of 0 to divide by."""
+        """Weights of 1/n where none are given; of any sign, but not of a sum of 0 to divide by."""
         given = tuple(weights) if weights is not None else (1 / count,) * count
         if config.normalize and math.fsum(given) == 0:
             raise UserError("weights", "the weights sum to 0", "Give others, or `normalize: false`.")
@@ -48,15 +48,15 @@ class Linear(Merger["Linear.Config"]):
         config: Config,
         generator: Callable[[int], torch.Generator],
     ) -> Merged:
-        """The weighted mean."""
+        """The weighted mean of the tensors."""
         return Merged(combine(tensors, self._coefficients(weights, config)))
 
     def keeps_equal(self, weights: Sequence[float], config: Config) -> bool:
-        """Whether the coefficients sum to 1."""
+        """Whether equal tensors stay as they are: where the coefficients sum to 1."""
         return abs(math.fsum(self._coefficients(weights, config)) - 1) <= TOLERANCE
 
     def merge_factors(self, factors: Sequence[Factors], *, weights: Sequence[float], config: Config) -> Factors | None:
-        """Exact where the coefficients sum to 1: then the base comes out once."""
+        """The merged delta in factors where the coefficients sum to 1: then the base comes out once; None elsewhere."""
         return concatenated(factors, self._coefficients(weights, config)) if self.keeps_equal(weights, config) else None
 
     def _coefficients(self, weights: Sequence[float], config: Config) -> list[float]:

@@ -36,7 +36,7 @@ class Arc:
 
     @property
     def stats(self) -> dict[str, float]:
-        """For the record."""
+        """The figures of this arc that a record keeps."""
         return {"slerp_angle_rad": self.angle, "lerp_fallback": float(self.lerp)}
 
 
@@ -61,7 +61,7 @@ def arc(inner_products: tuple[float, float, float], t: float, zero_is_linear: bo
 
 
 class SlerpConfig(Config):
-    """Where on the arc."""
+    """Options of spherical mergers: where on the arc."""
 
     t: float | None = Field(
         None,
@@ -109,13 +109,13 @@ class Slerp(Merger["Slerp.Config"]):
         config: Config,
         generator: Callable[[int], torch.Generator],
     ) -> Merged:
-        """Two tensors, the first at ``t = 0``."""
+        """Interpolate between two tensors, the first at ``t = 0``."""
         x, y = tensors
         found = arc(inner_products(x, y), _place(weights, config), self.zero_is_linear)
         return Merged(combine(tensors, found.coefficients), found.stats)
 
     def keeps_equal(self, weights: Sequence[float], config: Config) -> bool:
-        """Equal tensors are parallel, so they are interpolated linearly."""
+        """Whether equal tensors stay as they are: they are parallel, so they are interpolated linearly."""
         return True
 
 
@@ -135,7 +135,7 @@ class SlerpDelta(Slerp):
         """Options of slerp_delta."""
 
     def merge_factors(self, factors: Sequence[Factors], *, weights: Sequence[float], config: Any) -> Factors | None:
-        """Exact: the angle follows from the factors, and with it the coefficients of a sum."""
+        """The merged delta in factors, exact: the angle follows from them, and with it the coefficients of a sum."""
         x, y = factors
         products = (inner_of_factors(x, x), inner_of_factors(x, y), inner_of_factors(y, y))
         # Rounding may leave the square of a zero just below it.
@@ -175,7 +175,7 @@ class Nuslerp(Merger["Nuslerp.Config"]):
         config: Config,
         generator: Callable[[int], torch.Generator],
     ) -> Merged:
-        """Two tensors; the base is subtracted from both and added again."""
+        """Interpolate between two tensors, from both of which the base is subtracted first."""
         x, y = tensors if base is None else [combine([tensor, base], [1, -1]) for tensor in tensors]
         total = math.fsum(weights)
         t = 0.5 if abs(total) < 1e-6 else weights[1] / total
@@ -188,7 +188,7 @@ class Nuslerp(Merger["Nuslerp.Config"]):
         return Merged(result if base is None else combine([base, result], [1, 1]), stats)
 
     def keeps_equal(self, weights: Sequence[float], config: Config) -> bool:
-        """Equal tensors are parallel."""
+        """Whether equal tensors stay as they are: they are parallel."""
         return True
 
 
