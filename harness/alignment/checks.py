@@ -62,8 +62,10 @@ def check_is_folder(spec: AlignSpec) -> None:
         raise UserError(f"--model {spec.model.model}", "is an endpoint", "Give the folder or hub id of a base.")
 
 
-def find_start(spec: AlignSpec, model: ModelInfo, adapter_options: Any) -> AdapterInfo | None:
-    """The adapter to continue from.
+def find_start(
+    spec: AlignSpec, model: ModelInfo, adapter_options: Any, made: Mapping[str, AdapterInfo]
+) -> AdapterInfo | None:
+    """The adapter to continue from, one of ``made`` or of a folder or the hub.
 
     Raises:
         UserError: it is none, is of another base, or cannot be continued exactly.
@@ -72,7 +74,7 @@ def find_start(spec: AlignSpec, model: ModelInfo, adapter_options: Any) -> Adapt
         return None
     where = f"--from {spec.start}"
     try:
-        start = inspect_adapter(spec.start, model, allow_template_mismatch=True)
+        start = made.get(spec.start) or inspect_adapter(spec.start, model, allow_template_mismatch=True)
     except UserError as error:
         raise UserError(error.where.replace("--adapter", "--from", 1), error.what, error.fix) from None
     lineage.refuse_unless_plain(start.config, where)
@@ -86,18 +88,18 @@ def find_start(spec: AlignSpec, model: ModelInfo, adapter_options: Any) -> Adapt
     return start
 
 
-def template_of(spec: AlignSpec, model: ModelInfo, start: AdapterInfo | None) -> ChatTemplate:
+def template_of(asked: str | None, model: ModelInfo, start: AdapterInfo | None) -> ChatTemplate:
     """The user's template; else that of the adapter to continue from; else the model's.
 
     Raises:
         UserError: there is none.
     """
-    if start is not None and spec.template is None:
+    if start is not None and asked is None:
         bare = model.model_copy(update={"chat_template": None, "template_digest": None})
         taught = with_template_of(bare, start)
         # What goes on from an adapter speaks as that adapter was taught to.
         model = taught if taught.chat_template is not None else model
-    return resolve_template(model, spec.template)
+    return resolve_template(model, asked)
 
 
 def check_processes(processes: int, batch_size: int) -> None:

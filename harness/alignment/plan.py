@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from harness.data.selection import identity_of
 from harness.models.chat_templates import ChatTemplate
 from harness.models.inspect import inspect_model
 from harness.steps.files import slug
+from harness.steps.once import Once
 from harness.steps.provenance import code_digest
 from harness.steps.step import Step, make_step
 
@@ -63,12 +65,22 @@ class AlignPlan:
         return self.step.arm
 
 
-def plan_align(spec: AlignSpec, registry: Registry) -> AlignPlan:
+def plan_align(
+    spec: AlignSpec, registry: Registry, *, made: Mapping[str, AdapterInfo] | None = None, once: Once | None = None
+) -> AlignPlan:
     """Resolve names and options, check what can be checked without loading, and give the arm its id.
+
+    Args:
+        spec: what is asked.
+        registry: of plugins.
+        made: adapters that other steps make, or will make, by what ``spec.start`` calls them. Of one that is not there
+            yet the digest is the key of its step, and so is the id that comes of it.
+        once: shared by the plans of one study.
 
     Raises:
         UserError: whatever the user must mend before anything runs.
     """
+    once = once or Once()
     given = dict(spec.options)
     adapter_given, data_given = take_group(given, "adapter"), take_group(given, "dataset")
     aligner_entry = registry.registered(Aligner, spec.method, "METHOD")
@@ -85,32 +97,33 @@ def plan_align(spec: AlignSpec, registry: Registry) -> AlignPlan:
         # Training the first alone would look like success.
         raise UserError("METHOD", f"{spec.method} has {len(stages)} stages", "Only methods of one stage can be run.")
     # From here on the expression names the commits, and so do the arm, its rows and every record.
-    spec = spec.model_copy(update={"dataset": at_revisions(spec.dataset, registry, spec.data_revisions)})
-    parts = parse_expression(spec.dataset, registry)
+    spec = spec.model_copy(update={"dataset": once(at_revisions, spec.dataset, registry, spec.data_revisions)})
+    parts = once(parse_expression, spec.dataset, registry)
     check_data_options(data_given, [part.name for part in parts])
     check_is_folder(spec)
-    model = inspect_model(spec.model)
+    model = once(inspect_model, spec.model)
     if spec.model.dtype == "auto":
         # On a CPU fp32 is exact and repeatable; on CUDA bf16 is what the recipe's memory is counted in.
         dtype = "bfloat16" if torch_device() == "cuda" else "float32"
         spec = spec.model_copy(update={"model": spec.model.model_copy(update={"dtype": dtype})})
-    start = find_start(spec, model, adapter_options)
+    start = find_start(spec, model, adapter_options, made or {})
     check_checkpoints(spec.checkpoints, recipe.steps)
-    template = template_of(spec, model, start)
+    template = once(template_of, spec.template, model, start)
     data_entries = [registry.registered(Dataset, part.name, "--dataset") for part in parts]
-    data = identity_of(parts, aligner.consumes, registry, data_given, (spec.data_seed, spec.samples, recipe.eval_rows))
+    order = (spec.data_seed, spec.samples, recipe.eval_rows)
+    data = once(identity_of, parts, aligner.consumes, registry, data_given, order)
     identity = {
         "method": spec.method,
         "recipe": recipe.model_dump(mode="json"),
         "adapter": {"name": spec.adapter, **adapter_options.model_dump(mode="json")},
-        "model": {k: v for k, v in model.identity().items() if k != "template"},
+        "model": {k: v for k, v in once(model.identity).items() if k != "template"},
         "dtype": spec.model.dtype,
         "template": template.digest,
         "from": start.digest if start is not None else None,
         "data": data,
         "checkpoints": sorted(spec.checkpoints),
         "seed": spec.seed,
-        "code": [code_digest(entry) for entry in (aligner_entry, adapter_entry, *data_entries)],
+        "code": [once(code_digest, entry) for entry in (aligner_entry, adapter_entry, *data_entries)],
     }
     if spec.processes > 1:
         check_processes(spec.processes, recipe.batch_size)

@@ -257,6 +257,7 @@ class AdapterInfo(Config):
     digest: str = Field(description="SHA-256 over configuration and weights")
     rank: int = Field(description="largest LoRA rank in it")
     config: dict[str, Any] = Field(default_factory=dict, description="adapter_config.json")
+    chat_template: str | None = Field(None, description="that it was trained with")
     conditioning: dict[str, Any] | None = Field(None, description="conditioning.json: values, default, per-value data")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from harness.contracts.registry import Registry
 from harness.contracts.scorer import Scorer
 from harness.core.config import C, Config, parse_options
 from harness.core.errors import UserError
-from harness.core.records import AdapterInfo, ModelInfo, digest_of
+from harness.core.records import AdapterInfo, ModelInfo
 from harness.core.secrecy import refuse_within
 from harness.core.specs import EvalSpec, PromptKind, ScorerRef
 from harness.data.hub import OtherRevisionError, read_all, resolve_revision
@@ -24,6 +24,7 @@ from harness.models.generation_config import generation_identity
 from harness.models.inspect import inspect_model
 from harness.models.locate import is_url
 from harness.models.precision import asked_dtype, settle_dtype, with_dtype
+from harness.steps.once import Once
 from harness.steps.provenance import code_digest
 from harness.steps.step import Step, make_step, without_paths
 from harness.tasks.catalog import Catalog, Chosen, code_of
@@ -178,13 +179,37 @@ def plan_eval(spec: EvalSpec, registry: Registry, catalog: Catalog) -> EvalPlan:
     Raises:
         UserError: whatever the user must mend before anything runs.
     """
+    return plan_arms(spec, inspect_model(spec.model), partial(find_arms, spec), registry, catalog)
+
+
+def plan_arms(
+    spec: EvalSpec,
+    model: ModelInfo,
+    find: Callable[[ModelInfo], Sequence[Candidate]],
+    registry: Registry,
+    catalog: Catalog,
+    once: Once | None = None,
+) -> EvalPlan:
+    """As :func:`plan_eval`, for a model and arms that are known, or promised: then ids are keys.
+
+    Args:
+        spec: what is asked; which model and adapters it names is passed over.
+        model: the base, or a merged model.
+        find: gives its arms, once it is known that all else is right.
+        registry: of plugins.
+        catalog: of tasks.
+        once: shared by the plans of one study.
+
+    Raises:
+        UserError: whatever the user must mend before anything runs.
+    """
+    once = once or Once()
     refuse_within(spec.options, "--set ")
-    model = inspect_model(spec.model)
     talks = conversations_only(spec.engine, spec.options.get("engine", {}), model, registry)
-    chosen = catalog.choose(spec.tasks, spec.suite, spec.limit, spec.options, conversations=talks)
+    chosen = once(catalog.choose, spec.tasks, spec.suite, spec.limit, spec.options, conversations=talks)
     if talks:
         refuse_unspeakable(chosen)
-    candidates = find_arms(spec, model)
+    candidates = list(find(model))
     engine, options, reason = choose_engine(
         spec.engine,
         spec.options.get("engine", {}),
@@ -201,7 +226,7 @@ def plan_eval(spec: EvalSpec, registry: Registry, catalog: Catalog) -> EvalPlan:
     dtype = asked_dtype(settled)
     spec = spec.model_copy(update={"model": spec.model.model_copy(update={"dtype": dtype})})
     candidates = [replace(one, model=with_dtype(one.model, dtype)) for one in candidates]
-    planner = _Planner(spec, registry, engine, options, chosen)
+    planner = _Planner(spec, registry, engine, options, chosen, once)
     return EvalPlan(spec, settled, engine, options, reason, tuple(planner.arms(candidates)), note)
 
 
@@ -213,17 +238,20 @@ class _Planner:
     """Gives arms their steps; what all arms have in common is found out once."""
 
     def __init__(
-        self, spec: EvalSpec, registry: Registry, engine: Engine, options: Any, chosen: Sequence[Chosen]
+        self,
+        spec: EvalSpec,
+        registry: Registry,
+        engine: Engine,
+        options: Any,
+        chosen: Sequence[Chosen],
+        once: Once,
     ) -> None:
-        self._spec, self._registry, self._engine, self._options = spec, registry, engine, options
-        tasks = [_at_revision(one, spec.data_revisions, registry) for one in chosen]
-        data = read_all(partial(_data_identity, one, registry) for one in tasks)
-        self._chosen = [(one, _portable_task(one), found) for one, found in zip(tasks, data, strict=True)]
-        self._scorers: dict[str, tuple[Scorer, dict[str, Any]]] = {}
+        self._spec, self._registry, self._engine, self._options, self._once = spec, registry, engine, options, once
+        self._chosen = once(_pinned, chosen, spec.data_revisions, registry)
         self._shared = {
             "engine": engine.identity(options),
             "dtype": spec.model.dtype,
-            "engine_code": code_digest(registry.registered(Engine, engine.name, "--engine")),
+            "engine_code": once(code_digest, registry.registered(Engine, engine.name, "--engine")),
             "seed": spec.seed,
         }
 
@@ -318,21 +346,27 @@ class _Planner:
 
     def _scorer(self, task: str, ref: ScorerRef) -> tuple[Scorer, dict[str, Any]]:
         """A scorer with its options, and its part of the step's id; one object for all arms, which opens once."""
-        known = digest_of([task, ref.model_dump(mode="json")])
-        if known not in self._scorers:
-            where = f"task {task}, scorer"
-            entry = self._registry.registered(Scorer, ref.name, where)
-            scorer = entry.plugin
-            assert isinstance(scorer, Scorer)
-            given = _with_cost(scorer.Config, ref.options, self._spec.max_judge_cost)
-            options = parse_options(scorer.Config, given, f"{where} {ref.name}")
-            try:
-                scorer.check(options)
-            except UserError as error:
-                raise UserError(error.where, error.what, error.fix.replace("TASK.", f"{task}.")) from None
-            identity = {"scorer": scorer.identity(options), "scorer_code": code_digest(entry)}
-            self._scorers[known] = scorer.bound(options), identity
-        return self._scorers[known]
+        return self._once(_scorer_of, task, ref, self._spec.max_judge_cost, self._registry)
+
+
+def _scorer_of(task: str, ref: ScorerRef, most: float | None, registry: Registry) -> tuple[Scorer, dict[str, Any]]:
+    where = f"task {task}, scorer"
+    entry = registry.registered(Scorer, ref.name, where)
+    scorer = entry.plugin
+    assert isinstance(scorer, Scorer)
+    options = parse_options(scorer.Config, _with_cost(scorer.Config, ref.options, most), f"{where} {ref.name}")
+    try:
+        scorer.check(options)
+    except UserError as error:
+        raise UserError(error.where, error.what, error.fix.replace("TASK.", f"{task}.")) from None
+    return scorer.bound(options), {"scorer": scorer.identity(options), "scorer_code": code_digest(entry)}
+
+
+def _pinned(chosen: Sequence[Chosen], revisions: Mapping[str, str], registry: Registry) -> list[_Asked]:
+    """Tasks with what of them decides their questions, and what pins their data."""
+    tasks = [_at_revision(one, revisions, registry) for one in chosen]
+    data = read_all(partial(_data_identity, one, registry) for one in tasks)
+    return [(one, _portable_task(one), found) for one, found in zip(tasks, data, strict=True)]
 
 
 def _with_cost(config: type[Config], given: dict[str, Any], most: float | None) -> dict[str, Any]:

@@ -37,8 +37,8 @@ def read_chat_template(path: Path) -> str | None:
 
 def with_template_of(model: ModelInfo, adapter: AdapterInfo) -> ModelInfo:
     """The model with the chat template that its adapter was trained with, where it has none of its own."""
-    template = read_chat_template(Path(adapter.path)) if model.chat_template is None else None
-    if template is None:
+    template = adapter.chat_template
+    if template is None or model.chat_template is not None:
         return model
     return model.model_copy(update={"chat_template": template, "template_digest": digest_of_bytes(template.encode())})
 

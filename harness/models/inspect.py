@@ -233,7 +233,8 @@ def inspect_adapter(
     _check_base(ref, path, config, model)
     header = {name: entry for file in weights for name, entry in read_header(file, where).items()}
     check_keys(f"{where} {ref}", config, header, _base_of(model))
-    _check_template(ref, path, model, allow_template_mismatch)
+    template = read_chat_template(path)
+    check_template(f"{where} {ref}", template, model, allowed=allow_template_mismatch)
     return AdapterInfo(
         ref=ref,
         path=str(path),
@@ -241,6 +242,7 @@ def inspect_adapter(
         digest=adapter_digest(path),
         rank=largest_rank(config),
         config=config,
+        chat_template=template,
     )
 
 
@@ -309,15 +311,18 @@ def _check_base(ref: str, path: Path, config: dict[str, Any], model: ModelInfo) 
         )
 
 
-def _check_template(ref: str, path: Path, model: ModelInfo, allowed: bool) -> None:
-    """The parity gate: evaluation must send the template that training used."""
-    template = read_chat_template(path)
+def check_template(where: str, template: str | None, model: ModelInfo, *, allowed: bool) -> None:
+    """The parity gate: evaluation must send the template that training used.
+
+    Raises:
+        UserError: the model's is another one than ``template``, an adapter's.
+    """
     if template is None or allowed or model.chat_template is None:
         return
     digest = digest_of_bytes(template.encode())
     if digest != model.template_digest:
         raise UserError(
-            f"--adapter {ref}",
+            where,
             f"was trained with chat template {digest[:12]}, and {model.ref} has "
             f"{model.template_digest[:12] if model.template_digest else 'none'}",
             "Give the base with that template, or pass --allow-template-mismatch.",

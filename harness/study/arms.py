@@ -1,0 +1,265 @@
+"""A study's arms: every combination of a grid, the named ones, and merges over them by factor. Plans nothing."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from harness.core.errors import UserError, unknown
+from harness.core.specs import AlignSpec, MergeInput, MergeSpec, ModelSpec
+from harness.steps.files import slug
+from harness.study.spec import ArmSpec, GridBlock, MergeBlock, Read
+
+ARM = "arm:"
+"""Before the name of an arm, where a spec has the path of what that arm makes."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of a study, not yet planned."""
+
+    name: str
+    base: str
+    """Name of its base in the study."""
+    where: str
+    """``file:line, key`` of what asks for it."""
+    factors: Mapping[str, Any] = field(default_factory=dict)
+    align: AlignSpec | None = None
+    merge: MergeSpec | None = None
+    adapter: str | None = None
+    """Folder or hub id of an adapter that was made elsewhere."""
+    checkpoint: int | None = None
+    """Of a kept checkpoint: its optimiser step."""
+    parents: tuple[str, ...] = ()
+    """Names of the arms that it is made from."""
+
+    @property
+    def kind(self) -> str:
+        """Base, align, checkpoint, merge or adapter."""
+        if self.checkpoint is not None:
+            return "checkpoint"
+        named = {"align": self.align, "merge": self.merge, "adapter": self.adapter}
+        return next((kind for kind, value in named.items() if value is not None), "base")
+
+
+def arms_of(read: Read) -> list[Arm]:
+    """Every arm of a study, each after those that it is made from.
+
+    Raises:
+        UserError: a name that is taken or unknown, a merge without inputs, arms that wait for each other.
+    """
+    spec = read.spec
+    found: dict[str, Arm] = {}
+    bases = [Arm(name, name, read.where("bases", name), {"base": name, "method": "base"}) for name in spec.bases]
+    trained = [arm for n, block in enumerate(spec.grid) for arm in _grid(block, read, n)]
+    trained += [arm for n, one in enumerate(spec.arms) for arm in _named(one, read, n)]
+    for arm in [*bases, *_in_order(trained)]:
+        _add(found, arm)
+    for n, block in enumerate(spec.merges):
+        for arm in _merges(block, read, n, list(found.values())):
+            _add(found, arm)
+    return list(found.values())
+
+
+def _add(found: dict[str, Arm], arm: Arm) -> None:
+    if (other := found.get(arm.name)) is not None:
+        raise UserError(arm.where, f"a second arm of the name {arm.name!r}", f"Give it a `name`; first: {other.where}.")
+    found[arm.name] = arm
+
+
+def _grid(block: GridBlock, read: Read, number: int) -> Iterator[Arm]:
+    where = read.where("grid", number)
+    bases = block.base or tuple(read.spec.bases)
+    for base in bases:
+        _known_base(base, read, read.where("grid", number, "base"))
+    for base, method, data, adapter, seed, samples in itertools.product(
+        bases, block.method, block.data, block.adapter, block.seed, block.samples
+    ):
+        parts = [block.name] if block.name is not None else [method, data, adapter]
+        for values, value in ((block.method, method), (block.data, data), (block.adapter, adapter)):
+            if block.name is not None and len(values) > 1:
+                parts.append(value)
+        if samples is not None and len(block.samples) > 1:
+            parts.append(f"n{samples}")
+        # What is started from is of the same base and seed, unless it is named in full.
+        yield from _trained(
+            slug("-".join([*parts, base, f"s{seed}"])),
+            where,
+            read,
+            {"base": base, "method": method, "data": data, "adapter": adapter, "seed": seed, "samples": samples},
+            block.set,
+            (block.start, f"{block.start}-{base}-s{seed}"),
+            block.checkpoints,
+        )
+
+
+def _named(one: ArmSpec, read: Read, number: int) -> Iterator[Arm]:
+    where = read.where("arms", number, "name")
+    _known_base(one.base, read, read.where("arms", number, "base"))
+    if one.method is None or one.data is None:
+        given = {"base": one.base, "method": "given", "adapter": one.adapter}
+        yield Arm(one.name, one.base, where, given, adapter=one.adapter)
+        return
+    factors: dict[str, Any] = {
+        "base": one.base,
+        "method": one.method,
+        "data": one.data,
+        "adapter": one.adapter,
+        "seed": one.seed,
+        "samples": one.samples,
+    }
+    yield from _trained(one.name, where, read, factors, one.set, (one.start, None), one.checkpoints)
+
+
+def _trained(
+    name: str,
+    where: str,
+    read: Read,
+    factors: Mapping[str, Any],
+    options: Mapping[str, Any],
+    start: tuple[str | None, str | None],
+    checkpoints: Sequence[int],
+) -> Iterator[Arm]:
+    spec, base = read.spec, read.spec.bases[str(factors["base"])]
+    align = AlignSpec(
+        method=factors["method"],
+        model=ModelSpec(**base.model_dump(exclude={"template"})),
+        dataset=spec.data.get(factors["data"], factors["data"]),
+        adapter=factors["adapter"],
+        start=f"{ARM}{start[0]}" if start[0] is not None else None,
+        template=base.template,
+        samples=factors["samples"],
+        checkpoints=tuple(checkpoints),
+        seed=factors["seed"],
+        options=dict(options),
+        data_revisions=dict(spec.data_revisions),
+    )
+    parents = tuple(one for one in start if one is not None)
+    arm = Arm(name, str(factors["base"]), where, dict(factors), align=align, parents=parents)
+    yield arm
+    for step in checkpoints:
+        yield replace(
+            arm, name=f"{name}-step{step}", factors={**factors, "step": step}, checkpoint=step, parents=(name,)
+        )
+
+
+def _in_order(arms: Sequence[Arm]) -> list[Arm]:
+    """Arms after those that they go on from, whose names are settled."""
+    by_name = {arm.name: arm for arm in arms}
+    done: dict[str, Arm] = {}
+    settled = [_settled(arm, by_name) for arm in arms]
+    waiting = {id(arm): arm for arm in settled}
+    while waiting:
+        ready = [arm for arm in waiting.values() if all(parent in done for parent in arm.parents)]
+        if not ready:
+            stuck = next(iter(waiting.values()))
+            raise UserError(stuck.where, "waits for itself: its `from` leads back to it", "Take one `from` away.")
+        for arm in ready:
+            done.setdefault(arm.name, arm)
+            del waiting[id(arm)]
+    # In the order of the file, as far as that goes.
+    order = {arm.name: number for number, arm in enumerate(done.values())}
+    return sorted(settled, key=lambda arm: order[arm.name])
+
+
+def _settled(arm: Arm, by_name: Mapping[str, Arm]) -> Arm:
+    if arm.checkpoint is not None or not arm.parents:
+        return arm
+    found = next((name for name in arm.parents if name in by_name), None)
+    if found is None:
+        raise unknown(f"{arm.where}, from", "arm", arm.parents[0], by_name, "harness study plan FILE")
+    if by_name[found].base != arm.base:
+        what = f"{arm.name} is of base {arm.base}, and {found} of {by_name[found].base}"
+        raise UserError(f"{arm.where}, from", what, "Go on from an arm of the same base.")
+    assert arm.align is not None
+    return replace(arm, align=arm.align.model_copy(update={"start": f"{ARM}{found}"}), parents=(found,))
+
+
+def _merges(block: MergeBlock, read: Read, number: int, arms: Sequence[Arm]) -> Iterator[Arm]:
+    """One merge for every value of the joined factors for which each input is exactly one arm."""
+    where = read.where("merges", number)
+    chosen = [_selected(one, read, (number, n), arms) for n, one in enumerate(block.inputs)]
+    keys = [list(dict.fromkeys(tuple(arm.factors.get(key) for key in block.join) for arm in some)) for some in chosen]
+    shared = [key for key in keys[0] if all(key in others for others in keys[1:])]
+    if not shared:
+        names = "; ".join(", ".join(arm.name for arm in some[:3]) for some in chosen)
+        raise UserError(
+            where, f"no {' and '.join(block.join)} that all inputs have ({names})", "Change inputs or join."
+        )
+    for key in shared:
+        inputs = []
+        for n, some in enumerate(chosen):
+            fitting = [arm for arm in some if tuple(arm.factors.get(one) for one in block.join) == key]
+            if len(fitting) != 1:
+                several = ", ".join(arm.name for arm in fitting[:4])
+                raise UserError(
+                    read.where("merges", number, "inputs", n),
+                    f"stands for {len(fitting)} arms of one merge ({several})",
+                    "Say more factors of it, or add some to `join`.",
+                )
+            inputs.append(fitting[0])
+        yield _merge(block, where, read, inputs, dict(zip(block.join, key, strict=True)))
+
+
+def _merge(block: MergeBlock, where: str, read: Read, inputs: Sequence[Arm], joined: Mapping[str, Any]) -> Arm:
+    base = inputs[0].base
+    if strange := [arm for arm in inputs if arm.base != base]:
+        what = f"{inputs[0].name} is of base {base}, and {strange[0].name} of {strange[0].base}"
+        raise UserError(where, what, "Join by base.")
+    short = [_short(arm, inputs) for arm in inputs]
+    parts = [block.name] if block.name is not None else [block.method, "+".join(short)]
+    parts += [f"s{value}" if key == "seed" else str(value) for key, value in joined.items() if value is not None]
+    weights = block.weights or (None,) * len(inputs)
+    given = read.spec.bases[base]
+    spec = MergeSpec(
+        method=block.method,
+        base=ModelSpec(**given.model_dump(exclude={"template"})),
+        inputs=tuple(
+            MergeInput(ref=f"{ARM}{arm.name}", weight=weight) for arm, weight in zip(inputs, weights, strict=True)
+        ),
+        options=dict(block.set),
+        seed=joined.get("seed") or 0,
+        dtype=block.dtype,
+        form=block.form,
+        rank=block.rank,
+    )
+    factors = {"method": block.method, "inputs": "+".join(short), **joined, "base": base}
+    names = tuple(arm.name for arm in inputs)
+    return Arm(slug("-".join(parts)), base, where, factors, merge=spec, parents=names)
+
+
+def _short(arm: Arm, among: Sequence[Arm]) -> str:
+    """What tells an input from the others: the values in which they differ."""
+    keys = [key for key in arm.factors if len({str(one.factors.get(key)) for one in among}) > 1]
+    return "-".join(str(arm.factors[key]) for key in keys) or arm.name
+
+
+def _selected(one: str | dict[str, Any], read: Read, place: tuple[int, int], arms: Sequence[Arm]) -> list[Arm]:
+    where = read.where("merges", place[0], "inputs", place[1])
+    can = [arm for arm in arms if arm.kind != "base"]
+    if isinstance(one, str):
+        found = [arm for arm in can if fnmatch.fnmatchcase(arm.name, one)]
+        if not found:
+            raise unknown(where, "arm", one, [arm.name for arm in can], "harness study plan FILE")
+        return found
+    known = {key for arm in can for key in arm.factors}
+    for key in one:
+        if key not in known:
+            raise unknown(where, "factor", str(key), known, "harness study plan FILE")
+    # A kept checkpoint is meant where its step is said.
+    found = [
+        arm
+        for arm in can
+        if all(arm.factors.get(key) == value for key, value in one.items()) and ("step" in one or not arm.checkpoint)
+    ]
+    if not found:
+        raise UserError(where, f"no arm has {one}", "See `harness study plan FILE` for the arms and their factors.")
+    return found
+
+
+def _known_base(name: str, read: Read, where: str) -> None:
+    if name not in read.spec.bases:
+        raise unknown(where, "base", name, read.spec.bases, "bases: in the study's file")

@@ -1,0 +1,178 @@
+"""What a study's YAML says: its skeleton here; the options of plugins are read where steps are planned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from harness.core.config import Config, Located, laid_over, load_yaml, parse, set_path
+from harness.core.errors import UserError
+from harness.core.specs import ModelSpec
+
+
+def _listed(value: Any) -> Any:
+    """A single value is a list of one."""
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def _model(value: Any) -> Any:
+    return {"model": value} if isinstance(value, str) else value
+
+
+def _nested(value: Any) -> Any:
+    """``adapter.rank: 8`` is ``adapter: {rank: 8}``."""
+    if not isinstance(value, Mapping):
+        return value
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        *groups, last = str(key).split(".")
+        one: Any = {last: _nested(inner)}
+        for group in reversed(groups):
+            one = {group: one}
+        found = laid_over(found, one)
+    return found
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Options = Annotated[dict[str, Any], BeforeValidator(_nested)]
+_NAME = r"^[A-Za-z0-9][\w.@+-]*$"
+
+
+class BaseSpec(ModelSpec):
+    """A base: a folder or hub id, and how far its files are trusted."""
+
+    template: str | None = Field(None, description="chat template: a bundled name or a file; the model's own if absent")
+
+
+class GridBlock(Config):
+    """Arms: every combination of the values given."""
+
+    name: str | None = Field(None, pattern=_NAME, description="start of the arms' names; their factors when absent")
+    method: Names = Field(description="registered aligners")
+    data: Names = Field(description="short names of `data`, or expressions over data sets")
+    base: Names | None = Field(None, description="names of `bases`; all of them when absent")
+    adapter: Names = Field(("lora",), description="registered adapters")
+    seed: Annotated[tuple[int, ...], BeforeValidator(_listed)] = Field((0,), description="training seeds")
+    samples: Annotated[tuple[int | None, ...], BeforeValidator(_listed)] = Field(
+        (None,), description="rows to train on; all when absent"
+    )
+    start: str | None = Field(
+        None, alias="from", description="an arm to go on from: its name, or its name without base and seed"
+    )
+    checkpoints: tuple[int, ...] = Field((), description="optimiser steps whose adapter is an arm too")
+    set: Options = Field(default_factory=dict, description="the method's own options, and `adapter`, `dataset` groups")
+
+
+class ArmSpec(Config):
+    """One arm by name: trained like a grid of one, or an adapter made elsewhere."""
+
+    name: str = Field(pattern=_NAME)
+    base: str = Field(description="a name of `bases`")
+    adapter: str = Field("lora", description="registered adapter; with no `method` the folder or hub id of an adapter")
+    method: str | None = Field(None, description="registered aligner; absent: `adapter` was made elsewhere")
+    data: str | None = Field(None, description="short name of `data`, or an expression over data sets")
+    seed: int = Field(0, ge=0)
+    samples: int | None = Field(None, ge=1)
+    start: str | None = Field(None, alias="from", description="an arm to go on from")
+    checkpoints: tuple[int, ...] = ()
+    set: Options = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _trained_on_something(self) -> ArmSpec:
+        if (self.method is None) != (self.data is None):
+            raise ValueError("an arm that is trained needs `method` and `data`; one made elsewhere has neither")
+        return self
+
+
+class MergeBlock(Config):
+    """Merges over arms: one for every base and seed that all inputs have."""
+
+    name: str | None = Field(None, pattern=_NAME, description="start of the arms' names; method and inputs if absent")
+    method: str = Field(description="registered merger")
+    inputs: tuple[str | dict[str, Any], ...] = Field(
+        min_length=1, description="each a pattern of arm names, or factors: {method: dpo, data: safe}"
+    )
+    weights: tuple[float, ...] = Field((), description="one for each input; equal when absent")
+    join: Names = Field(("base", "seed"), description="factors that the inputs of one merge share")
+    form: Literal["model", "adapter"] = Field("model", alias="as", description="what is written")
+    rank: int | None = Field(None, ge=1, description="rank of a truncated adapter")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    set: Options = Field(default_factory=dict, description="the merger's own options")
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> MergeBlock:
+        if self.weights and len(self.weights) != len(self.inputs):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.inputs)} inputs")
+        return self
+
+
+class EvaluationBlock(Config):
+    """What every arm is asked; the same for all."""
+
+    tasks: Names = Field((), description="task names")
+    suite: str | None = Field(None, description="suite name; `quick` when neither is given")
+    limit: int | None = Field(None, ge=1, description="samples per leaf task")
+    engine: str = Field("auto", description="engine name, or auto")
+    seed: int = Field(0, ge=0, description="seed of few-shot choice, sampling and resampling")
+    set: Options = Field(default_factory=dict, description="`engine`, and per task: limit, decoding, scorer")
+    task_folders: Names = Field((), description="folders of task YAML besides the registered ones")
+    trust_task_code: bool = False
+    max_judge_cost: float | None = Field(None, ge=0.0)
+
+
+class StudySpec(Config):
+    """One study: bases, arms, merges, and what all of them are asked."""
+
+    study: str = Field(pattern=_NAME, description="name of the study")
+    summary: str = Field("", description="one line")
+    bases: dict[str, Annotated[BaseSpec, BeforeValidator(_model)]] = Field(
+        min_length=1, description="name -> folder or hub id"
+    )
+    data: dict[str, str] = Field(default_factory=dict, description="short name -> expression over data sets")
+    rows: dict[str, int] = Field(default_factory=dict, description="short name of `data` -> rows that a paper counts")
+    grid: tuple[GridBlock, ...] = ()
+    arms: tuple[ArmSpec, ...] = ()
+    merges: tuple[MergeBlock, ...] = ()
+    evaluation: EvaluationBlock = Field(default_factory=lambda: EvaluationBlock())
+    data_revisions: dict[str, str] = Field(default_factory=dict, description="hub id of a data set -> commit")
+    plugins: Names = Field((), description="loose plugin files")
+    keep: Names = Field(("align",), description="kinds whose artifacts stay once all that needs them has ended")
+
+
+def read_study(file: Path, *, models: Mapping[str, str] | None = None, changes: tuple[str, ...] = ()) -> Read:
+    """Read a study's file.
+
+    Args:
+        file: YAML.
+        models: base name -> folder or hub id to take in place of the file's.
+        changes: ``KEY=VALUE`` over keys of the file, as ``--set`` gives them.
+
+    Raises:
+        UserError: with file, line and key.
+    """
+    located = load_yaml(file)
+    if isinstance(located.data, dict):
+        for change in changes:
+            set_path(located.data, change)
+    spec = parse(StudySpec, located)
+    if strange := sorted(set(models or {}) - set(spec.bases)):
+        raise UserError(f"--model {strange[0]}", "no base of that name", f"The study has: {', '.join(spec.bases)}.")
+    bases = {
+        name: base.model_copy(update={"model": models[name]}) if models and name in models else base
+        for name, base in spec.bases.items()
+    }
+    return Read(spec.model_copy(update={"bases": bases}), located)
+
+
+class Read:
+    """A study's spec and where each of its keys stands."""
+
+    def __init__(self, spec: StudySpec, located: Located) -> None:
+        self.spec, self.located = spec, located
+
+    def where(self, *path: str | int) -> str:
+        """``file:line, key``."""
+        return self.located.where(path)
