@@ -34,12 +34,22 @@ LATER = {"leaf": None, "generation_prompt": True, "decoding_of": "task"}
 
 
 @dataclass(frozen=True)
+class ScorerPlan:
+    """One scorer with its options: opened once for all tasks and arms that it scores."""
+
+    key: str
+    """Digest of its name and all of its options, also of those that move no number."""
+    plugin: Scorer
+    config: Config
+
+
+@dataclass(frozen=True)
 class ScoresStep:
     """One scorer over one task's answers."""
 
     id: str
     ref: ScorerRef
-    scorer: Scorer
+    scorer: ScorerPlan
     config: dict[str, Any]
 
 
@@ -210,7 +220,8 @@ class _Planner:
         tasks = [_at_revision(one, spec.data_revisions, registry) for one in chosen]
         data = read_all(partial(_data_identity, one, registry) for one in tasks)
         self._chosen = [(one, _portable_task(one), found) for one, found in zip(tasks, data, strict=True)]
-        self._scorers: dict[str, tuple[Scorer, dict[str, Any]]] = {}
+        self._scorers: dict[str, tuple[ScorerPlan, dict[str, Any]]] = {}
+        self._asked_scorers: dict[str, tuple[ScorerPlan, dict[str, Any]]] = {}
         self._shared = {
             "engine": engine.identity(options),
             "dtype": spec.model.dtype,
@@ -293,23 +304,26 @@ class _Planner:
         config = {"answers": answers_id, **identity, "numerics": NUMERICS}
         return ScoresStep(digest_of({"kind": "scores", **config}), ref, scorer, _without_paths(config))
 
-    def _scorer(self, task: str, ref: ScorerRef) -> tuple[Scorer, dict[str, Any]]:
-        """A scorer with its options, and its part of the step's id; one object for all arms, which opens once."""
-        known = digest_of([task, ref.model_dump(mode="json")])
-        if known not in self._scorers:
+    def _scorer(self, task: str, ref: ScorerRef) -> tuple[ScorerPlan, dict[str, Any]]:
+        """A scorer with its options, and its part of the step's id; found out once for all arms."""
+        asked = digest_of([task, ref.model_dump(mode="json")])
+        if asked not in self._asked_scorers:
             where = f"task {task}, scorer"
             entry = self._registry.registered(Scorer, ref.name, where)
-            scorer = entry.plugin
-            assert isinstance(scorer, Scorer)
-            given = _with_cost(scorer.Config, ref.options, self._spec.max_judge_cost)
-            options = parse_options(scorer.Config, given, f"{where} {ref.name}")
-            try:
-                scorer.check(options)
-            except UserError as error:
-                raise UserError(error.where, error.what, error.fix.replace("TASK.", f"{task}.")) from None
-            identity = {"scorer": scorer.identity(options), "scorer_code": code_digest(entry)}
-            self._scorers[known] = scorer.bound(options), identity
-        return self._scorers[known]
+            plugin = entry.plugin
+            assert isinstance(plugin, Scorer)
+            given = _with_cost(plugin.Config, ref.options, self._spec.max_judge_cost)
+            config = parse_options(plugin.Config, given, f"{where} {ref.name}")
+            key = digest_of([ref.name, config.model_dump(mode="json")])
+            if key not in self._scorers:
+                try:
+                    plugin.check(config)
+                except UserError as error:
+                    raise UserError(error.where, error.what, error.fix.replace("TASK.", f"{task}.")) from None
+                identity = {"scorer": plugin.identity(config), "scorer_code": code_digest(entry)}
+                self._scorers[key] = ScorerPlan(key, plugin, config), identity
+            self._asked_scorers[asked] = self._scorers[key]
+        return self._asked_scorers[asked]
 
 
 def _with_cost(config: type[Config], given: dict[str, Any], most: float | None) -> dict[str, Any]:

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness.contracts.registry import Registry
-from harness.contracts.scorer import Scorer
-from harness.core.errors import HarnessError, StepError, UserError
+from harness.core.errors import CorruptionError, HarnessError, StepError, UserError
 from harness.core.progress import Reporter
 from harness.core.records import StepKind, StepRecord
 from harness.core.text import portable
+from harness.evaluation import ask
 from harness.evaluation.plan import ArmPlan, EvalPlan, ScoresStep, TaskPlan
-from harness.evaluation.resume import SCORES_FILE, damage
+from harness.evaluation.resume import ANSWERS_FILE, SCORES_FILE, damage
 from harness.models.inspect import open_tokenizer
-from harness.steps.files import is_disk_full
+from harness.steps.files import is_disk_full, read_json
 from harness.steps.folder import StepFolder
+from harness.steps.journal import Journal
 from harness.steps.provenance import file_digest, provenance_record
 from harness.steps.store import RunStore
-from harness.tasks.questions import Questions, open_task, steered
+from harness.tasks.questions import Questions, open_task, read_samples, steered
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,6 @@ class EvalSession:
     def units(self) -> list[Unit]:
         """Every task of every arm."""
         return [Unit(arm, task) for arm in self.plan.arms for task in arm.tasks]
-
-    @property
-    def scorers(self) -> Iterable[Scorer]:
-        """Every scorer once, however many arms share it."""
-        return {id(step.scorer): step.scorer for unit in self.units for step in unit.task.scores}.values()
 
     def folder(self, unit: Unit) -> StepFolder:
         """Of the answers."""
@@ -110,6 +106,42 @@ class EvalSession:
             return f"{errors} of {status.counts['requests']} calls of the endpoint failed"
         again = status.counts.get("again", 0)
         return f"{again} of {status.counts['samples']} calls of the judge failed" if again else None
+
+    # ------------------------------------------------------------------------------------------------ what was stored
+
+    def stored(self, unit: Unit) -> Questions:
+        """A unit's task as its arm was asked it, read back: it takes no tokenizer, and has no ``runtime``.
+
+        Raises:
+            CorruptionError: it cannot be read.
+        """
+        described = read_json(self.folder(unit).path / "step.json")
+        digest = str(described["questions"])
+        samples = read_samples(self.store.requests(digest), digest)
+        return Questions(samples, described["dropped"], tuple(described["notes"]))
+
+    def answers(self, unit: Unit) -> ask.Answered | None:
+        """The stored answers to :meth:`stored`; None where one is missing."""
+        return ask.load_answers(self.stored(unit).samples, Journal(self.folder(unit).artifact / ANSWERS_FILE))
+
+    def answered(self, unit: Unit) -> ask.Answered | None:
+        """The answers of a step that has ended, if they and what they answer are what was recorded."""
+        status = self.folder(unit).status()
+        if status is None or status.status != "done":
+            return None
+        try:
+            found = self.answers(unit)
+        except CorruptionError as error:
+            self.reporter.note(f"{error}")
+            return None
+        if found is None or found.digest != status.digest:
+            return None
+        self.reporter.note(f"{self.said(unit)}: all {found.reused} answers were stored before")
+        return found
+
+    def said(self, unit: Unit) -> str:
+        """What messages call a unit."""
+        return unit.task.name if len(self.plan.arms) == 1 else f"{unit.arm.name}, {unit.task.name}"
 
     # ---------------------------------------------------------------------------------------------------- open tasks
 
