@@ -19,7 +19,8 @@ from harness.contracts.scorer import Need, ScoreJob, Scorer, ScorerContext, Scor
 from harness.core.errors import UserError
 from harness.core.progress import Reporter
 from harness.testing import tiny_adapter
-from harness_plugins.scorers.classifier import ClassifierSession, ToxicityScorer
+from harness_plugins.scorers.classifier import ClassifierSession
+from harness_plugins.scorers.toxicity import ToxicityScorer
 from tests.plugins.scorers.test_classifier import make_checkpoint
 
 

@@ -23,7 +23,8 @@ from harness_plugins.judges.words import Reply, Unparsable
 from harness_plugins.scorers.attack.judges import AttackClassifier, AttackLlm, AttackLlmOptions, RefusalScorer
 from harness_plugins.scorers.attack.question import defused, mark_of, read_verdict
 from harness_plugins.scorers.attack.together import Attack
-from harness_plugins.scorers.classifier import ClassifierSession, ToxicityScorer
+from harness_plugins.scorers.classifier import ClassifierSession
+from harness_plugins.scorers.toxicity import ToxicityScorer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 fake: ModuleType = importlib.import_module("judge_server")

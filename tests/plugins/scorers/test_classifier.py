@@ -19,7 +19,8 @@ from harness.core.config import parse_options
 from harness.core.errors import UserError
 from harness.core.records import Answer, Output, Sample
 from harness.testing import check_scorer
-from harness_plugins.scorers.classifier import ClassifierScorer, ToxicityScorer, plan_batches
+from harness_plugins.scorers.classifier import ClassifierScorer, plan_batches
+from harness_plugins.scorers.toxicity import ToxicityScorer
 
 WORDS = ["good", "bad", "kind", "cruel", "the", "a", "is", "you", "are", "it", "and", "not", "very", "so", "we", "they"]
 LABELS = ("NEUTRAL", "TOXIC")
