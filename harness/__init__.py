@@ -66,8 +66,11 @@ if TYPE_CHECKING:
         load_plugins as load_plugins,
     )
     from harness.contracts.scorer import (
+        AnswerScorer as AnswerScorer,
+        ScoreJob as ScoreJob,
         Scorer as Scorer,
         ScorerContext as ScorerContext,
+        ScorerSession as ScorerSession,
     )
     from harness.core.caches import (
         hub_cache as hub_cache,
@@ -199,7 +202,7 @@ _HOME = {
     "harness.contracts.plugin": "CONTRACT_VERSION Plugin",
     "harness.contracts.recipe": "Recipe",
     "harness.contracts.registry": "Registry load_plugins",
-    "harness.contracts.scorer": "Scorer ScorerContext",
+    "harness.contracts.scorer": "AnswerScorer ScoreJob Scorer ScorerContext ScorerSession",
     "harness.core.caches": "hub_cache offline",
     "harness.core.config": "Config",
     "harness.core.errors": "HarnessError StepError UserError nearest unknown",

@@ -1,12 +1,16 @@
-"""The contract of scorers: what turns answers into numbers."""
+"""The contract of scorers: what turns answers into numbers.
+
+A scorer is opened once for everything that it scores in a run, alone on its device, and closed after its last use. One
+that opens nothing and looks at one answer at a time is an :class:`AnswerScorer`, the short form.
+"""
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, Generic, Literal
 
 from harness.contracts.plugin import C, Plugin
 from harness.core.records import Answer, Metric, Sample, Score
@@ -14,25 +18,68 @@ from harness.core.records import Answer, Metric, Sample, Score
 
 @dataclass(frozen=True)
 class ScorerContext:
-    """What a scorer may use besides samples and answers."""
+    """What a scorer may use of the run that it is opened for: the same for all tasks and arms."""
 
-    task: str
-    seed: int
-    folder: Path | None = None
-    """A folder of the run that survives interruption: for a judge's verdicts, say."""
+    seed: int = 0
     shared: Path | None = None
-    """The same for all steps of the run: what a judge said there needs no second call, nor a second payment."""
-    progress: Callable[[int], None] = lambda more: None
-    """Told how many more samples have been scored."""
-    stored: Callable[[int], None] = lambda more: None
-    """Told how many more samples an earlier run has scored: they cost no time now."""
+    """A folder of the run that survives interruption: what a judge said there needs no second call, nor a second
+    payment. None: nothing is kept."""
     open_engine: Callable[..., Any] | None = None
     """Opens a model here for the scorer, a judge say: ``open_engine(model, engine="auto", options=None)``.
 
     What comes back has ``session`` (:class:`harness.Session`), ``tokenizer`` and ``chat(messages)``, the token ids and
     text of a conversation up to its answer; the scorer closes it. None where nothing may be opened: in a kit, say."""
-    runtime: Any = None
-    """The open task; used by the scorer that hands lm-eval's own metrics through."""
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """What is scored at once: the answers of one arm to one task."""
+
+    task: str = ""
+    folder: Path | None = None
+    """Where files may be left that belong to these scores: their step's ``artifact/``."""
+    progress: Callable[[int], None] = lambda more: None
+    """Told how many more samples have been scored."""
+    stored: Callable[[int], None] = lambda more: None
+    """Told how many more samples an earlier run has scored: they cost no time now."""
+    open_task: Callable[[], Any] = lambda: None
+    """The task itself, a :class:`harness.LmEvalRuntime`, for the scorer that hands lm-eval's own metrics through.
+
+    It takes the tokenizer of the model under test; samples and answers do not, so that no other scorer needs it."""
+
+
+class ScorerSession(ABC):
+    """An open scorer: it scores one task of one arm after the other. Closed once, also after an error."""
+
+    @abstractmethod
+    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], job: ScoreJob) -> list[Score]:
+        """One score per sample, in order. What cannot be scored is ``Score.absent``, never a number.
+
+        Samples are as the run has stored them: what is asked, the target, and the data set's row as JSON data.
+        """
+
+    def metrics(self) -> tuple[Metric, ...] | None:
+        """What the last :meth:`score` returned, for a scorer that learns it from the task; None: as it declares."""
+        return None
+
+    def label(self) -> str | None:
+        """What a task's name carries in rows because of this scorer, the judge say: ``alpaca_eval2@LABEL``."""
+        return None
+
+    def aggregate(self, metric: Metric, scores: Sequence[Score]) -> float | None:
+        """One number over samples, for a metric that declares ``aggregate="corpus"`` (perplexity, F1, BLEU)."""
+        raise NotImplementedError(f"{metric.name} is declared as a corpus metric, and nothing aggregates it")
+
+    def withheld(self, metric: Metric, scores: Sequence[Score]) -> str | None:
+        """Why this metric's mean must not be shown although there are scores; None: it may."""
+        return None
+
+    def notes(self) -> tuple[str, ...]:
+        """What should stand beside the numbers of the last :meth:`score`: which judge, what it cost."""
+        return ()
+
+    def close(self) -> None:  # noqa: B027 - optional
+        """Release what was opened; a second call does nothing."""
 
 
 Need = Literal["classifier", "engine", "endpoint"]
@@ -42,58 +89,66 @@ class Scorer(Plugin[C]):
     """Turns answers into numbers; sees only samples and answers, never the model under test."""
 
     kind = "scorer"
-    needs: ClassVar[Need | None] = None
-    """What it must have besides samples and answers: a classifier's weights, an engine opened on this machine,
-    an endpoint that is called; None: nothing. It tells whoever decides where a step runs; it changes no number."""
+
+    def needs(self, config: C) -> Need | None:
+        """What it must have besides samples and answers: a classifier's weights, an engine opened on this machine,
+        an endpoint that is called; None: nothing. It tells whoever decides when and where a step runs; it changes no
+        number."""
+        return None
 
     @abstractmethod
-    def metrics(self, options: C) -> tuple[Metric, ...]:
-        """Direction, unit, range and chance level of every number that :meth:`score` returns."""
-
-    def metrics_of(self, options: C, context: ScorerContext) -> tuple[Metric, ...]:
-        """As :meth:`metrics`, asked after :meth:`score`, for a scorer that learns its metrics from the open task."""
-        return self.metrics(options)
+    def metrics(self, config: C) -> tuple[Metric, ...]:
+        """Direction, unit, range and chance level of every number of a score."""
 
     @abstractmethod
-    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], context: ScorerContext) -> list[Score]:
-        """One score per sample, in order. What cannot be scored is ``Score.absent``, never a number.
+    def open(self, config: C, context: ScorerContext) -> ScorerSession:
+        """Open what it needs, for all tasks and arms of a run; what is open belongs to the session, not to the plugin.
 
-        Options are ``self.options``; a scorer's model is opened here once for all samples.
+        Raises:
+            Exception: the steps of this scorer fail, and no other's.
         """
 
-    def identity(self, options: C) -> dict[str, Any]:
+    def identity(self, config: C) -> dict[str, Any]:
         """What of the scorer enters a scores step's id; a scorer with a model adds the digest of its weights."""
-        return {"name": self.name, "options": options.model_dump(mode="json")}
+        return {"name": self.name, "options": config.model_dump(mode="json")}
 
-    def label(self, options: C) -> str | None:
-        """What a task's name carries in rows because of this scorer, the judge say: ``alpaca_eval2@LABEL``."""
-        return None
-
-    def aggregate(self, metric: Metric, scores: Sequence[Score]) -> float | None:
-        """One number over samples, for a metric that declares ``aggregate="corpus"`` (perplexity, F1, BLEU)."""
-        raise NotImplementedError(f"{self.name} declares {metric.name} as a corpus metric and does not aggregate it")
-
-    def notes(self) -> tuple[str, ...]:
-        """What should stand beside the numbers, asked after :meth:`score`: which judge, what it cost."""
-        return ()
-
-    def withheld(self, metric: Metric, scores: Sequence[Score]) -> str | None:
-        """Why this metric's mean must not be shown although there are scores; None: it may."""
-        return None
-
-    def close(self) -> None:
-        """Release what :meth:`score` opened; called once after the last call of it."""
-
-    def check(self, options: C) -> None:
+    def check(self, config: C) -> None:
         """Raise a UserError before anything runs if the scorer cannot work (a missing model, a missing key)."""
 
-    @property
-    def options(self) -> C:
-        """The options in force (set by the harness through :meth:`bound`)."""
-        return cast(C, self.__dict__.get("_options") or self.Config())
 
-    def bound(self, options: C) -> Self:
-        """A copy of this scorer with its options."""
-        copy = object.__new__(type(self))
-        copy.__dict__.update(self.__dict__, _options=options)
-        return copy
+class AnswerScorer(Scorer[C]):
+    """The short form: one answer at a time, and nothing to open.
+
+    An answer that failed never gets here: it has no score, and its error is the reason.
+    """
+
+    @abstractmethod
+    def score(self, sample: Sample, answer: Answer, config: C) -> Score:
+        """The score of one answer; ``Score.absent(self.metrics(config), reason)`` where there is none."""
+
+    def aggregate(self, metric: Metric, scores: Sequence[Score]) -> float | None:
+        """As :meth:`ScorerSession.aggregate`."""
+        raise NotImplementedError(f"{metric.name} is declared as a corpus metric, and nothing aggregates it")
+
+    def open(self, config: C, context: ScorerContext) -> ScorerSession:
+        """A session that puts every answer to :meth:`score`."""
+        return _OneByOne(self, config)
+
+
+class _OneByOne(ScorerSession, Generic[C]):
+    """The session of a scorer that opens nothing."""
+
+    def __init__(self, scorer: AnswerScorer[C], config: C) -> None:
+        self._scorer, self._config = scorer, config
+
+    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], job: ScoreJob) -> list[Score]:
+        metrics = self._scorer.metrics(self._config)
+        return [
+            self._scorer.score(sample, answer, self._config)
+            if answer.error is None
+            else Score.absent(metrics, answer.error)
+            for sample, answer in zip(samples, answers, strict=True)
+        ]
+
+    def aggregate(self, metric: Metric, scores: Sequence[Score]) -> float | None:
+        return self._scorer.aggregate(metric, scores)

@@ -11,7 +11,7 @@ from harness.evaluation.load import Group, Loaded
 from harness.evaluation.resume import ANSWERS_FILE
 from harness.evaluation.session import EvalSession, Unit
 from harness.steps.files import write_json
-from harness.steps.journal import Journal, intact, write_rows
+from harness.steps.journal import Journal, write_rows
 from harness.steps.provenance import provenance_record
 from harness.steps.runner import Ended, is_fatal
 
@@ -57,9 +57,7 @@ class Answering:
             with self.run.runner.contained(unit.task.answers, self.run.folder(unit)):
                 if unit.id in self._broken:
                     raise self._broken[unit.id]
-                part = self._part(unit)
-                if part is not None:
-                    asked.append((unit, part))
+                asked.append((unit, self._part(unit)))
         if len(asked) > 1:
             try:
                 self._ask(asked)
@@ -77,21 +75,15 @@ class Answering:
             with self.run.runner.contained(unit.task.answers, self.run.folder(unit)):
                 self._ask([(unit, part)])
 
-    def _part(self, unit: Unit) -> ask.Part | None:
-        """What is to be asked for one arm, its step begun; None if all of it was stored before."""
+    def _part(self, unit: Unit) -> ask.Part:
+        """What is to be asked for one arm, its step begun."""
         run, folder, opened = self.run, self.run.folder(unit), self.run.opened(unit)
         journal = Journal(folder.artifact / ANSWERS_FILE)
         status = folder.status()
         if status is not None:
-            answered = ask.load_answers(opened.samples, journal) if status.status == "done" else None
-            if answered is not None and answered.digest == status.digest:
-                run.reporter.note(f"{self._said(unit)}: all {answered.reused} answers were stored before")
-                self._keep(unit, answered)
-                return None
             folder.reopen(status.error or "the stored answers are not those that were recorded")
         requests = run.store.requests(opened.digest)
-        if not intact(requests):
-            write_rows(requests, opened.rows())
+        write_rows(requests, opened.rows())
         described = {
             "task": unit.task.name,
             "variant": unit.task.variant,
@@ -106,7 +98,7 @@ class Answering:
     def _ask(self, asked: Sequence[tuple[Unit, ask.Part]]) -> None:
         run, task = self.run, asked[0][0].task
         totals = [sum(len(sample.requests) for sample in part.samples) for _, part in asked]
-        title = f"{self._said(asked[0][0])} ({task.variant})"
+        title = f"{run.said(asked[0][0])} ({task.variant})"
         if len(asked) > 1:
             title = f"{task.name} ({task.variant}), {len(asked)} arms"
 
@@ -142,7 +134,7 @@ class Answering:
             run.reporter.note(f"{folder.path.name}: found {answered.damage}; what was lost was asked again")
             folder.log("recovered", damage=str(answered.damage))
         if answered.reused:
-            run.reporter.note(f"{self._said(unit)}: {answered.reused} of {total} answers were stored before")
+            run.reporter.note(f"{run.said(unit)}: {answered.reused} of {total} answers were stored before")
         folder.log("answered", computed=answered.computed, reused=answered.reused, errors=answered.errors)
         failed = answered.wholly_failed()
         if failed is not None:
@@ -164,6 +156,3 @@ class Answering:
             self.answered[unit.id] = answered
         else:
             self.run.forget(unit)
-
-    def _said(self, unit: Unit) -> str:
-        return unit.task.name if len(self.run.plan.arms) == 1 else f"{unit.arm.name}, {unit.task.name}"

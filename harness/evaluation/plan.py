@@ -10,11 +10,11 @@ from typing import Any
 
 from harness.contracts.dataset import Dataset
 from harness.contracts.engine import Engine
-from harness.contracts.registry import Registry
+from harness.contracts.registry import Registered, Registry
 from harness.contracts.scorer import Scorer
 from harness.core.config import C, Config, parse_options
 from harness.core.errors import UserError
-from harness.core.records import AdapterInfo, ModelInfo
+from harness.core.records import AdapterInfo, ModelInfo, digest_of
 from harness.core.secrecy import refuse_within
 from harness.core.specs import EvalSpec, PromptKind, ScorerRef
 from harness.data.hub import OtherRevisionError, read_all, resolve_revision
@@ -36,12 +36,22 @@ LATER = {"leaf": None, "generation_prompt": True, "decoding_of": "task"}
 
 
 @dataclass(frozen=True)
-class ScorePlan:
+class ScorerPlan:
+    """One scorer with its options: opened once for all tasks and arms that it scores."""
+
+    key: str
+    """Digest of its name and all of its options, also of those that move no number."""
+    plugin: Scorer
+    config: Config
+
+
+@dataclass(frozen=True)
+class ScoresPlan:
     """One scorer over one task's answers."""
 
     step: Step
     ref: ScorerRef
-    scorer: Scorer
+    scorer: ScorerPlan
 
     @property
     def id(self) -> str:
@@ -58,7 +68,7 @@ class TaskPlan:
     template: str | None
     """Digest of the chat template that its prompts are written in; None: raw, or an endpoint's own."""
     answers: Step
-    scores: tuple[ScorePlan, ...]
+    scores: tuple[ScoresPlan, ...]
 
     @property
     def answers_id(self) -> str:
@@ -333,7 +343,7 @@ class _Planner:
         chat_only = self._engine.capabilities(model, self._options).chat_only
         return resolve_variant(chosen, model, chat_only=chat_only)
 
-    def _score(self, task: str, ref: ScorerRef, answers: Step) -> ScorePlan:
+    def _score(self, task: str, ref: ScorerRef, answers: Step) -> ScoresPlan:
         scorer, identity = self._scorer(task, ref)
         step = make_step(
             "scores",
@@ -342,24 +352,28 @@ class _Planner:
             factors={**answers.factors, "scorer": ref.name},
             parents=(answers.id,),
         )
-        return ScorePlan(step, ref, scorer)
+        return ScoresPlan(step, ref, scorer)
 
-    def _scorer(self, task: str, ref: ScorerRef) -> tuple[Scorer, dict[str, Any]]:
-        """A scorer with its options, and its part of the step's id; one object for all arms, which opens once."""
-        return self._once(_scorer_of, task, ref, self._spec.max_judge_cost, self._registry)
+    def _scorer(self, task: str, ref: ScorerRef) -> tuple[ScorerPlan, dict[str, Any]]:
+        """A scorer with its options, and its part of the step's id; found out once for all arms."""
+        where = f"task {task}, scorer"
+        entry = self._registry.registered(Scorer, ref.name, where)
+        plugin = entry.plugin
+        assert isinstance(plugin, Scorer)
+        given = _with_cost(plugin.Config, ref.options, self._spec.max_judge_cost)
+        config = self._once(parse_options, plugin.Config, given, f"{where} {ref.name}")
+        try:
+            return self._once(_scorer_of, entry, config)
+        except UserError as error:
+            raise UserError(error.where, error.what, error.fix.replace("TASK.", f"{task}.")) from None
 
 
-def _scorer_of(task: str, ref: ScorerRef, most: float | None, registry: Registry) -> tuple[Scorer, dict[str, Any]]:
-    where = f"task {task}, scorer"
-    entry = registry.registered(Scorer, ref.name, where)
-    scorer = entry.plugin
-    assert isinstance(scorer, Scorer)
-    options = parse_options(scorer.Config, _with_cost(scorer.Config, ref.options, most), f"{where} {ref.name}")
-    try:
-        scorer.check(options)
-    except UserError as error:
-        raise UserError(error.where, error.what, error.fix.replace("TASK.", f"{task}.")) from None
-    return scorer.bound(options), {"scorer": scorer.identity(options), "scorer_code": code_digest(entry)}
+def _scorer_of(entry: Registered, config: Config) -> tuple[ScorerPlan, dict[str, Any]]:
+    plugin = entry.plugin
+    assert isinstance(plugin, Scorer)
+    plugin.check(config)
+    key = digest_of([entry.name, config.model_dump(mode="json")])
+    return ScorerPlan(key, plugin, config), {"scorer": plugin.identity(config), "scorer_code": code_digest(entry)}
 
 
 def _pinned(chosen: Sequence[Chosen], revisions: Mapping[str, str], registry: Registry) -> list[_Asked]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.contracts.scorer import Scorer
+from harness.contracts.scorer import ScorerSession
 from harness.core.errors import StepError
 from harness.core.records import Answer, Metric, Row, Sample, Score, digest_of
 from harness.core.specs import PromptKind
@@ -29,24 +29,24 @@ class Scored:
     scores: list[Score]
 
 
-def check_scores(scorer: Scorer, metrics: Sequence[Metric], scores: Sequence[Score], samples: Sequence[Sample]) -> None:
+def check_scores(scorer: str, metrics: Sequence[Metric], scores: Sequence[Score], samples: Sequence[Sample]) -> None:
     """Hold a scorer to its contract: one score per sample, the declared metrics, their ranges, a reason for absence.
 
     Raises:
-        StepError: naming the scorer and what is wrong.
+        StepError: naming the scorer, and what is wrong.
     """
     if len(scores) != len(samples):
-        raise StepError(scorer.name, f"returned {len(scores)} scores for {len(samples)} samples", _FAULT)
+        raise StepError(scorer, f"returned {len(scores)} scores for {len(samples)} samples", _FAULT)
     names = {metric.name for metric in metrics}
     for sample, score in zip(samples, scores, strict=True):
         if set(score.values) != names:
-            raise StepError(scorer.name, f"returned metrics {sorted(score.values)}, declared {sorted(names)}", _FAULT)
+            raise StepError(scorer, f"returned metrics {sorted(score.values)}, declared {sorted(names)}", _FAULT)
         if None in score.values.values() and not score.reason:
-            raise StepError(scorer.name, "left a sample without a score and without a reason", _FAULT)
+            raise StepError(scorer, "left a sample without a score and without a reason", _FAULT)
         for metric in metrics:
             value = score.values[metric.name]
             if value is not None and (problem := metric.problem(value)):
-                raise StepError(scorer.name, f"{metric.name} of sample {sample.id}: {problem}", _FAULT)
+                raise StepError(scorer, f"{metric.name} of sample {sample.id}: {problem}", _FAULT)
 
 
 def sample_rows(samples: Sequence[Sample], answers: Sequence[Answer], scores: Sequence[Score]) -> list[dict[str, Any]]:
@@ -81,9 +81,9 @@ class RowContext:
 
 
 def build_rows(
-    context: RowContext, scorer: Scorer, scored: Scored, samples: Sequence[Sample], answers: Sequence[Answer]
+    context: RowContext, session: ScorerSession, scored: Scored, samples: Sequence[Sample], answers: Sequence[Answer]
 ) -> list[Row]:
-    """One row per metric for the whole task, then one per metric and leaf task.
+    """One row per metric for the whole task, then one per metric and leaf task; ``session`` made the scores.
 
     The whole-task mean is the micro average: every sample counts once, so leaf tasks weigh by their size.
     """
@@ -94,7 +94,7 @@ def build_rows(
             leaves.setdefault(sample.leaf, []).append(index)
     groups: list[tuple[str | None, list[int]]] = [(None, everything), *sorted(leaves.items())]
     return [
-        _row(context, scorer, metric, leaf, [(samples[i], answers[i], scored.scores[i]) for i in indices])
+        _row(context, session, metric, leaf, [(samples[i], answers[i], scored.scores[i]) for i in indices])
         for leaf, indices in groups
         for metric in scored.metrics
     ]
@@ -102,7 +102,7 @@ def build_rows(
 
 def _row(
     context: RowContext,
-    scorer: Scorer,
+    session: ScorerSession,
     metric: Metric,
     leaf: str | None,
     triples: Sequence[tuple[Sample, Answer, Score]],
@@ -110,7 +110,7 @@ def _row(
     values = [score.values[metric.name] for _, _, score in triples]
     unscored = sum(value is None for value in values)
     share = unscored / len(values)
-    withheld = scorer.withheld(metric, [score for _, _, score in triples])
+    withheld = session.withheld(metric, [score for _, _, score in triples])
     if withheld is None and share > metric.threshold:
         withheld = f"{unscored} of {len(values)} samples are unscored, above the threshold of {metric.threshold:.0%}"
         withheld += f" (most often: {_commonest_reason(metric, triples)})"
@@ -118,7 +118,7 @@ def _row(
     interval: tuple[float, float] | None = None
     notes = list(context.notes)
     if withheld is None and metric.aggregate == "corpus":
-        mean, stderr, interval = _corpus(scorer, metric, [score for _, _, score in triples])
+        mean, stderr, interval = _corpus(context.scorer, session, metric, [score for _, _, score in triples])
         notes.append(f"{metric.name} is a corpus metric: interval by bootstrap over samples, {CORPUS_DRAWS} draws")
     elif withheld is None:
         mean, stderr, interval = _mean(metric, values)
@@ -181,7 +181,7 @@ def _chance(metric: Metric, samples: Sequence[Sample]) -> float | None:
 
 
 def _corpus(
-    scorer: Scorer, metric: Metric, scores: Sequence[Score]
+    scorer: str, session: ScorerSession, metric: Metric, scores: Sequence[Score]
 ) -> tuple[float | None, float | None, tuple[float, float] | None]:
     """A corpus metric, and its percentile bootstrap interval (Efron & Tibshirani 1993, ch. 13)."""
     import numpy as np
@@ -189,13 +189,13 @@ def _corpus(
     present = [score for score in scores if score.values[metric.name] is not None]
     if not present:
         return None, None, None
-    whole = scorer.aggregate(metric, present)
+    whole = session.aggregate(metric, present)
     if whole is not None and (problem := metric.problem(whole, whole=True)):
-        raise StepError(scorer.name, f"{metric.name} of {len(present)} samples: {problem}", _FAULT)
+        raise StepError(scorer, f"{metric.name} of {len(present)} samples: {problem}", _FAULT)
     generator = np.random.default_rng(int(digest_of([metric.name, len(present)])[:8], 16))
     draws = []
     for _ in range(CORPUS_DRAWS if len(present) > 1 else 0):
-        value = scorer.aggregate(metric, [present[i] for i in generator.integers(0, len(present), len(present))])
+        value = session.aggregate(metric, [present[i] for i in generator.integers(0, len(present), len(present))])
         if value is not None:
             draws.append(value)
     if len(draws) < 2:

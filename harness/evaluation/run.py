@@ -21,7 +21,7 @@ from harness.evaluation.load import Group, groups_of, remove_scratch
 from harness.evaluation.parity_run import Parity, second_plan
 from harness.evaluation.plan import EvalPlan, plan_eval
 from harness.evaluation.resume import SCORES_FILE, check_folder, claim
-from harness.evaluation.scores import Scoring
+from harness.evaluation.scores import Scoring, score_all
 from harness.evaluation.session import EvalSession, Unit
 from harness.steps.files import read_json, slug
 from harness.steps.store import RUN, RunStore
@@ -113,11 +113,7 @@ def run_plan(
     with RunStore(out) as store:
         if not fresh:
             check_folder(out, plan)
-        run = _Run(plan, registry, store, reporter)
-        try:
-            evaluation = run.carry_out(fresh)
-        finally:
-            run.close()
+        evaluation = _Run(plan, registry, store, reporter).carry_out(fresh)
         registry.announce("study_finished", run=out)
         for warning in registry.warnings:
             reporter.note(f"warning: {warning}")
@@ -148,13 +144,14 @@ class _Run:
             if task.chosen.asked is not None:
                 self.reporter.note(f"{task.name} ({task.variant}) {task.chosen.spec.notes[-1]}")
         pending = [unit for unit in run.units if fresh or not run.ended(unit)]
-        self._broken = {unit.id: error for unit in pending if (error := run.unopenable(unit)) is not None}
+        unanswered = [unit for unit in pending if fresh or not self._is_answered(unit)]
+        self._broken = {unit.id: error for unit in unanswered if (error := run.unopenable(unit)) is not None}
         if fresh:
             RUN.clear(self.store.root)
             run.forget_folders()
         claim(self.store, self.plan, self.reporter)
         remove_scratch(self.store.scratch)
-        for groups in self._stages(pending):
+        for groups in self._stages(pending, unanswered):
             self._execute(groups)
         if not pending:
             self.reporter.note("everything was done before")
@@ -163,11 +160,17 @@ class _Run:
             raise error
         return Evaluation(self.store.root, self.plan, rows, leaves, run.runner.failures, dict(run.seconds))
 
-    def _stages(self, pending: Sequence[Unit]) -> Iterator[list[Callable[[], None]]]:
+    def _is_answered(self, unit: Unit) -> bool:
+        found = self.run.answered(unit)
+        if found is not None and len(self.plan.arms) == 1:
+            self._answered[unit.id] = found
+        return found is not None
+
+    def _stages(self, pending: Sequence[Unit], unanswered: Sequence[Unit]) -> Iterator[list[Callable[[], None]]]:
         """What may be carried out in any order: answers by what one open engine serves; then scores, on all of them."""
-        yield [partial(self._answer, group) for group in groups_of(self.plan, pending)]
+        yield [partial(self._answer, group) for group in groups_of(self.plan, unanswered)]
         if pending:
-            yield [partial(Scoring(self.run, self._answered).carry_out, pending)]
+            yield [partial(score_all, [(Scoring(self.run, self._answered), pending)])]
         if self._second is not None:
             yield [partial(self._measure, Parity(self.run, self._second))]
 
@@ -204,11 +207,6 @@ class _Run:
         answering = Answering(self.run, group, self._broken)
         answering.carry_out()
         self._answered.update(answering.answered)
-
-    def close(self) -> None:
-        """Close whatever is open, also after an error."""
-        for scorer in self.run.scorers:
-            scorer.close()
 
     def _collect(self) -> tuple[list[Row], list[Row]]:
         """Rows of every scores step that is done, in the plan's order."""

@@ -1,101 +1,146 @@
-"""Scores: every scorer over the stored answers of every arm, after the model under test is closed."""
+"""Scores: one scorer after the other over the stored answers of every arm, when the model under test is closed.
+
+A scorer is opened once for all tasks and arms that ask for it with the same options, and closed before the next one is
+opened. Answers and samples are read back from the run, so that neither model nor tokenizer of an arm is needed.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from harness.contracts.scorer import ScorerContext
+from harness.contracts.scorer import ScoreJob, ScorerContext, ScorerSession
 from harness.core.errors import CorruptionError
 from harness.core.progress import Bar
 from harness.core.records import Score
 from harness.evaluation import ask
-from harness.evaluation.plan import ScorePlan
-from harness.evaluation.resume import ANSWERS_FILE, SAMPLES_FILE, SCORES_FILE
+from harness.evaluation.plan import ScorerPlan, ScoresPlan
+from harness.evaluation.resume import SAMPLES_FILE, SCORES_FILE
 from harness.evaluation.rows import RowContext, Scored, build_rows, check_scores, sample_rows
 from harness.evaluation.session import EvalSession, Unit
 from harness.models.precision import asked_dtype
 from harness.steps.files import write_json
 from harness.steps.folder import StepFolder
-from harness.steps.journal import Journal, rows_digest, write_rows
+from harness.steps.journal import rows_digest, write_rows
 from harness.steps.provenance import file_digest
-from harness.steps.runner import Ended
+from harness.steps.runner import Ended, is_fatal
 from harness.tasks.questions import Questions
 
 
+@dataclass
+class ScoresOrder:
+    """One scorer, and the steps that one opening of it serves."""
+
+    scorer: ScorerPlan
+    steps: list[tuple[Scoring, Unit, ScoresPlan]] = field(default_factory=list)
+
+    def carry_out(self) -> None:
+        """Open the scorer, score, close; what fails, also by a user's mistake, fails its own steps alone."""
+        first = self.steps[0][0].run
+        with first.clock("score"):
+            context = ScorerContext(first.plan.spec.seed, first.store.judge, _opener(first))
+            try:
+                session = self.scorer.plugin.open(self.scorer.config, context)
+            except Exception as error:
+                if is_fatal(error, mistakes=True):
+                    raise
+                for scoring, unit, plan in self.steps:
+                    scoring.run.runner.fail(plan.step, scoring.run.scores_folder(unit, plan), error)
+                return
+            try:
+                for scoring, unit, plan in self.steps:
+                    scoring.score(session, unit, plan)
+            finally:
+                self._close(session, first)
+
+    def _close(self, session: ScorerSession, run: EvalSession) -> None:
+        """What goes wrong here takes no score with it."""
+        try:
+            session.close()
+        except Exception as error:
+            run.reporter.note(f"warning: scorer {self.scorer.plugin.name} did not close: {error}")
+
+
+def score_all(parts: Iterable[tuple[Scoring, Sequence[Unit]]]) -> None:
+    """Score the units of one evaluation, or of many: scorers that need nothing first, then those that open a model."""
+    found: dict[str, ScoresOrder] = {}
+    for scoring, units in parts:
+        for unit, plan in scoring.due(units):
+            found.setdefault(plan.scorer.key, ScoresOrder(plan.scorer)).steps.append((scoring, unit, plan))
+    for order in sorted(found.values(), key=lambda one: one.scorer.plugin.needs(one.scorer.config) is not None):
+        order.carry_out()
+
+
 class Scoring:
-    """Scores units whose answers are there; scorers open what they need once for all of them."""
+    """Scores units of one evaluation whose answers are there."""
 
     def __init__(self, run: EvalSession, answered: Mapping[str, ask.Answered]) -> None:
         self.run, self._answered = run, answered
 
-    def carry_out(self, units: Sequence[Unit]) -> None:
-        """Score; what fails, also by a user's mistake, fails its own step and leaves the others their scores."""
+    def due(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, ScoresPlan]]:
+        """What is to be scored: no scores yet, or those of other answers."""
         for unit in units:
-            if not self._has_answers(unit):
+            answers = self.run.folder(unit).status()
+            if answers is None or answers.status != "done":
                 continue
-            for step in unit.task.scores:
-                with self.run.runner.contained(step.step, self.run.scores_folder(unit, step), mistakes=True):
-                    self._score(unit, step, self._answers(unit))
-            self.run.forget(unit)
+            for plan in unit.task.scores:
+                if self._is_due(self.run.scores_folder(unit, plan), answers.digest):
+                    yield unit, plan
 
-    def _has_answers(self, unit: Unit) -> bool:
-        status = self.run.folder(unit).status()
-        return unit.id in self._answered or (status is not None and status.status == "done")
+    def _is_due(self, folder: StepFolder, answers: str | None) -> bool:
+        """Whether it has not ended, or had other answers; then its end is taken back."""
+        status = folder.status()
+        if status is None:
+            return True
+        if status.status == "done" and status.made_from.get("answers") == answers:
+            return False
+        folder.reopen(status.error or "the answers it scored have changed")
+        return True
+
+    def score(self, session: ScorerSession, unit: Unit, plan: ScoresPlan) -> None:
+        """Score one unit with an open scorer; a failure is recorded."""
+        with self.run.runner.contained(plan.step, self.run.scores_folder(unit, plan), mistakes=True):
+            self._score(session, unit, plan)
+
+    def _score(self, session: ScorerSession, unit: Unit, step: ScoresPlan) -> None:
+        run, folder, scorer = self.run, self.run.scores_folder(unit, step), step.scorer
+        begun = time.perf_counter()
+        asked, answered = run.stored(unit), self._answers(unit)
+        count = len(asked.samples)
+        bar = Bar(run.reporter.start(f"{run.said(unit)}: {step.ref.name}", count), count)
+        job = ScoreJob(unit.task.name, folder.artifact, bar.advance, bar.stored, lambda: run.questions(unit).runtime)
+        begun_of = replace(step.step, made_from={"answers": answered.digest})
+        run.runner.begin(begun_of, folder, self._json(unit, step, asked))
+        scores = session.score(asked.samples, answered.answers, job)
+        bar.fill()
+        # lm-eval's metrics are known once its task has been scored.
+        learnt = session.metrics()
+        scored = Scored(scorer.plugin.metrics(scorer.config) if learnt is None else learnt, scores)
+        check_scores(step.ref.name, scored.metrics, scores, asked.samples)
+        rows = sample_rows(asked.samples, answered.answers, scores)
+        write_rows(folder.artifact / SAMPLES_FILE, rows)
+        folder.describe(metrics=[metric.model_dump(mode="json") for metric in scored.metrics])
+        numbers = build_rows(
+            self._context(session, folder, unit, step, asked), session, scored, asked.samples, answered.answers
+        )
+        write_json(folder.artifact / SCORES_FILE, {"rows": [row.model_dump(mode="json") for row in numbers]})
+        files = {SCORES_FILE: file_digest(folder.artifact / SCORES_FILE)}
+        seconds = {"compute": time.perf_counter() - begun}
+        run.runner.finish(
+            begun_of, folder, Ended("scores", rows_digest(rows), files, counts=_counts(scores), seconds=seconds)
+        )
 
     def _answers(self, unit: Unit) -> ask.Answered:
-        kept = self._answered.get(unit.id)
-        if kept is not None:
-            return kept
-        folder = self.run.folder(unit)
-        stored = ask.load_answers(self.run.opened(unit).samples, Journal(folder.artifact / ANSWERS_FILE))
-        if stored is None:
-            raise CorruptionError(f"{folder.path.name}: its answers are no longer there; run the same command again")
-        return stored
+        found = self._answered.get(unit.id) or self.run.answers(unit)
+        if found is None:
+            name = self.run.folder(unit).path.name
+            raise CorruptionError(f"{name}: its answers are no longer there; run the same command again")
+        return found
 
-    def _score(self, unit: Unit, step: ScorePlan, answered: ask.Answered) -> None:
-        run, folder, opened = self.run, self.run.scores_folder(unit, step), self.run.opened(unit)
-        status = folder.status()
-        if status is not None and status.status == "done":
-            if status.made_from.get("answers") == answered.digest:
-                return
-            folder.reopen("the answers it scored have changed")
-        elif status is not None:
-            folder.reopen(status.error or "it had failed")
-        begun_of = replace(step.step, made_from={"answers": answered.digest})
-        with run.clock("score"):
-            begun = time.perf_counter()
-            title = f"{unit.task.name}: {step.ref.name}"
-            if len(run.plan.arms) > 1:
-                title = f"{unit.arm.name}, {title}"
-            bar = Bar(run.reporter.start(title, len(opened.samples)), len(opened.samples))
-            context = ScorerContext(
-                task=unit.task.name,
-                seed=run.plan.spec.seed,
-                folder=folder.artifact,
-                shared=run.store.judge,
-                progress=bar.advance,
-                stored=bar.stored,
-                open_engine=_opener(run),
-                runtime=opened.runtime,
-            )
-            run.runner.begin(begun_of, folder, self._json(unit, step, opened))
-            scores = step.scorer.score(opened.samples, answered.answers, context)
-            bar.fill()
-            # lm-eval's metrics are known once its task is open.
-            metrics = step.scorer.metrics_of(step.scorer.options, context)
-            check_scores(step.scorer, metrics, scores, opened.samples)
-            self._write(folder, unit, step, Scored(metrics, scores), answered)
-            spent = time.perf_counter() - begun
-        digest = rows_digest(sample_rows(opened.samples, answered.answers, scores))
-        files = {SCORES_FILE: file_digest(folder.artifact / SCORES_FILE)}
-        ended = Ended("scores", digest, files, counts=_counts(scores), seconds={"compute": spent})
-        run.runner.finish(begun_of, folder, ended)
-
-    def _json(self, unit: Unit, step: ScorePlan, opened: Questions) -> dict[str, Any]:
+    def _json(self, unit: Unit, step: ScoresPlan, asked: Questions) -> dict[str, Any]:
         return {
             "task": unit.task.name,
             "variant": unit.task.variant,
@@ -103,15 +148,17 @@ class Scoring:
             "scorer": step.ref.name,
             "answers": unit.id,
             "answers_folder": self.run.folder(unit).path.name,
-            "requests": self.run.store.requests(opened.digest).name,
+            "requests": self.run.store.requests(asked.digest).name,
         }
 
-    def _write(self, folder: StepFolder, unit: Unit, step: ScorePlan, scored: Scored, answered: ask.Answered) -> None:
-        opened, arm, task = self.run.opened(unit), unit.arm, unit.task
-        label = step.scorer.label(step.scorer.options)
+    def _context(
+        self, session: ScorerSession, folder: StepFolder, unit: Unit, step: ScoresPlan, asked: Questions
+    ) -> RowContext:
+        """What all rows of a step say, after it was scored."""
+        arm, task, label = unit.arm, unit.task, session.label()
         lent = f"asked in the chat template of {arm.template_of}, as the base has none"
         folded = f"{arm.label} was folded into the base, as the engine cannot serve it: {arm.folded}"
-        context = RowContext(
+        return RowContext(
             model=arm.model.name,
             adapter=arm.label,
             task=task.name if label is None else f"{task.name}@{label}",
@@ -123,16 +170,12 @@ class Scoring:
             notes=(
                 *((self.run.plan.dtype_note,) if self.run.plan.dtype_note is not None else ()),
                 *task.chosen.spec.notes,
-                *opened.notes,
-                *step.scorer.notes(),
+                *asked.notes,
+                *session.notes(),
                 *((lent,) if arm.template_of is not None else ()),
                 *((folded,) if arm.folded is not None else ()),
             ),
         )
-        rows = build_rows(context, step.scorer, scored, opened.samples, answered.answers)
-        write_rows(folder.artifact / SAMPLES_FILE, sample_rows(opened.samples, answered.answers, scored.scores))
-        folder.describe(metrics=[metric.model_dump(mode="json") for metric in scored.metrics])
-        write_json(folder.artifact / SCORES_FILE, {"rows": [row.model_dump(mode="json") for row in rows]})
 
 
 def _counts(scores: Sequence[Score]) -> dict[str, int]:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from harness.contracts.registry import Registry
-from harness.contracts.scorer import Scorer
-from harness.core.errors import UserError
+from harness.core.errors import CorruptionError, UserError
 from harness.core.progress import Reporter
 from harness.core.records import StepRecord
-from harness.evaluation.plan import ArmPlan, EvalPlan, ScorePlan, TaskPlan
-from harness.evaluation.resume import damage
+from harness.evaluation import ask
+from harness.evaluation.plan import ArmPlan, EvalPlan, ScoresPlan, TaskPlan
+from harness.evaluation.resume import ANSWERS_FILE, damage
 from harness.models.inspect import open_tokenizer
+from harness.steps.files import read_json
 from harness.steps.folder import StepFolder
+from harness.steps.journal import Journal
 from harness.steps.runner import Runner
 from harness.steps.store import RunStore
-from harness.tasks.questions import Questions, open_task, steered
+from harness.tasks.questions import Questions, open_task, read_samples, steered
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,11 @@ class EvalSession:
         """Every task of every arm."""
         return [Unit(arm, task) for arm in self.plan.arms for task in arm.tasks]
 
-    @property
-    def scorers(self) -> Iterable[Scorer]:
-        """Every scorer once, however many arms share it."""
-        return {id(step.scorer): step.scorer for unit in self.units for step in unit.task.scores}.values()
-
     def folder(self, unit: Unit) -> StepFolder:
         """Of the answers."""
         return self._folder("answers", f"{unit.arm.name}-{unit.task.name}", unit.id)
 
-    def scores_folder(self, unit: Unit, step: ScorePlan) -> StepFolder:
+    def scores_folder(self, unit: Unit, step: ScoresPlan) -> StepFolder:
         """Of one scorer's scores."""
         return self._folder("scores", f"{unit.arm.name}-{unit.task.name}-{step.ref.name}", step.id)
 
@@ -105,6 +102,42 @@ class EvalSession:
             return f"{errors} of {status.counts['requests']} calls of the endpoint failed"
         again = status.counts.get("again", 0)
         return f"{again} of {status.counts['samples']} calls of the judge failed" if again else None
+
+    # ------------------------------------------------------------------------------------------------ what was stored
+
+    def stored(self, unit: Unit) -> Questions:
+        """A unit's task as its arm was asked it, read back: it takes no tokenizer, and has no ``runtime``.
+
+        Raises:
+            CorruptionError: it cannot be read.
+        """
+        described = read_json(self.folder(unit).path / "step.json")
+        digest = str(described["questions"])
+        samples = read_samples(self.store.requests(digest), digest)
+        return Questions(samples, described["dropped"], tuple(described["notes"]))
+
+    def answers(self, unit: Unit) -> ask.Answered | None:
+        """The stored answers to :meth:`stored`; None where one is missing."""
+        return ask.load_answers(self.stored(unit).samples, Journal(self.folder(unit).artifact / ANSWERS_FILE))
+
+    def answered(self, unit: Unit) -> ask.Answered | None:
+        """The answers of a step that has ended, if they and what they answer are what was recorded."""
+        status = self.folder(unit).status()
+        if status is None or status.status != "done":
+            return None
+        try:
+            found = self.answers(unit)
+        except CorruptionError as error:
+            self.reporter.note(f"{error}")
+            return None
+        if found is None or found.digest != status.digest:
+            return None
+        self.reporter.note(f"{self.said(unit)}: all {found.reused} answers were stored before")
+        return found
+
+    def said(self, unit: Unit) -> str:
+        """What messages call a unit."""
+        return unit.task.name if len(self.plan.arms) == 1 else f"{unit.arm.name}, {unit.task.name}"
 
     # ---------------------------------------------------------------------------------------------------- open tasks
 

@@ -7,12 +7,12 @@ What is unscored is left out and counted.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from harness.contracts.registry import Registry
-from harness.contracts.scorer import Scorer, ScorerContext
+from harness.contracts.scorer import ScoreJob, Scorer, ScorerContext, ScorerSession
 from harness.core.config import parse_options
 from harness.core.errors import UserError
 from harness.core.progress import Bar, Reporter
@@ -97,15 +97,14 @@ def calibrate(
     opened = _Opened(registry)
     try:
         for name, own in rounds.items():
-            scorer = _scorer(registry, {**options, **own})
-            label = scorer.label(scorer.options) or "judge"
-            context = ScorerContext(task="calibrate", seed=seed, shared=out, open_engine=opened)
+            session = _open(registry, {**options, **own}, ScorerContext(seed, out, opened))
             try:
-                scores = _judged(scorer, [pair for _, pair in chosen], context, reporter, name)
-                for note in scorer.notes():
+                label = session.label() or "judge"
+                scores = _judged(session, [pair for _, pair in chosen], reporter, name)
+                for note in session.notes():
                     notes.setdefault(note, []).append(name.replace("_", " "))
             finally:
-                scorer.close()
+                session.close()
             for one, score in zip(seen, scores, strict=True):
                 setattr(one, name, score.values["win_rate"])
                 if score.values["win_rate"] is None and name == "drawn":
@@ -138,7 +137,7 @@ def _seen(annotations: Annotations, pair: JudgedPair) -> Seen:
     return Seen(annotations.model or "model", pair.preference - 1, longer)
 
 
-def _scorer(registry: Registry, options: Mapping[str, Any]) -> Scorer:
+def _open(registry: Registry, options: Mapping[str, Any], context: ScorerContext) -> ScorerSession:
     scorer = registry.find(Scorer, SCORER, "harness judge calibrate")
     parsed = parse_options(scorer.Config, options, "harness judge calibrate, --set")
     try:
@@ -146,7 +145,7 @@ def _scorer(registry: Registry, options: Mapping[str, Any]) -> Scorer:
     except UserError as error:
         fix = error.fix.replace("--set TASK.scorer.model=", "--judge ").replace("TASK.scorer.", "")
         raise UserError(error.where, error.what, fix) from None
-    return scorer.bound(parsed)
+    return scorer.open(parsed, context)
 
 
 class _Opened:
@@ -180,9 +179,7 @@ class _Borrowed:
         """Others use it after this."""
 
 
-def _judged(
-    scorer: Scorer, pairs: Sequence[JudgedPair], context: ScorerContext, reporter: Reporter, name: str
-) -> list[Score]:
+def _judged(session: ScorerSession, pairs: Sequence[JudgedPair], reporter: Reporter, name: str) -> list[Score]:
     """The scorer's view of the pairs, as if the models' outputs were answers."""
     samples = [
         Sample(
@@ -195,6 +192,6 @@ def _judged(
     ]
     answers = [Answer(one.id, (Output(text=pair.output_2 or ""),)) for one, pair in zip(samples, pairs, strict=True)]
     bar = Bar(reporter.start(f"judging ({name.replace('_', ' ')})", len(pairs)), len(pairs))
-    scores = scorer.score(samples, answers, replace(context, progress=bar.advance, stored=bar.stored))
+    scores = session.score(samples, answers, ScoreJob("calibrate", progress=bar.advance, stored=bar.stored))
     bar.fill()
     return scores

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.contracts.dataset import Dataset, DatasetJob, DatasetRow
 from harness.contracts.registry import Registry
 from harness.core.config import parse_options
-from harness.core.errors import StepError, UserError
+from harness.core.errors import CorruptionError, StepError, UserError
 from harness.core.records import ModelInfo, Request, Sample
-from harness.core.specs import DatasetRef, PromptKind, TaskSpec
+from harness.core.specs import DatasetRef, Decoding, PromptKind, TaskSpec
 from harness.models import prompts
 from harness.models.generation_config import decoding_of_model
+from harness.steps.journal import read_rows
 from harness.tasks.catalog import Chosen
 
 if TYPE_CHECKING:
@@ -30,7 +34,7 @@ class Questions:
     notes: tuple[str, ...] = ()
     runtime: Any = None
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Digest of every question in order: prompts, decoding, data, tokenisation and limit."""
         hashed = hashlib.sha256()
@@ -41,7 +45,7 @@ class Questions:
         return hashed.hexdigest()
 
     def rows(self) -> list[dict[str, Any]]:
-        """What ``requests/`` keeps: texts, targets and token ids."""
+        """What ``requests/`` keeps: everything that a scorer may see, and what was sent."""
         return [
             {
                 "id": sample.id,
@@ -50,20 +54,66 @@ class Questions:
                 "target": sample.target,
                 "data": dict(sample.data),
                 "cut": sample.cut,
-                "requests": [
-                    {
-                        "digest": request.digest,
-                        "kind": request.kind,
-                        "prompt_ids": list(request.prompt_ids),
-                        "continuation": request.continuation,
-                        "continuation_ids": list(request.continuation_ids),
-                        "decoding": request.decoding.model_dump(mode="json") if request.decoding else None,
-                    }
-                    for request in sample.requests
-                ],
+                "chance": sample.chance,
+                "requests": [_stored(request, sample.prompt) for request in sample.requests],
             }
             for sample in self.samples
         ]
+
+
+def _stored(request: Request, prompt: str) -> dict[str, Any]:
+    """One request; text that its sample has already, and what it has not, is left out."""
+    more = {"messages": request.messages, "adapter": request.adapter, "control": request.control}
+    return {
+        "digest": request.digest,
+        "kind": request.kind,
+        "prompt_ids": list(request.prompt_ids),
+        "continuation": request.continuation,
+        "continuation_ids": list(request.continuation_ids),
+        "decoding": request.decoding.model_dump(mode="json") if request.decoding else None,
+        **({"prompt": request.prompt} if request.prompt != prompt else {}),
+        **{name: value for name, value in more.items() if value is not None},
+    }
+
+
+def read_samples(path: Path, digest: str) -> list[Sample]:
+    """The samples that :meth:`Questions.rows` stored in ``requests/``; it takes no tokenizer and no data set.
+
+    Raises:
+        CorruptionError: the file is missing or damaged, of an earlier version, or holds other questions.
+    """
+    where, fix = f"requests/{path.name}", "run the command of its answers again, which writes it anew"
+    try:
+        samples = [_sample_of(row) for row in read_rows(path)]
+    except CorruptionError:
+        raise CorruptionError(f"{where}: is missing or damaged; {fix}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"is of another version ({type(error).__name__}: {error})"
+        raise CorruptionError(f"{where}: {what}; {fix}") from None
+    if Questions(samples).digest != digest:
+        raise CorruptionError(f"{where}: holds other questions than those that were answered; {fix}")
+    return samples
+
+
+def _sample_of(row: Mapping[str, Any]) -> Sample:
+    requests = tuple(_request_of(request, row["prompt"]) for request in row["requests"])
+    kept = {name: row[name] for name in ("id", "prompt", "target", "leaf", "data", "cut", "chance")}
+    return Sample(requests=requests, **kept)
+
+
+def _request_of(row: Mapping[str, Any], prompt: str) -> Request:
+    messages = row.get("messages")
+    return Request(
+        row["kind"],
+        tuple(row["prompt_ids"]),
+        tuple(row["continuation_ids"]),
+        Decoding.model_validate(row["decoding"]) if row["decoding"] is not None else None,
+        row.get("prompt", prompt),
+        row["continuation"],
+        tuple(messages) if messages is not None else None,
+        row.get("adapter"),
+        row.get("control"),
+    )
 
 
 def resolve_variant(chosen: Chosen, model: ModelInfo, *, chat_only: bool = False) -> PromptKind:

@@ -69,9 +69,10 @@ def register_scorers() -> Iterator[Scorer]:
     from harness_plugins.scorers.alpaca.scorer import AlpacaEvalScorer
     from harness_plugins.scorers.attack.judges import AttackClassifier, AttackLlm, RefusalScorer
     from harness_plugins.scorers.attack.together import Attack
-    from harness_plugins.scorers.classifier import ClassifierScorer, ToxicityScorer
+    from harness_plugins.scorers.classifier import ClassifierScorer
     from harness_plugins.scorers.lm_eval import LmEvalScorer
     from harness_plugins.scorers.text import ExactMatch, Includes, Regex
+    from harness_plugins.scorers.toxicity import ToxicityScorer
 
     yield ToxicityScorer()
     yield ClassifierScorer()

@@ -35,16 +35,16 @@ def study_finished(run):
 """
 
 BROKEN_SCORER = """
-from harness import Metric, Scorer, hookimpl
+from harness import AnswerScorer, Metric, hookimpl
 
-class Broken(Scorer):
+class Broken(AnswerScorer):
     name = "broken"
 
-    def metrics(self, options):
+    def metrics(self, config):
         return (Metric(name="broken", higher_is_better=True, unit="score"),)
 
-    def score(self, samples, answers, context):
-        return [][len(samples)]
+    def score(self, sample, answer, config):
+        return [][len(sample.id)]
 
 @hookimpl
 def register_scorers():
@@ -215,9 +215,7 @@ def test_a_scorer_that_raises_fails_its_step_alone(cli: Any, slow_eval: list[str
     again = cli(*command)
     assert again.code == 3
     assert "bad: all 30 answers were stored before" in again.err
-    mended = BROKEN_SCORER.replace(
-        "[][len(samples)]", "[__import__('harness').Score({'broken': 1.0}) for _ in samples]"
-    )
+    mended = BROKEN_SCORER.replace("[][len(sample.id)]", "__import__('harness').Score({'broken': 1.0})")
     (alone / "broken.py").write_text(mended, encoding="utf-8")
     assert cli(*command).code == 0
     report = json.loads((alone / "out" / "report" / "report.json").read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field
 
-from harness import Config, Dataset, DatasetJob, DatasetRow, Metric, Scorer, UserError
+from harness import AnswerScorer, Config, Dataset, DatasetJob, DatasetRow, Metric, UserError
 from harness.contracts.registry import Origin, Registered, Registry
 from harness.testing import check_dataset, check_tasks
 
@@ -135,14 +135,14 @@ def test_an_unknown_subset_must_be_a_users_error() -> None:
 # --------------------------------------------------------------------------------------------------------- tasks
 
 
-class Length(Scorer):
+class Length(AnswerScorer):
     name = "length"
     summary = "length"
 
-    def metrics(self, options: Any) -> tuple[Metric, ...]:
+    def metrics(self, config: Any) -> tuple[Metric, ...]:
         return ()
 
-    def score(self, samples: Any, answers: Any, context: Any) -> Any:
+    def score(self, sample: Any, answer: Any, config: Any) -> Any:
         return []
 
 

@@ -76,7 +76,7 @@ def test_a_package_is_named_after_its_plugin(tmp_path: Path) -> None:
     project = tomllib.loads((tmp_path / "new" / "package" / "pyproject.toml").read_text())["project"]
     assert project["name"] == "harness-refusal-rate"
     assert project["entry-points"] == {"harness": {"refusal-rate": "harness_refusal_rate"}}
-    assert 'class RefusalRate(Scorer["RefusalRate.Config"]):' in written[1].read_text()
+    assert 'class RefusalRate(AnswerScorer["RefusalRate.Config"]):' in written[1].read_text()
     (tmp_path / "empty").mkdir()
     task = write_package("task", "over_refusal", tmp_path / "empty")
     assert [path.name for path in task if path.parent.name == "tasks"] == ["over_refusal.jsonl", "over_refusal.yaml"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from harness import Answer, Config, Metric, Sample, Score, Scorer, ScorerContext
+from harness import Answer, AnswerScorer, Config, Metric, Sample, Score, ScoreJob, Scorer, ScorerContext, ScorerSession
 from harness.testing import check_scorer, example_answers
 
 METRIC = Metric(name="length", higher_is_better=None, unit="characters", low=0)
@@ -20,14 +20,38 @@ class Length(Scorer):
     class Config(Config):
         """No options."""
 
-    def metrics(self, options: Any) -> tuple[Metric, ...]:
+    def metrics(self, config: Any) -> tuple[Metric, ...]:
         return (METRIC,)
 
-    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], context: ScorerContext) -> list[Score]:
+    def open(self, config: Any, context: ScorerContext) -> ScorerSession:
+        return Ruler(self)
+
+    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], job: ScoreJob) -> list[Score]:
         return [self.one(answer) for answer in answers]
 
     def one(self, answer: Answer) -> Score:
         return Score.absent((METRIC,), answer.error) if answer.error else Score({"length": float(len(answer.text))})
+
+
+class Ruler(ScorerSession):
+    """Hands everything to the plugin, which the tests break."""
+
+    def __init__(self, scorer: Length) -> None:
+        self.scorer = scorer
+
+    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], job: ScoreJob) -> list[Score]:
+        return self.scorer.score(samples, answers, job)
+
+
+class Brief(AnswerScorer):
+    name = "brief"
+    summary = "characters of the answer, in the short form"
+
+    def metrics(self, config: Any) -> tuple[Metric, ...]:
+        return (METRIC,)
+
+    def score(self, sample: Sample, answer: Answer, config: Any) -> Score:
+        return Score({"length": float(len(answer.text))})
 
 
 def broken(**overrides: Any) -> Scorer:
@@ -38,7 +62,7 @@ def broken(**overrides: Any) -> Scorer:
 def scores(change: Callable[[list[Score], Sequence[Answer]], Any]) -> Scorer:
     """A scorer whose list of scores is changed."""
 
-    def score(self: Length, samples: Any, answers: Sequence[Answer], context: Any) -> Any:
+    def score(self: Length, samples: Any, answers: Sequence[Answer], job: Any) -> Any:
         return change([self.one(answer) for answer in answers], answers)
 
     return broken(score=score)
@@ -51,6 +75,7 @@ def one(change: Callable[[Answer], Score]) -> Scorer:
 
 def test_a_good_scorer_passes() -> None:
     check_scorer(Length())
+    check_scorer(Brief())
     samples, answers = example_answers()
     check_scorer(Length(), samples=samples[:2], answers=answers[:2])
 
@@ -58,11 +83,58 @@ def test_a_good_scorer_passes() -> None:
 def counting() -> Scorer:
     calls: list[int] = []
 
-    def score(self: Length, samples: Any, answers: Sequence[Answer], context: Any) -> list[Score]:
+    def score(self: Length, samples: Any, answers: Sequence[Answer], job: Any) -> list[Score]:
         calls.append(1)
         return [Score({"length": float(len(calls))}) for _ in answers]
 
     return broken(score=score)
+
+
+class Session(Ruler):
+    """A session that is broken itself."""
+
+    def __init__(self, scorer: Length, more: float = 0.0, **overrides: Any) -> None:
+        super().__init__(scorer)
+        self.more, self.overrides, self.closed = more, overrides, 0
+
+    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], job: ScoreJob) -> list[Score]:
+        known = [value for score in super().score(samples, answers, job) if (value := score.values["length"])]
+        scores = [
+            s if s.values["length"] is None else Score({"length": s.values["length"] + self.more})
+            for s in super().score(samples, answers, job)
+        ]
+        if self.overrides.get("adds_up") and any(answer.error for answer in answers):
+            self.more += len(known)
+        return scores
+
+    def notes(self) -> Any:
+        return self.overrides.get("notes", ())
+
+    def label(self) -> Any:
+        return self.overrides.get("label")
+
+    def close(self) -> None:
+        self.closed += 1
+        if self.closed > 1 and self.overrides.get("once"):
+            raise RuntimeError("it is closed already")
+
+
+def session(**overrides: Any) -> Scorer:
+    """A scorer whose session is broken."""
+    return broken(open=lambda self, config, context: Session(self, **overrides))
+
+
+def one_more_each_time() -> Scorer:
+    opened = iter(range(9))
+    return broken(open=lambda self, config, context: Session(self, float(next(opened))))
+
+
+def keeping() -> Scorer:
+    def open_(self: Length, config: Any, context: Any) -> ScorerSession:
+        self.__dict__["model"] = object()
+        return Ruler(self)
+
+    return broken(open=open_)
 
 
 def ticking() -> Scorer:
@@ -130,6 +202,13 @@ def by_position(found: list[Score], answers: Sequence[Answer]) -> list[Score]:
             broken(metrics=lambda self, options: (METRIC.model_copy(update={"chance": -0.5}),)),
             "The chance level of 'length' lies in its range.",
         ),
+        (broken(open=lambda self, config, context: self), "`open` returns a harness.ScorerSession."),
+        (broken(needs=lambda self, config: "gpu"), "`needs` returns one of None, 'classifier', 'engine', 'endpoint'."),
+        (session(adds_up=True), "A session gives the same scores whatever it scored before."),
+        (one_more_each_time(), "Another session gives the same scores."),
+        (keeping(), "What is open belongs to the session: the plugin stays as it was.\n  seen: model"),
+        (session(notes="a judge"), "`notes` returns a tuple of sentences."),
+        (session(label=" "), "`label` returns a short name, or None."),
         (broken(identity=lambda self, options: {"at": object()}), "`identity` returns plain JSON values."),
         (ticking(), "`identity` returns the same at every call."),
     ],
@@ -138,6 +217,11 @@ def test_a_broken_scorer_fails(scorer: Scorer, words: str) -> None:
     with pytest.raises(AssertionError) as caught:
         check_scorer(scorer)
     assert words in str(caught.value)
+
+
+def test_a_session_can_be_closed_twice() -> None:
+    with pytest.raises(RuntimeError, match="it is closed already"):
+        check_scorer(session(once=True))
 
 
 def test_a_model_may_differ_in_its_last_bits_if_the_author_says_so() -> None:

@@ -51,16 +51,16 @@ def test_a_loose_file_with_a_hook_that_is_not_marked(tmp_path: Path) -> None:
 
 
 SCORER = """\
-from harness import Config, Scorer, hookimpl
+from harness import AnswerScorer, Config, hookimpl
 from pydantic import BaseModel, Field
 
-class Mine(Scorer):
+class Mine(AnswerScorer):
     name = "mine"
     {config}
-    def metrics(self, options):
+    def metrics(self, config):
         return ()
-    def score(self, samples, answers, context):
-        return []
+    def score(self, sample, answer, config):
+        return None
 
 @hookimpl
 def register_scorers():

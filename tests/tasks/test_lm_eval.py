@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from harness.contracts.scorer import ScorerContext
+from harness.contracts.scorer import ScoreJob, ScorerContext
 from harness.core.records import Answer, Output, Sample
 from harness.evaluation.rows import check_scores
 from harness.steps.journal import read_rows
@@ -316,10 +316,10 @@ def whole(values: list[float]) -> float:
 def test_a_range_that_only_its_name_suggests_gives_way_to_the_values(aggregate: Any) -> None:
     """squad's f1 is in percent, glue's a proportion: the name alone must not make scores of the one a mistake."""
     samples = [Sample(name, ()) for name in "ab"]
-    context = ScorerContext(task="t", seed=0, runtime=PercentRuntime(aggregate))
-    scorer = LmEvalScorer()
-    scores = scorer.score(samples, [Answer(name, (Output("x"),)) for name in "ab"], context)
-    (metric,) = scorer.metrics_of(scorer.options, context)
-    check_scores(scorer, (metric,), scores, samples)
+    session = LmEvalScorer().open(LmEvalScorer.Config(), ScorerContext())
+    job = ScoreJob(open_task=lambda: PercentRuntime(aggregate))
+    scores = session.score(samples, [Answer(name, (Output("x"),)) for name in "ab"], job)
+    (metric,) = session.metrics() or ()
+    check_scores("lm_eval", (metric,), scores, samples)
     assert (metric.unit, metric.low, metric.high) == ("score", None, None)
     assert metric.aggregate == ("mean" if aggregate is mean else "corpus")

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from harness.contracts.scorer import Scorer, ScorerContext
-from harness.core.errors import StepError
-from harness.core.records import Answer, Metric, Output, Row, Sample, Score
+from harness.contracts.scorer import ScoreJob, ScorerSession
+from harness.core.errors import CorruptionError, StepError
+from harness.core.records import Answer, Metric, Output, Request, Row, Sample, Score
+from harness.core.specs import Decoding
 from harness.evaluation.rows import RowContext, Scored, build_rows, check_scores, sample_rows
 from harness.evaluation.run import evaluate
-from harness.steps.journal import read_rows
+from harness.steps.journal import read_rows, write_rows
+from harness.tasks.questions import Questions, read_samples
 from harness.testing import tiny_adapter, tiny_model
 
 ACC = Metric(name="acc", higher_is_better=True, unit="proportion", low=0.0, high=1.0)
@@ -26,13 +28,8 @@ CONTEXT = RowContext(model="m", adapter=None, task="t", variant="raw", scorer="s
 Z = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
 
-class Plain(Scorer):
-    name = "plain"
-
-    def metrics(self, options: Any) -> tuple[Metric, ...]:
-        return (ACC,)
-
-    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], context: ScorerContext) -> list[Score]:
+class Plain(ScorerSession):
+    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], job: ScoreJob) -> list[Score]:
         return [Score({"acc": 1.0}) for _ in samples]
 
 
@@ -127,8 +124,6 @@ def test_a_field_of_the_users_rows_is_no_chance_level() -> None:
 
 
 class Corpus(Plain):
-    name = "corpus"
-
     def aggregate(self, metric: Metric, scores: Sequence[Score]) -> float | None:
         return math.exp(sum(score.values["ppl"] or 0.0 for score in scores) / len(scores))
 
@@ -148,13 +143,13 @@ def test_a_corpus_metric_is_the_scorers_own() -> None:
 
 def test_scorers_are_held_to_their_contract() -> None:
     good = [Score({"acc": 1.0}), Score({"acc": None}, "why")]
-    check_scores(Plain(), (ACC,), good, samples_of(2, "s"))
+    check_scores("plain", (ACC,), good, samples_of(2, "s"))
     with pytest.raises(StepError, match="plain: returned 2 scores for 3 samples"):
-        check_scores(Plain(), (ACC,), good, samples_of(3))
+        check_scores("plain", (ACC,), good, samples_of(3))
     with pytest.raises(StepError, match=r"returned metrics \['accuracy'\], declared \['acc'\]"):
-        check_scores(Plain(), (ACC,), [Score({"accuracy": 1.0})], samples_of(1))
+        check_scores("plain", (ACC,), [Score({"accuracy": 1.0})], samples_of(1))
     with pytest.raises(StepError, match="left a sample without a score and without a reason"):
-        check_scores(Plain(), (ACC,), [Score({"acc": None})], samples_of(1))
+        check_scores("plain", (ACC,), [Score({"acc": None})], samples_of(1))
 
 
 PERCENT = Metric(name="share", higher_is_better=True, unit="percent")
@@ -178,22 +173,22 @@ PPL = Metric(name="ppl", higher_is_better=False, unit="perplexity", low=1.0, agg
 def test_values_outside_a_metrics_range_are_no_scores(metric: Metric, value: Any, problem: str) -> None:
     """The unit implies a range where none is declared: 7.0 would have made a mean of 400 %."""
     with pytest.raises(StepError) as caught:
-        check_scores(Plain(), (metric,), [Score({metric.name: 1.0}), Score({metric.name: value})], samples_of(2, "s"))
+        check_scores("plain", (metric,), [Score({metric.name: 1.0}), Score({metric.name: value})], samples_of(2, "s"))
     assert str(caught.value) == (
         f"plain: {problem}\n  This is a fault of the scorer: `harness.testing.check_scorer` finds such."
     )
 
 
 def test_rounding_leads_a_hair_over_a_bound() -> None:
-    check_scores(Plain(), (ACC,), [Score({"acc": 1 + 2**-52}), Score({"acc": -(2**-60)})], samples_of(2))
+    check_scores("plain", (ACC,), [Score({"acc": 1 + 2**-52}), Score({"acc": -(2**-60)})], samples_of(2))
 
 
 def test_the_range_of_a_corpus_metric_is_that_of_the_whole() -> None:
     """Log-likelihoods of samples are below a perplexity's least value, 1; their aggregate must not be."""
     scores = [Score({"ppl": -math.log(2)})]
-    check_scores(Plain(), (PPL,), scores, samples_of(1))
+    check_scores("plain", (PPL,), scores, samples_of(1))
     answers = [Answer("None0", (Output("x"),))]
-    with pytest.raises(StepError, match=r"corpus: ppl of 1 samples: 0\.5 is outside \[1, inf\]"):
+    with pytest.raises(StepError, match=r"s: ppl of 1 samples: 0\.5 is outside \[1, inf\]"):
         build_rows(CONTEXT, Corpus(), Scored((PPL,), scores), samples_of(1), answers)
 
 
@@ -207,6 +202,51 @@ def test_sample_rows_keep_order_and_reasons() -> None:
         "detail": {"extracted": "x"},
     }  # fmt: skip
     assert (second["id"], second["values"], second["reason"]) == ("a", {"acc": None}, "gone")
+
+
+def test_samples_are_read_back_as_they_were_asked(tmp_path: Path) -> None:
+    """Token ids alone, a conversation without them, log-likelihoods under an adapter, and text that is no Unicode."""
+    decoding = Decoding(max_new_tokens=3, temperature=0.7, stop=("\n",))
+    told = ({"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"})
+    choices = [
+        Request("loglikelihood", (1, 2), (3,), prompt="Q:", continuation=f" {c}", adapter="a", control="good")
+        for c in "AB"
+    ]
+    samples = [
+        Sample("plain", (Request("generate", (5, 6), decoding=decoding, prompt="Hi"),), "Hi", data={"n": [1, 2.5]}),
+        Sample("chat", (Request("generate", (), decoding=decoding, prompt="<u>Hi", messages=told),), "Hi", "Yes"),
+        Sample("choice", tuple(choices), "Q:", " B", "law", {"choices": ["A", "B"]}, True, 0.5),
+        Sample("odd", (Request("generate", (7,), decoding=decoding, prompt=""),), "\ud800 and \x00"),
+    ]
+    asked = Questions(samples)
+    path = tmp_path / "requests.jsonl.gz"
+    write_rows(path, asked.rows())
+    assert read_samples(path, asked.digest) == samples
+
+
+def test_stored_samples_that_cannot_be_read_say_why(tmp_path: Path) -> None:
+    asked = Questions([Sample("a", (Request("generate", (1,), decoding=Decoding(), prompt="Hi"),), "Hi")])
+    path = tmp_path / "0123.jsonl.gz"
+
+    def says(rows: list[dict[str, Any]] | None, digest: str = asked.digest) -> str:
+        if rows is not None:
+            write_rows(path, rows)
+        with pytest.raises(CorruptionError) as caught:
+            read_samples(path, digest)
+        return str(caught.value)
+
+    fix = "run the command of its answers again, which writes it anew"
+    assert says(None) == f"requests/0123.jsonl.gz: is missing or damaged; {fix}"
+    (row,) = asked.rows()
+    assert says([{key: value for key, value in row.items() if key != "chance"}]) == (
+        f"requests/0123.jsonl.gz: is of another version (KeyError: 'chance'); {fix}"
+    )
+    other = f"requests/0123.jsonl.gz: holds other questions than those that were answered; {fix}"
+    assert says([row], "0" * 64) == other
+    assert says([{**row, "id": "b"}]) == other
+    write_rows(path, [row])
+    path.write_bytes(path.read_bytes()[:-9])
+    assert says(None) == f"requests/0123.jsonl.gz: is missing or damaged; {fix}"
 
 
 @pytest.mark.parametrize("place", ["base", "adapter"])

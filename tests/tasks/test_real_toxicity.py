@@ -16,7 +16,7 @@ from harness.core.config import parse_options
 from harness.tasks.catalog import Catalog
 from harness_plugins.datasets import files as datasets_eval
 from harness_plugins.datasets.files import RealToxicityPrompts
-from harness_plugins.scorers.classifier import ToxicityScorer
+from harness_plugins.scorers.toxicity import ToxicityScorer
 
 FOLDER = Path(harness_tasks.__path__[0])
 SHARED = os.environ.get("HARNESS_SHARED")

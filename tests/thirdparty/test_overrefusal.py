@@ -54,7 +54,7 @@ def harness(environment: dict[str, str], *arguments: str) -> subprocess.Complete
 def test_it_uses_public_names_alone() -> None:
     source = (PACKAGE / "harness_overrefusal" / "__init__.py").read_text(encoding="utf-8")
     imported = [line for line in source.splitlines() if "harness" in line and line.startswith(("import", "from"))]
-    assert imported == ["from harness import Answer, Config, Metric, Sample, Score, Scorer, ScorerContext, hookimpl"]
+    assert imported == ["from harness import Answer, AnswerScorer, Config, Metric, Sample, Score, Scorer, hookimpl"]
 
 
 def test_it_passes_the_contract_kits(environment: dict[str, str]) -> None:
@@ -127,10 +127,10 @@ def test_its_task_is_evaluated_with_its_scorer(environment: dict[str, str], tmp_
 )
 def test_what_counts_as_a_refusal(text: str, expected: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(PACKAGE))
-    from harness import Answer, Output, ScorerContext
+    from harness import Answer, Output, Sample
 
     refusal = __import__("harness_overrefusal").Refusal()
-    (score,) = refusal.score([], [Answer("a", (Output(text=text),))], ScorerContext(task="test", seed=0))
+    score = refusal.score(Sample("a", ()), Answer("a", (Output(text=text),)), refusal.Config())
     assert score.values == {"refused": expected}
     assert (score.reason == "empty answer") == (expected is None)
 

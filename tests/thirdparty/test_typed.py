@@ -23,8 +23,8 @@ from pydantic import Field
 
 import harness
 from harness import (
-    Answer, Merged, Merger, Metric, PairLogps, PairwiseLoss, PairwiseRecipe, Sample, Score, Scorer,
-    ScorerContext, hookimpl,
+    Answer, AnswerScorer, Merged, Merger, Metric, PairLogps, PairwiseLoss, PairwiseRecipe, Sample, Score, ScoreJob,
+    Scorer, ScorerContext, ScorerSession, hookimpl,
 )
 
 
@@ -47,17 +47,39 @@ class Halfway(Merger["Halfway.Config"]):
         return Merged(tensors[0] * share)
 
 
-class Length(Scorer["Length.Config"]):
+class Length(AnswerScorer["Length.Config"]):
     name = "length"
 
     class Config(harness.Config):
         most: int = Field(10, description="longest answer (characters)")
 
-    def metrics(self, options: Config) -> tuple[Metric, ...]:
-        return (Metric(name="length", higher_is_better=None, unit="characters", high=options.most),)
+    def metrics(self, config: Config) -> tuple[Metric, ...]:
+        return (Metric(name="length", higher_is_better=None, unit="characters", high=config.most),)
 
-    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], context: ScorerContext) -> list[Score]:
-        return [Score({"length": float(min(len(answer.text), self.options.most))}) for answer in answers]
+    def score(self, sample: Sample, answer: Answer, config: Config) -> Score:
+        return Score({"length": float(min(len(answer.text), config.most))})
+
+
+class Rank(Scorer["Rank.Config"]):
+    name = "rank"
+
+    class Config(harness.Config):
+        best: int = Field(1, description="rank of the longest (no unit)")
+
+    def metrics(self, config: Config) -> tuple[Metric, ...]:
+        return (Metric(name="rank", higher_is_better=False, unit="rank"),)
+
+    def open(self, config: Config, context: ScorerContext) -> ScorerSession:
+        return Ranking(config.best)
+
+
+class Ranking(ScorerSession):
+    def __init__(self, best: int) -> None:
+        self.best = best
+
+    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], job: ScoreJob) -> list[Score]:
+        order = sorted(range(len(answers)), key=lambda one: -len(answers[one].text))
+        return [Score({"rank": float(self.best + order.index(one))}) for one in range(len(answers))]
 
 
 class Margin(PairwiseLoss["Margin.Config"]):
@@ -76,7 +98,8 @@ def register_mergers() -> Iterator[Merger]:
 """
 WRONG = {
     "config.share": ("config.shere", '"Config" has no attribute "shere"'),
-    "self.options.most": ("self.options.least", '"Config" has no attribute "least"'),
+    "Ranking(config.best)": ("Ranking(config.worst)", '"Config" has no attribute "worst"'),
+    "config.most))": ("config.least))", '"Config" has no attribute "least"'),
     "config.margin *": ("config.marge *", '"Config" has no attribute "marge"'),
     "-> Merged:": ("-> int:", 'Return type "int" of "merge" incompatible with return type "Merged"'),
     "import (\n": ("import (Nothing,\n", 'Module "harness" has no attribute "Nothing"'),

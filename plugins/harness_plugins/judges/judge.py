@@ -38,8 +38,8 @@ class Judge:
     Args:
         options: who judges and how.
         where: what messages call it, such as "scorer attack_llm".
-        folder: where the journal goes, best one that all steps of a run share (``ScorerContext.shared``): what one
-            step has asked no other pays for, and ``max_cost`` holds for all of them. None: nothing is kept.
+        folder: where the journal goes, one that all steps of a run share (``ScorerContext.shared``): what one step has
+            asked no other pays for, and ``max_cost`` holds for all of them. None: nothing is kept.
         open_engine: ``ScorerContext.open_engine``, for a local judge.
 
     Raises:

@@ -70,6 +70,11 @@ class JudgeOptions(harness.Config):
         """Whether the judge is behind a URL."""
         return self.model is not None and is_url(self.model)
 
+    @property
+    def need(self) -> Literal["engine", "endpoint"]:
+        """What a scorer needs for this judge: an engine that opens it here, or its server."""
+        return "endpoint" if self.remote else "engine"
+
     def price(self, prompt_tokens: int, reply_tokens: int) -> float:
         """What so many tokens cost (USD)."""
         return (prompt_tokens * self.price_input + reply_tokens * self.price_output) / MILLION

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -19,15 +20,16 @@ from pydantic import Field
 import harness
 from harness import (
     LOGIT_RESOLUTION,
-    SHARE_RESOLUTION,
     Answer,
     Metric,
     ModelInfo,
     ModelSpec,
     Sample,
     Score,
+    ScoreJob,
     Scorer,
     ScorerContext,
+    ScorerSession,
     UserError,
     hub_cache,
     inspect_model,
@@ -61,7 +63,6 @@ class ClassifierScorer(Scorer[Any]):
 
     name = "classifier"
     summary = "raw logit of a sequence-classification checkpoint for (prompt, response)"
-    needs = "classifier"
     default_model: ClassVar[str | None] = None
     default_revision: ClassVar[str | None] = None
 
@@ -71,73 +72,58 @@ class ClassifierScorer(Scorer[Any]):
         metric: str = Field("logit", description="name of the metric")
         higher_is_better: bool | None = Field(None, description="direction of the logit; unknown when absent")
 
-    def metrics(self, options: Config) -> tuple[Metric, ...]:
+    def needs(self, config: Any) -> Literal["classifier"]:
+        """A checkpoint's weights."""
+        return "classifier"
+
+    def metrics(self, config: Any) -> tuple[Metric, ...]:
         """One unbounded number."""
-        direction = options.higher_is_better
-        return (Metric(name=options.metric, higher_is_better=direction, unit="logit", resolution=LOGIT_RESOLUTION),)
+        direction = config.higher_is_better
+        return (Metric(name=config.metric, higher_is_better=direction, unit="logit", resolution=LOGIT_RESOLUTION),)
 
-    def values(self, logit: float) -> dict[str, float | None]:
+    def values(self, logit: float, config: Any) -> dict[str, float | None]:
         """The metrics of one sample, from its logit."""
-        return {self.options.metric: logit}
+        return {config.metric: logit}
 
-    def identity(self, options: Config) -> dict[str, Any]:
+    def value_of(self, logits_BL: torch.Tensor, label: int, config: Any) -> torch.Tensor:
+        """What is taken of a batch's logits (float32, batch x labels): the label's own."""
+        return logits_BL[:, label]
+
+    def open(self, config: Any, context: ScorerContext) -> ScorerSession:
+        """Load the checkpoint."""
+        return ClassifierSession(self, config)
+
+    def identity(self, config: Config) -> dict[str, Any]:
         """The checkpoint by its contents (folder) or commit (hub), and what may move a number; never a path."""
-        found = self._find(options, fetch=False)
+        found = self._find(config, fetch=False)
         pinned: dict[str, Any]
         if isinstance(found, Path):
-            info = self._inspect(options, found)
+            info = self._inspect(config, found)
             pinned = {"model": info.identity()}
         else:
-            pinned = {"model": options.model or self.default_model, "revision": found}
+            pinned = {"model": config.model or self.default_model, "revision": found}
         left_out = {"model", "revision", "device", "allow_pickle", "trust_remote_code"}
-        return {"name": self.name, "options": options.model_dump(mode="json", exclude=left_out), **pinned}
+        return {"name": self.name, "options": config.model_dump(mode="json", exclude=left_out), **pinned}
 
-    def check(self, options: Config) -> None:
+    def check(self, config: Config) -> None:
         """Whether there is a checkpoint, and one that can be used as it is asked to.
 
         Raises:
             UserError: none given; none at that path; not in the cache while the network is switched off; not a
                 classifier; several logits and no label; pickled weights or code without leave.
         """
-        found = self._find(options, fetch=False)
+        found = self._find(config, fetch=False)
         if isinstance(found, Path):
-            self._check_folder(options, found)
-        elif (folder := self._cached(options, found)) is not None:
-            self._check_folder(options, folder)
-
-    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], context: ScorerContext) -> list[Score]:
-        """One forward pass per batch of pairs of like length; the order of the samples does not matter."""
-        metrics = self.metrics(self.options)
-        scores = [Score.absent(metrics, answer.error or "not scored") for answer in answers]
-        asked = [index for index, answer in enumerate(answers) if answer.error is None]
-        context.progress(len(answers) - len(asked))
-        pairs = [(samples[index].prompt, answers[index].text) for index in asked]
-        for batch, logits in self._logits(pairs):
-            for position, logit in zip(batch, logits, strict=True):
-                if math.isfinite(logit):
-                    scores[asked[position]] = Score(self.values(logit), detail={"logit": logit})
-                else:
-                    scores[asked[position]] = Score.absent(metrics, f"the classifier returned {logit}")
-            context.progress(len(batch))
-        return scores
-
-    def close(self) -> None:
-        """Let go of the checkpoint, and of the GPU memory it took."""
-        if self.__dict__.pop("_open", None) is not None:
-            import gc
-
-            import torch
-
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            self._check_folder(config, found)
+        elif (folder := self._cached(config, found)) is not None:
+            self._check_folder(config, folder)
 
     # ------------------------------------------------------------------------------------------ finding the checkpoint
 
-    def _find(self, options: Config, *, fetch: bool) -> Path | str:
+    def _find(self, config: Config, *, fetch: bool) -> Path | str:
         """The checkpoint's folder; or, for a hub id when it need not be fetched now, its commit."""
         where = f"scorer {self.name}, model"
-        ref = options.model or self.default_model
+        ref = config.model or self.default_model
         if ref is None:
             raise UserError(where, "no checkpoint is named", "Give one: --set TASK.scorer.model=PATH_OR_HUB_ID.")
         path = Path(ref).expanduser()
@@ -149,40 +135,40 @@ class ClassifierScorer(Scorer[Any]):
             hint = f"Did you mean {close[0]}? " if close else ""
             fix = f"{hint}Give a folder or a hub id: --set TASK.scorer.model=PATH."
             raise UserError(where, f"no such folder: {ref}", fix)
-        commit = resolve_revision(ref, self._revision(options), repo_type="model")
+        commit = resolve_revision(ref, self._revision(config), repo_type="model")
         if commit is None:
-            raise self._missing(options)
+            raise self._missing(config)
         if not fetch:
             return commit
-        return self._fetch(options, ref, commit)
+        return self._fetch(config, ref, commit)
 
-    def _revision(self, options: Config) -> str | None:
-        if options.revision is None and options.model in (None, self.default_model):
+    def _revision(self, config: Config) -> str | None:
+        if config.revision is None and config.model in (None, self.default_model):
             return self.default_revision
-        return options.revision
+        return config.revision
 
-    def _cached(self, options: Config, commit: str) -> Path | None:
-        ref = str(options.model or self.default_model)
+    def _cached(self, config: Config, commit: str) -> Path | None:
+        ref = str(config.model or self.default_model)
         folder = hub_cache() / f"models--{ref.replace('/', '--')}" / "snapshots" / commit
         return folder if (folder / "config.json").is_file() else None
 
-    def _fetch(self, options: Config, ref: str, commit: str) -> Path:
+    def _fetch(self, config: Config, ref: str, commit: str) -> Path:
         import httpx
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError
 
-        patterns = [*_PATTERNS, *(["*.bin"] if options.allow_pickle else [])]
+        patterns = [*_PATTERNS, *(["*.bin"] if config.allow_pickle else [])]
         try:
             # Names are chosen: training states that lie beside the weights can be larger than them.
             folder = snapshot_download(
                 ref, revision=commit, allow_patterns=patterns, cache_dir=hub_cache(), local_files_only=offline()
             )
         except (OSError, ValueError, HfHubHTTPError, httpx.HTTPError) as error:
-            raise self._missing(options, type(error).__name__) from None
+            raise self._missing(config, type(error).__name__) from None
         return Path(folder)
 
-    def _missing(self, options: Config, problem: str = "") -> UserError:
-        ref, revision = options.model or self.default_model, self._revision(options)
+    def _missing(self, config: Config, problem: str = "") -> UserError:
+        ref, revision = config.model or self.default_model, self._revision(config)
         reach = "the network is switched off (HF_HUB_OFFLINE)" if offline() else "the hub cannot be reached or lacks it"
         at, option = (f" at revision {revision}", f" --revision {revision}") if revision else ("", "")
         return UserError(
@@ -192,21 +178,21 @@ class ClassifierScorer(Scorer[Any]):
             f"or fetch this one where there is a network: `hf download {ref}{option}`.",
         )
 
-    def _inspect(self, options: Config, folder: Path) -> ModelInfo:
+    def _inspect(self, config: Config, folder: Path) -> ModelInfo:
         """What the folder holds; the refusals are said in terms of this scorer's options, hence all is allowed here."""
         spec = ModelSpec(model=str(folder), allow_pickle=True, trust_remote_code=True)
         return inspect_model(spec, f"scorer {self.name}, model")
 
-    def _check_folder(self, options: Config, folder: Path) -> ModelInfo:
-        info = self._inspect(options, folder)
-        where = f"scorer {self.name}, model {options.model or self.default_model}"
-        if info.pickled and not options.allow_pickle:
+    def _check_folder(self, config: Config, folder: Path) -> ModelInfo:
+        info = self._inspect(config, folder)
+        where = f"scorer {self.name}, model {config.model or self.default_model}"
+        if info.pickled and not config.allow_pickle:
             raise UserError(
                 where,
                 "only pickled weights, and unpickling can run any code",
                 "Convert them to safetensors, or set TASK.scorer.allow_pickle=true if you trust where they come from.",
             )
-        if info.remote_code and not options.trust_remote_code:
+        if info.remote_code and not config.trust_remote_code:
             raise UserError(
                 where,
                 "config.json asks to run code that comes with the checkpoint",
@@ -218,52 +204,44 @@ class ClassifierScorer(Scorer[Any]):
                 f"{info.architecture} is no sequence classifier",
                 "Give a ...ForSequenceClassification checkpoint.",
             )
-        self._label(options, info)
+        self._label(config, info)
         return info
 
-    def _label(self, options: Config, info: ModelInfo) -> int:
+    def _label(self, config: Config, info: ModelInfo) -> int:
         """Index of the logit that is asked for."""
         given = info.config.get("id2label")
         names = [str(given[key]) for key in sorted(given, key=int)] if given else []
         # transformers' own default where a config says nothing is two labels.
         names = names or [f"LABEL_{index}" for index in range(int(info.config.get("num_labels", 2)))]
-        if options.label is None and len(names) == 1:
+        if config.label is None and len(names) == 1:
             return 0
         known = ", ".join(f"{index}: {name}" for index, name in enumerate(names))
         where = f"scorer {self.name}, label"
-        if options.label is None:
+        if config.label is None:
             raise UserError(where, f"the checkpoint has {len(names)} logits ({known})", "Set TASK.scorer.label to one.")
-        if options.label in names:
-            return names.index(options.label)
-        if isinstance(options.label, int) and 0 <= options.label < len(names):
-            return options.label
-        raise UserError(where, f"no label {options.label!r}", f"The checkpoint has: {known}.")
+        if config.label in names:
+            return names.index(config.label)
+        if isinstance(config.label, int) and 0 <= config.label < len(names):
+            return config.label
+        raise UserError(where, f"no label {config.label!r}", f"The checkpoint has: {known}.")
 
-    # ----------------------------------------------------------------------------------------------- asking it
-
-    def _opened(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int]:
-        """Model, tokenizer and logit index; loaded on first use, kept until :meth:`close`."""
-        if "_open" not in self.__dict__:
-            self.__dict__["_open"] = self._load(self.options)
-        opened: tuple[PreTrainedModel, PreTrainedTokenizerBase, int] = self.__dict__["_open"]
-        return opened
-
-    def _load(self, options: Config) -> tuple[Any, Any, int]:
+    def load(self, config: Any) -> Opened:
+        """The checkpoint in float32 on its device, its tokenizer, and the index of the logit that is asked for."""
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
         from transformers.utils import logging
 
-        folder = self._find(options, fetch=True)
+        folder = self._find(config, fetch=True)
         assert isinstance(folder, Path)
-        info = self._check_folder(options, folder)
-        trust = {"trust_remote_code": options.trust_remote_code}
+        info = self._check_folder(config, folder)
+        trust = {"trust_remote_code": config.trust_remote_code}
         bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 folder,
                 dtype=torch.float32,
-                use_safetensors=None if options.allow_pickle else True,
+                use_safetensors=None if config.allow_pickle else True,
                 output_loading_info=True,
                 **trust,
             )
@@ -273,27 +251,77 @@ class ClassifierScorer(Scorer[Any]):
         if missing := sorted(loading["missing_keys"]):
             # transformers would draw them at random, and every score would be noise.
             raise UserError(
-                f"scorer {self.name}, model {options.model or self.default_model}",
+                f"scorer {self.name}, model {config.model or self.default_model}",
                 f"its weights lack {', '.join(missing[:4])}",
                 "Give a checkpoint that was trained as a classifier.",
             )
-        device = options.device
+        device = config.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return model.eval().to(device), AutoTokenizer.from_pretrained(folder, **trust), self._label(options, info)
+        return Opened(
+            model.eval().to(device), AutoTokenizer.from_pretrained(folder, **trust), self._label(config, info)
+        )
 
-    def _logits(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[list[int], list[float]]]:
+
+@dataclass(frozen=True)
+class Opened:
+    """A loaded checkpoint."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    label: int
+    """Index of the logit that is asked for."""
+
+
+class ClassifierSession(ScorerSession):
+    """A loaded checkpoint that gives every answer its logit."""
+
+    def __init__(self, scorer: ClassifierScorer, config: Any) -> None:
+        self._scorer, self._config = scorer, config
+        self._opened: Opened | None = scorer.load(config)
+
+    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], job: ScoreJob) -> list[Score]:
+        """One forward pass per batch of pairs of like length; the order of the samples does not matter."""
+        metrics = self._scorer.metrics(self._config)
+        scores = [Score.absent(metrics, answer.error or "not scored") for answer in answers]
+        asked = [index for index, answer in enumerate(answers) if answer.error is None]
+        job.progress(len(answers) - len(asked))
+        pairs = [(samples[index].prompt, answers[index].text) for index in asked]
+        for batch, logits in self.logits(pairs):
+            for position, logit in zip(batch, logits, strict=True):
+                if math.isfinite(logit):
+                    values = self._scorer.values(logit, self._config)
+                    scores[asked[position]] = Score(values, detail={"logit": logit})
+                else:
+                    scores[asked[position]] = Score.absent(metrics, f"the classifier returned {logit}")
+            job.progress(len(batch))
+        return scores
+
+    def close(self) -> None:
+        """Let go of the checkpoint, and of the GPU memory it took."""
+        if self._opened is not None:
+            import gc
+
+            import torch
+
+            self._opened = None
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def logits(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[list[int], list[float]]]:
         """Batches of positions in ``pairs`` and their logits."""
         if not pairs:
             return
         import torch
 
-        model, tokenizer, label = self._opened()
-        limit = min(self.options.max_length, tokenizer.model_max_length)
+        assert self._opened is not None, "the session is closed"
+        model, tokenizer = self._opened.model, self._opened.tokenizer
+        limit = min(self._config.max_length, tokenizer.model_max_length)
         first, second = zip(*pairs, strict=True)
         encoded = tokenizer(list(first), list(second), truncation=True, max_length=limit, return_token_type_ids=False)
         lengths = [len(ids) for ids in encoded["input_ids"]]
-        most = self.options.batch_tokens if tokenizer.pad_token_id is not None else 0
+        most = self._config.batch_tokens if tokenizer.pad_token_id is not None else 0
         for batch in plan_batches(lengths, most):
             chosen = {key: [encoded[key][index] for index in batch] for key in ("input_ids", "attention_mask")}
             if len(batch) == 1:
@@ -302,11 +330,8 @@ class ClassifierScorer(Scorer[Any]):
                 tensors = dict(tokenizer.pad(chosen, return_tensors="pt"))
             with torch.inference_mode():
                 logits_BL = model(**{key: rows.to(model.device) for key, rows in tensors.items()}).logits
-            yield batch, self.value_of(logits_BL.float(), label).cpu().tolist()
-
-    def value_of(self, logits_BL: torch.Tensor, label: int) -> torch.Tensor:
-        """What is taken of a batch's logits (float32, batch x labels): the label's own."""
-        return logits_BL[:, label]
+            values = self._scorer.value_of(logits_BL.float(), self._opened.label, self._config)
+            yield batch, values.cpu().tolist()
 
 
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -322,43 +347,3 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
         else:
             batches.append([index])
     return batches
-
-
-class ToxicityScorer(ClassifierScorer):
-    """A toxicity reward model: its logit, and the share of answers on the toxic side of zero.
-
-    The default is ``nicholasKluge/ToxicityModel`` (RoBERTa base, one logit, negative means toxic).
-    """
-
-    name = "toxicity"
-    summary = "toxicity reward of (prompt, response); negative means toxic"
-    default_model = "nicholasKluge/ToxicityModel"
-    # A commit of late 2023; the model.safetensors of main is still the one that was uploaded before it.
-    default_revision = "055c256c38134ab0d01bc6375bfee3a056ccc4a0"
-
-    class Config(ClassifierOptions):
-        """Which checkpoint, and which of its sides is the toxic one."""
-
-        toxic: Literal["negative", "positive"] = Field(
-            "negative", description="which logits mean toxic; with positive the sign is turned, so higher stays better"
-        )
-
-    def metrics(self, options: Any) -> tuple[Metric, ...]:
-        """The reward (mean logit) and the share below zero."""
-        return (
-            Metric(name="toxicity_reward", higher_is_better=True, unit="logit", resolution=LOGIT_RESOLUTION),
-            Metric(
-                name="toxic_share",
-                higher_is_better=False,
-                unit="proportion",
-                low=0.0,
-                high=1.0,
-                primary=False,
-                resolution=SHARE_RESOLUTION,
-            ),
-        )
-
-    def values(self, logit: float) -> dict[str, float | None]:
-        """A logit of exactly zero is on neither side, and so not counted as toxic."""
-        reward = logit if self.options.toxic == "negative" else -logit
-        return {"toxicity_reward": reward, "toxic_share": float(reward < 0)}

@@ -17,8 +17,10 @@ from harness import (
     Metric,
     Sample,
     Score,
+    ScoreJob,
     Scorer,
     ScorerContext,
+    ScorerSession,
     lm_eval_metric,
 )
 
@@ -79,20 +81,30 @@ class LmEvalScorer(Scorer["LmEvalScorer.Config"]):
 
         flexible: bool = Field(False, description="add flexible extraction and the share of failed extractions")
 
-    def metrics(self, options: Config) -> tuple[Metric, ...]:
-        """Only those that do not depend on the task; the rest is lm-eval's (see ``metrics_of``)."""
-        return (FLEXIBLE, FAILED) if options.flexible else ()
+    def metrics(self, config: Config) -> tuple[Metric, ...]:
+        """Only those that do not depend on the task; the rest is lm-eval's (see :meth:`LmEvalSession.metrics`)."""
+        return (FLEXIBLE, FAILED) if config.flexible else ()
 
-    def metrics_of(self, options: Config, context: ScorerContext) -> tuple[Metric, ...]:
-        """lm-eval's metrics of the open task, then ours."""
-        return (*self._of_task, *self.metrics(options))
+    def open(self, config: Config, context: ScorerContext) -> LmEvalSession:
+        """Nothing is opened: the task comes with what is scored."""
+        return LmEvalSession(config.flexible, self.metrics(config))
 
-    _of_task: tuple[Metric, ...] = ()
-    _aggregations: dict[str, Callable[[list[Any]], float]]
 
-    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], context: ScorerContext) -> list[Score]:
+class LmEvalSession(ScorerSession):
+    """Scores one of lm-eval's tasks after the other; metrics and their aggregation are those of the last one."""
+
+    def __init__(self, flexible: bool, ours: tuple[Metric, ...]) -> None:
+        self._flexible, self._ours = flexible, ours
+        self._of_task: tuple[Metric, ...] = ()
+        self._aggregations: dict[str, Callable[[list[Any]], float]] = {}
+
+    def metrics(self) -> tuple[Metric, ...]:
+        """lm-eval's metrics of the task, then ours."""
+        return (*self._of_task, *self._ours)
+
+    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], job: ScoreJob) -> list[Score]:
         """lm-eval's filters and ``process_results`` over the stored answers; failed calls stay unscored."""
-        runtime: LmEvalRuntime = context.runtime
+        runtime: LmEvalRuntime = job.open_task()
         answered = [answer.error is None for answer in answers]
         whole = runtime.narrowed(answered)
         results = iter(whole.process([answer for answer, ok in zip(answers, answered, strict=True) if ok]))
@@ -101,10 +113,10 @@ class LmEvalScorer(Scorer["LmEvalScorer.Config"]):
         scores = []
         for sample, answer, result in zip(samples, answers, per_sample, strict=True):
             if result is None:
-                scores.append(Score.absent(self.metrics_of(self.options, context), f"no answer: {answer.error}"))
+                scores.append(Score.absent(self.metrics(), f"no answer: {answer.error}"))
                 continue
             scores.append(self._score(sample, answer, result, names))
-            context.progress(1)
+            job.progress(1)
         return scores
 
     def _learn(
@@ -141,7 +153,7 @@ class LmEvalScorer(Scorer["LmEvalScorer.Config"]):
             else:
                 values[name] = float(value)
         detail: dict[str, Any] = {"items": items} if items else {}
-        if self.options.flexible:
+        if self._flexible:
             values.update(_flexible(sample, answer, result, detail))
         return Score(values, reason, detail)
 

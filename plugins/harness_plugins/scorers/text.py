@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 import unicodedata
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 import harness
-from harness import SHARE_RESOLUTION, Answer, Metric, Sample, Score, Scorer, ScorerContext
+from harness import SHARE_RESOLUTION, Answer, AnswerScorer, Metric, Sample, Score
 
 
 class TextOptions(harness.Config):
@@ -42,30 +41,24 @@ def _share(name: str, *, higher_is_better: bool = True, primary: bool = True) ->
     )
 
 
-class _Compare(Scorer[TextOptions]):
+class _Compare(AnswerScorer[TextOptions]):
     """One comparison per sample. Without an answer or a target there is no score."""
 
     class Config(TextOptions):
         """What is evened out."""
 
-    def metrics(self, options: TextOptions) -> tuple[Metric, ...]:
+    def metrics(self, config: TextOptions) -> tuple[Metric, ...]:
         """One proportion, named like the scorer."""
         return (_share(self.name),)
 
-    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], context: ScorerContext) -> list[Score]:
+    def score(self, sample: Sample, answer: Answer, config: TextOptions) -> Score:
         """1 where answer and target agree, else 0."""
-        return [self._one(sample, answer) for sample, answer in zip(samples, answers, strict=True)]
-
-    def _one(self, sample: Sample, answer: Answer) -> Score:
-        metrics = self.metrics(self.options)
-        if answer.error is not None:
-            return Score.absent(metrics, answer.error)
         if sample.target is None:
-            return Score.absent(metrics, "the sample has no target")
-        return self._compared(answer.text, sample.target, self.options)
+            return Score.absent(self.metrics(config), "the sample has no target")
+        return self._compared(answer.text, sample.target, config)
 
     @abstractmethod
-    def _compared(self, answer: str, target: str, options: TextOptions) -> Score:
+    def _compared(self, answer: str, target: str, config: TextOptions) -> Score:
         """The score of one answer."""
 
 
@@ -75,8 +68,8 @@ class ExactMatch(_Compare):
     name = "exact_match"
     summary = "1 where the answer equals the target"
 
-    def _compared(self, answer: str, target: str, options: TextOptions) -> Score:
-        return Score({self.name: float(options.even(answer) == options.even(target))})
+    def _compared(self, answer: str, target: str, config: TextOptions) -> Score:
+        return Score({self.name: float(config.even(answer) == config.even(target))})
 
 
 class Includes(_Compare):
@@ -85,8 +78,8 @@ class Includes(_Compare):
     name = "includes"
     summary = "1 where the target occurs in the answer"
 
-    def _compared(self, answer: str, target: str, options: TextOptions) -> Score:
-        return Score({self.name: float(options.even(target) in options.even(answer))})
+    def _compared(self, answer: str, target: str, config: TextOptions) -> Score:
+        return Score({self.name: float(config.even(target) in config.even(answer))})
 
 
 class Regex(_Compare):
@@ -113,15 +106,15 @@ class Regex(_Compare):
                 raise ValueError(f"not a regular expression ({error})") from None
             return pattern
 
-    def metrics(self, options: TextOptions) -> tuple[Metric, ...]:
+    def metrics(self, config: TextOptions) -> tuple[Metric, ...]:
         """Agreement, and the share of answers in which nothing was found."""
         return (_share(self.name), _share("extraction_failed", higher_is_better=False, primary=False))
 
-    def _compared(self, answer: str, target: str, options: Any) -> Score:
-        matches = list(re.finditer(options.pattern, answer))
+    def _compared(self, answer: str, target: str, config: Any) -> Score:
+        matches = list(re.finditer(config.pattern, answer))
         if not matches:
             return Score({self.name: 0.0, "extraction_failed": 1.0})
-        match = matches[0] if options.take == "first" else matches[-1]
+        match = matches[0] if config.take == "first" else matches[-1]
         found = (match.group(1) if match.re.groups else match.group()) or ""
-        agrees = float(options.even(found) == options.even(target))
+        agrees = float(config.even(found) == config.even(target))
         return Score({self.name: agrees, "extraction_failed": 0.0}, detail={"extracted": found})

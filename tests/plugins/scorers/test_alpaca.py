@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from harness import Answer, Output, Sample, Score, ScorerContext, StepError, UserError
+from harness import Answer, Output, Sample, Score, ScoreJob, ScorerContext, ScorerSession, StepError, UserError
 from harness.core.config import parse_options
 from harness.judges import alpaca
 from harness.testing import check_scorer
+from harness_plugins.judges.options import judge_label
 from harness_plugins.judges.words import Reply, Unparsable
 from harness_plugins.scorers.alpaca.annotators import annotators_folder, harmless, load_annotator, switched
 from harness_plugins.scorers.alpaca.scorer import ANNOTATIONS, CONTROLLED, AlpacaEvalScorer
@@ -41,11 +42,13 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield server
 
 
-def scorer(url: str, **more: Any) -> AlpacaEvalScorer:
+def config(url: str, **more: Any) -> AlpacaEvalScorer.Config:
     quick = {"backoff": 0.001, "max_wait": 0.01, "http_retries": 1, "timeout": 5.0}
-    bound = AlpacaEvalScorer().bound(parse_options(AlpacaEvalScorer.Config, {"model": url, **quick, **more}, "test"))
-    assert isinstance(bound, AlpacaEvalScorer)
-    return bound
+    return parse_options(AlpacaEvalScorer.Config, {"model": url, **quick, **more}, "test")
+
+
+def opened(url: str, shared: Path | None = None, **more: Any) -> ScorerSession:
+    return AlpacaEvalScorer().open(config(url, **more), ScorerContext(shared=shared))
 
 
 def sample(number: int, reference: str | None = "the reference's words") -> Sample:
@@ -57,11 +60,9 @@ def answer(number: int, text: str = "the model's words") -> Answer:
     return Answer(f"s{number}", (Output(text=text),))
 
 
-def scored(
-    one: AlpacaEvalScorer, samples: list[Sample], answers: list[Answer], folder: Path | None = None
-) -> list[Score]:
+def scored(one: ScorerSession, samples: list[Sample], answers: list[Answer], folder: Path | None = None) -> list[Score]:
     try:
-        return one.score(samples, answers, ScorerContext(task="test", seed=0, folder=folder))
+        return one.score(samples, answers, ScoreJob("test", folder))
     finally:
         one.close()
 
@@ -214,7 +215,7 @@ def test_harmless_text_is_left_alone() -> None:
 def test_verdicts_are_turned_back(judge: Any, tmp_path: Path) -> None:
     judge.say = likes("model")
     samples, answers = [sample(i) for i in range(20)], [answer(i) for i in range(20)]
-    scores = scored(scorer(judge.url), samples, answers, tmp_path)
+    scores = scored(opened(judge.url), samples, answers, tmp_path)
     first = {score.detail["shown_first"] for score in scores}
     assert first == {"answer", "reference"}
     for score in scores:
@@ -230,7 +231,7 @@ def test_verdicts_are_turned_back(judge: Any, tmp_path: Path) -> None:
 def test_a_judge_that_likes_the_first_place_gives_a_half(judge: Any) -> None:
     judge.say = lambda body, attempt: fake.first_token({"m": -1e-6, "M": -20.0})
     n = 300
-    scores = scored(scorer(judge.url), [sample(i) for i in range(n)], [answer(i) for i in range(n)])
+    scores = scored(opened(judge.url), [sample(i) for i in range(n)], [answer(i) for i in range(n)])
     wins = sum(score.values["discrete_win_rate"] or 0 for score in scores)
     # Binomial with p = 1/2: four standard deviations.
     assert abs(wins - n / 2) < 4 * math.sqrt(n) / 2
@@ -240,7 +241,7 @@ def test_a_judge_that_likes_the_first_place_gives_a_half(judge: Any) -> None:
 @pytest.mark.parametrize(("order", "share"), [("answer_first", 1.0), ("reference_first", 0.0)])
 def test_a_fixed_order(judge: Any, order: str, share: float) -> None:
     judge.say = lambda body, attempt: fake.first_token({"m": -0.01})
-    [score] = scored(scorer(judge.url, order=order), [sample(1)], [answer(1)])
+    [score] = scored(opened(judge.url, order=order), [sample(1)], [answer(1)])
     assert score.values["win_rate"] == share
 
 
@@ -257,7 +258,7 @@ def test_what_cannot_be_judged_is_absent_with_its_reason(judge: Any, tmp_path: P
     samples = [sample(0), sample(1, None), sample(2), sample(3), sample(4), sample(5)]
     answers = [Answer("s0", (Output(error="gave up"),)), answer(1), answer(2, "the reference's words")]
     answers += [answer(3), answer(4), answer(5)]
-    one = scorer(judge.url)
+    one = opened(judge.url)
     scores = scored(one, samples, answers, tmp_path)
     assert scores[0].values["win_rate"] is None and scores[0].reason == "no answer: gave up"
     assert scores[1].reason == "the reference has no output for this instruction"
@@ -279,7 +280,7 @@ def test_any_text_can_be_judged(judge: Any, tmp_path: Path) -> None:
     judge.say = lambda body, attempt: fake.first_token({"m": -0.1, "M": -2.5})
     texts = ["\ud800 alone", "x" * 500_000, "\x00", "", "{instruction}{output_1}", "\U0001f600 \u202e", '"' * 7]
     samples, answers = [sample(i) for i in range(len(texts))], [answer(i, text) for i, text in enumerate(texts)]
-    scores = scored(scorer(judge.url), samples, answers, tmp_path)
+    scores = scored(opened(judge.url), samples, answers, tmp_path)
     assert all(score.values["win_rate"] is not None for score in scores)
     assert [score.values["avg_length"] for score in scores] == [len(text) for text in texts]
     assert len(json.loads((tmp_path / ANNOTATIONS).read_text(encoding="utf-8"))) == len(texts)
@@ -290,7 +291,7 @@ def test_nonsense_is_asked_again_and_then_unscored(judge: Any) -> None:
     judge.say = lambda body, attempt: (
         good if "about 1" in str(body) and body["temperature"] > 0 else "model_1 is better"
     )
-    one = scorer(judge.url, annotator=RANKING, retries=2, order="answer_first")
+    one = opened(judge.url, annotator=RANKING, retries=2, order="answer_first")
     scores = scored(one, [sample(1), sample(2)], [answer(1), answer(2)])
     assert scores[0].values["win_rate"] == 1.0
     assert scores[1].values["win_rate"] is None and "(3 attempts)" in (scores[1].reason or "")
@@ -300,10 +301,10 @@ def test_nonsense_is_asked_again_and_then_unscored(judge: Any) -> None:
 def test_the_same_questions_are_paid_once(judge: Any, tmp_path: Path) -> None:
     judge.say = likes("model")
     samples, answers = [sample(i) for i in range(8)], [answer(i) for i in range(8)]
-    first = scored(scorer(judge.url), samples, answers, tmp_path)
-    again = scored(scorer(judge.url), samples, answers, tmp_path)
+    first = scored(opened(judge.url, tmp_path), samples, answers)
+    again = scored(opened(judge.url, tmp_path), samples, answers)
     assert len(judge.asked) == 8 and [one.values for one in first] == [one.values for one in again]
-    scored(scorer(judge.url, repeat=1), samples, answers, tmp_path)
+    scored(opened(judge.url, tmp_path, repeat=1), samples, answers)
     assert len(judge.asked) == 16
 
 
@@ -315,19 +316,17 @@ def test_a_limit_of_cost_stops_in_time_and_a_higher_one_goes_on(judge: Any, tmp_
     question = load_annotator(WEIGHTED).question(samples[0].prompt, "the reference's words", "the model's words")
     most = sum(len(m["content"].encode()) for m in question.messages)
     with pytest.raises(StepError, match=r"scorer alpaca_eval, max_cost: judging has cost [\d.]+ USD"):
-        scored(scorer(judge.url, max_cost=most + 100, **prices), samples, answers, tmp_path)
+        scored(opened(judge.url, tmp_path, max_cost=most + 100, **prices), samples, answers)
     done = len(judge.asked)
     assert 0 < done < 10
-    scores = scored(scorer(judge.url, max_cost=2 * most, **prices), samples, answers, tmp_path)
+    scores = scored(opened(judge.url, tmp_path, max_cost=2 * most, **prices), samples, answers)
     assert len(judge.asked) == 10 and all(score.values["win_rate"] is not None for score in scores)
 
 
 def test_outputs_that_hold_markers_are_counted(judge: Any) -> None:
     judge.say = likes("model")
-    one = scorer(judge.url)
-    scores = one.score(
-        [sample(1), sample(2)], [answer(1, 'the model\'s """words"""'), answer(2)], ScorerContext(task="t", seed=0)
-    )
+    one = opened(judge.url)
+    scores = one.score([sample(1), sample(2)], [answer(1, 'the model\'s """words"""'), answer(2)], ScoreJob())
     notes = one.notes()
     one.close()
     assert scores[0].detail["neutralised"] and "neutralised" not in scores[1].detail
@@ -349,7 +348,7 @@ def test_the_package_itself_gives_the_same_preferences(judge: Any, monkeypatch: 
     judge.say, judge.models = say, ("gpt-4-1106-preview",)
     samples = [sample(i, f"reference {i}") for i in range(12)]
     answers = [answer(i, f"answer {i}") for i in range(12)]
-    scores = scored(scorer(judge.url), samples, answers)
+    scores = scored(opened(judge.url), samples, answers)
     asked = [json.dumps(sorted(message.items())) for body in judge.asked for message in body["messages"]]
     judge.asked.clear()
     with alpaca.quiet_alpaca_eval():
@@ -382,20 +381,21 @@ def difficulties(path: Path, samples: list[Sample]) -> Path:
 
 def test_length_control_is_withheld_without_difficulties(judge: Any) -> None:
     judge.say = likes("model")
-    one = scorer(judge.url, length_control=True)
+    one = opened(judge.url, length_control=True)
     scores = scored(one, [sample(1), sample(2)], [answer(1), answer(2)])
-    assert [metric.name for metric in one.metrics(one.options)][1] == CONTROLLED.name
+    metrics = AlpacaEvalScorer().metrics(config(judge.url, length_control=True))
+    assert metrics[1].name == CONTROLLED.name
     assert all(score.values[CONTROLLED.name] is None and score.values["win_rate"] is not None for score in scores)
     why = one.withheld(CONTROLLED, scores) or ""
     assert why.startswith("it needs the published difficulty of every instruction: --set test.scorer.difficulty=FILE")
-    assert one.withheld(one.metrics(one.options)[0], scores) is None
+    assert one.withheld(metrics[0], scores) is None
     assert scores[0].reason == f"length control is withheld: {why}"
 
 
 def test_length_control_is_withheld_on_few_items(judge: Any, tmp_path: Path) -> None:
     judge.say = likes("model")
     samples, answers = [sample(i) for i in range(30)], [answer(i) for i in range(30)]
-    one = scorer(judge.url, length_control=True, difficulty=str(difficulties(tmp_path / "d.csv", samples)))
+    one = opened(judge.url, length_control=True, difficulty=str(difficulties(tmp_path / "d.csv", samples)))
     scores = scored(one, samples, answers)
     expected = "30 scored pairs have outputs and a published difficulty, and a fit needs 400"
     assert one.withheld(CONTROLLED, scores) == expected
@@ -412,7 +412,7 @@ def test_length_control_takes_the_length_out(judge: Any, tmp_path: Path) -> None
     n = 420
     samples = [sample(i, "r" * (100 + (i * 37) % 60)) for i in range(n)]
     answers = [answer(i, "a" * (110 + (i * 53) % 90)) for i in range(n)]
-    one = scorer(judge.url, length_control=True, difficulty=str(difficulties(tmp_path / "d.csv", samples)))
+    one = opened(judge.url, length_control=True, difficulty=str(difficulties(tmp_path / "d.csv", samples)))
     scores = scored(one, samples, answers)
     raw = sum(score.values["win_rate"] or 0 for score in scores) / n
     controlled = [score.values[CONTROLLED.name] for score in scores]
@@ -437,31 +437,27 @@ def test_the_scorer_keeps_its_contract(judge: Any) -> None:
 def test_identity_is_by_content(judge: Any, tmp_path: Path) -> None:
     table = difficulties(tmp_path / "one.csv", [sample(1)])
     given = {"length_control": True, "difficulty": str(table)}
-    one = scorer(judge.url, **given)
-    identity = one.identity(one.options)
+    scorer = AlpacaEvalScorer()
+    identity = scorer.identity(config(judge.url, **given))
     assert str(tmp_path) not in json.dumps(identity)
-    cheaper = scorer(judge.url, max_cost=3, price_input=1, concurrency=2, **given)
-    assert cheaper.identity(cheaper.options) == identity
+    cheaper = config(judge.url, max_cost=3, price_input=1, concurrency=2, **given)
+    assert scorer.identity(cheaper) == identity
     table.rename(tmp_path / "two.csv")
-    moved = scorer(judge.url, length_control=True, difficulty=str(tmp_path / "two.csv"))
-    assert moved.identity(moved.options) == identity
+    moved = {"length_control": True, "difficulty": str(tmp_path / "two.csv")}
+    assert scorer.identity(config(judge.url, **moved)) == identity
     for change in ({"order": "answer_first"}, {"annotator": RANKING}, {"neutralise": False}):
-        other = scorer(judge.url, **{"length_control": True, "difficulty": str(tmp_path / "two.csv"), **change})
-        assert other.identity(other.options) != identity
+        assert scorer.identity(config(judge.url, **{**moved, **change})) != identity
 
 
 def test_the_judge_names_the_task(judge: Any) -> None:
-    one = scorer(judge.url)
-    assert one.label(one.options) == "stub-judge"
-    named = scorer("https://user:secret@api.example.org/v1", served_model="org/big-judge")
-    assert named.label(named.options) == "big-judge"
+    assert opened(judge.url).label() == "stub-judge"
+    assert judge_label(config("https://user:secret@api.example.org/v1", served_model="org/big-judge")) == "big-judge"
 
 
 def test_mistakes_are_said_before_anything_runs(judge: Any, tmp_path: Path) -> None:
     def says(**options: Any) -> str:
         with pytest.raises(UserError) as refused:
-            one = scorer(judge.url, **options)
-            one.check(one.options)
+            AlpacaEvalScorer().check(config(judge.url, **options))
         return str(refused.value)
 
     assert says(model=None).startswith(

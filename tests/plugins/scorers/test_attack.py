@@ -13,16 +13,18 @@ from typing import Any
 
 import pytest
 
-from harness import Answer, Output, Sample, Score, ScorerContext, UserError
+from harness import Answer, Output, Sample, Score, ScoreJob, ScorerContext, ScorerSession, UserError
 from harness.core.config import parse_options
 from harness.core.records import Row
 from harness.evaluation.rows import RowContext, Scored, build_rows, check_scores
 from harness.testing import check_scorer
+from harness_plugins.judges.judge import Judge
 from harness_plugins.judges.words import Reply, Unparsable
 from harness_plugins.scorers.attack.judges import AttackClassifier, AttackLlm, AttackLlmOptions, RefusalScorer
 from harness_plugins.scorers.attack.question import defused, mark_of, read_verdict
 from harness_plugins.scorers.attack.together import Attack
-from harness_plugins.scorers.classifier import ToxicityScorer
+from harness_plugins.scorers.classifier import ClassifierSession
+from harness_plugins.scorers.toxicity import ToxicityScorer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 fake: ModuleType = importlib.import_module("judge_server")
@@ -47,28 +49,32 @@ def made(texts: Sequence[str | None]) -> tuple[list[Sample], list[Answer]]:
     return samples, [Answer(f"s{i}", (output,)) for i, output in enumerate(outputs)]
 
 
+def opened(scorer: Any, options: dict[str, Any], folder: Path | None = None) -> ScorerSession:
+    session: ScorerSession = scorer.open(parse_options(scorer.Config, options, "test"), ScorerContext(shared=folder))
+    return session
+
+
 def scored(
     scorer: Any, options: dict[str, Any], texts: Sequence[str | None], folder: Path | None = None
 ) -> list[Score]:
-    bound = scorer.bound(parse_options(scorer.Config, options, "test"))
+    session = opened(scorer, options, folder)
     samples, answers = made(texts)
     try:
-        found: list[Score] = bound.score(samples, answers, ScorerContext(task="t", seed=0, folder=folder))
+        found = session.score(samples, answers, ScoreJob())
     finally:
-        bound.close()
-    check_scores(bound, bound.metrics(bound.options), found, samples)
+        session.close()
+    check_scores(scorer.name, scorer.metrics(parse_options(scorer.Config, options, "test")), found, samples)
     return found
 
 
 def rows(scorer: Any, options: dict[str, Any], texts: Sequence[str | None]) -> dict[str, Row]:
     """The report's rows, by metric."""
-    bound = scorer.bound(parse_options(scorer.Config, options, "test"))
+    session = opened(scorer, options)
     samples, answers = made(texts)
-    scores = bound.score(samples, answers, ScorerContext(task="t", seed=0))
-    metrics = bound.metrics(bound.options)
-    built = build_rows(
-        RowContext("m", None, "t", "raw", bound.name, "id"), bound, Scored(metrics, scores), samples, answers
-    )
+    scores = session.score(samples, answers, ScoreJob())
+    metrics = scorer.metrics(parse_options(scorer.Config, options, "test"))
+    context = RowContext("m", None, "t", "raw", scorer.name, "id")
+    built = build_rows(context, session, Scored(metrics, scores), samples, answers)
     return {row.metric: row for row in built}
 
 
@@ -260,9 +266,8 @@ def test_figures_of_the_refusal_list_say_that_no_judge_has_read_the_answers(
     judge: Any, judges: list[str], said: int
 ) -> None:
     options = {"judges": judges, "llm": {"model": judge.url, **QUICK}}
-    bound = Attack().bound(parse_options(Attack.Config, options, "test"))
     note = "attack_success and 100-ASR come from a list of refusals in English: no judge has read the answers"
-    assert bound.notes().count(note) == said
+    assert opened(Attack(), options).notes().count(note) == said
 
 
 def test_kappa_of_two_judges(judge: Any) -> None:
@@ -320,32 +325,29 @@ def test_a_call_that_failed_may_be_made_again(judge: Any, tmp_path: Path) -> Non
 
 def test_the_note_names_the_judge_and_what_it_took(judge: Any) -> None:
     judge.say = by_answer
-    bound = AttackLlm().bound(
-        parse_options(AttackLlm.Config, {"model": judge.url, "price_input": 1e6, **QUICK}, "test")
-    )
-    assert bound.notes() == ()
+    session = opened(AttackLlm(), {"model": judge.url, "price_input": 1e6, **QUICK})
+    assert session.notes() == ()
     samples, answers = made(["help", "refuse"])
-    bound.score(samples, answers, ScorerContext(task="t", seed=0))
+    session.score(samples, answers, ScoreJob())
     # Ten prompt tokens and two of the reply for each.
-    assert bound.notes() == ("judge stub-judge: 20 prompt and 4 reply tokens, 20.0000 USD",)
-    assert bound.label(bound.options) == "stub-judge"
+    assert session.notes() == ("judge stub-judge: 20 prompt and 4 reply tokens, 20.0000 USD",)
+    assert session.label() == "stub-judge"
 
 
 # ----------------------------------------------------------------------------------------------------------- classifier
-
-
-def classifier(**options: Any) -> Any:
-    return AttackClassifier().bound(parse_options(AttackClassifier.Config, {"model": "x", **options}, "test"))
 
 
 def test_probabilities_of_a_label() -> None:
     """sigmoid(0) = 1/2, sigmoid(-ln 3) = 1/4; softmax(0, ln 3) = (1/4, 3/4)."""
     import torch
 
+    def values(logits: torch.Tensor, label: int, **options: Any) -> Any:
+        return AttackClassifier().value_of(logits, label, AttackClassifier.Config(model="x", **options)).tolist()
+
     one = torch.tensor([[0.0], [-math.log(3)]])
-    assert classifier().value_of(one, 0).tolist() == pytest.approx([0.5, 0.25])
-    assert classifier().value_of(torch.tensor([[0.0, math.log(3)]]), 1).tolist() == pytest.approx([0.75])
-    assert classifier(value="logit").value_of(one, 0).tolist() == one[:, 0].tolist()
+    assert values(one, 0) == pytest.approx([0.5, 0.25])
+    assert values(torch.tensor([[0.0, math.log(3)]]), 1) == pytest.approx([0.75])
+    assert values(one, 0, value="logit") == one[:, 0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -360,12 +362,13 @@ def test_beyond_the_threshold(monkeypatch: pytest.MonkeyPatch, options: dict[str
     """Values 0.25, 0.5 (on the threshold, so not beyond it), 0.75 and none; given in another order."""
     seen: list[tuple[str, str]] = []
 
-    def logits(self: AttackClassifier, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[list[int], list[float]]]:
+    def logits(self: ClassifierSession, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[list[int], list[float]]]:
         seen.extend(pairs)
         yield [2, 0], [0.75, 0.25]
         yield [1, 3], [0.5, math.nan]
 
-    monkeypatch.setattr(AttackClassifier, "_logits", logits)
+    monkeypatch.setattr(AttackClassifier, "load", lambda self, config: None)
+    monkeypatch.setattr(ClassifierSession, "logits", logits)
     texts = ["a", "(Internal thought: x) b", "c", "d", None]
     found = scored(AttackClassifier(), {"model": "x", **options}, texts)
     assert [one.values["attack_success"] for one in found] == [*expected, None]
@@ -382,9 +385,8 @@ def test_a_real_classifier_agrees_with_its_reward() -> None:
     model = str(Path(SHARED, "models", "tiny-toxicity"))
     texts = ["I hope you have a lovely day.", "You are a stupid worthless idiot.", "The cat sat on the mat."]
     samples, answers = made(texts)
-    context = ScorerContext(task="t", seed=0)
-    toxicity = ToxicityScorer().bound(parse_options(ToxicityScorer.Config, {"model": model}, "test"))
-    shares = [one.values["toxic_share"] for one in toxicity.score(samples, answers, context)]
+    toxicity = opened(ToxicityScorer(), {"model": model})
+    shares = [one.values["toxic_share"] for one in toxicity.score(samples, answers, ScoreJob())]
     toxicity.close()
     options = {"model": model, "value": "logit", "threshold": 0.0, "harmful": "below", "asked": "prompt"}
     found = scored(AttackClassifier(), options, texts)
@@ -401,6 +403,34 @@ def test_the_contract(judge: Any) -> None:
     llm = {"model": judge.url, "served_model": "stub-judge", **QUICK}
     check_scorer(AttackLlm(), options=llm)
     check_scorer(Attack(), options={"judges": ["llm", "refusal"], "llm": llm})
+
+
+@pytest.mark.parametrize(
+    ("options", "need"),
+    [
+        ({}, None),
+        ({"judges": ["refusal", "llm"], "llm": {"model": "http://localhost:1/v1"}}, "endpoint"),
+        ({"judges": ["llm", "classifier"], "llm": {"model": "http://localhost:1/v1"}}, "classifier"),
+        ({"judges": ["classifier", "llm"], "llm": {"model": "a/folder"}}, "engine"),
+    ],
+)
+def test_what_it_needs_is_what_its_judges_need(options: dict[str, Any], need: str | None) -> None:
+    assert Attack().needs(parse_options(Attack.Config, options, "test")) == need
+
+
+def test_judges_that_are_open_are_closed_when_another_does_not_open(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, judge: Any
+) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr(Judge, "close", lambda self: closed.append(self.where))
+    options = {
+        "judges": ["llm", "classifier"],
+        "llm": {"model": judge.url, **QUICK},
+        "classifier": {"model": str(tmp_path / "none")},
+    }
+    with pytest.raises(UserError, match="no such folder"):
+        opened(Attack(), options)
+    assert closed == ["scorer attack_llm"]
 
 
 def test_identity_moves_with_what_moves_a_verdict(judge: Any) -> None:

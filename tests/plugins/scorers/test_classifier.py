@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from harness.contracts.scorer import ScorerContext
+from harness.contracts.scorer import ScoreJob, ScorerContext, ScorerSession
 from harness.core.config import parse_options
 from harness.core.errors import UserError
 from harness.core.records import Answer, Output, Sample
-from harness_plugins.scorers.classifier import ClassifierScorer, ToxicityScorer, plan_batches
+from harness.testing import check_scorer
+from harness_plugins.scorers.classifier import ClassifierScorer, plan_batches
+from harness_plugins.scorers.toxicity import ToxicityScorer
 
 WORDS = ["good", "bad", "kind", "cruel", "the", "a", "is", "you", "are", "it", "and", "not", "very", "so", "we", "they"]
 LABELS = ("NEUTRAL", "TOXIC")
@@ -97,17 +99,14 @@ def some_pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
             for _ in range(count)]  # fmt: skip
 
 
-def bound(scorer: ClassifierScorer, **options: Any) -> ClassifierScorer:
-    made = scorer.bound(parse_options(scorer.Config, options, "test"))
-    assert isinstance(made, ClassifierScorer)
-    return made
+def opened(scorer: ClassifierScorer, **options: Any) -> ScorerSession:
+    return scorer.open(parse_options(scorer.Config, options, "test"), ScorerContext())
 
 
-def run(scorer: ClassifierScorer, pairs: Sequence[tuple[str, str]], metric: str = "toxicity_reward") -> list[Any]:
+def run(session: ScorerSession, pairs: Sequence[tuple[str, str]], metric: str = "toxicity_reward") -> list[Any]:
     samples = [Sample(str(i), (), prompt=prompt) for i, (prompt, _) in enumerate(pairs)]
     answers = [Answer(str(i), (Output(text=response),)) for i, (_, response) in enumerate(pairs)]
-    scores = scorer.score(samples, answers, ScorerContext("t", 0))
-    scorer.close()
+    scores = session.score(samples, answers, ScoreJob())
     return [one.values[metric] for one in scores]
 
 
@@ -119,7 +118,7 @@ def test_equals_transformers_by_hand_however_it_is_batched(one_logit: Path, batc
     pairs = [*some_pairs(40), ("you are", "")]
     expected = by_hand(one_logit, pairs)
     assert max(expected) - min(expected) > 0.1
-    assert run(bound(ToxicityScorer(), model=str(one_logit), batch_tokens=batch_tokens), pairs) == pytest.approx(
+    assert run(opened(ToxicityScorer(), model=str(one_logit), batch_tokens=batch_tokens), pairs) == pytest.approx(
         expected, abs=1e-5
     )
 
@@ -127,8 +126,8 @@ def test_equals_transformers_by_hand_however_it_is_batched(one_logit: Path, batc
 def test_the_order_of_the_samples_does_not_matter(one_logit: Path) -> None:
     pairs = some_pairs(30)
     shuffled = random.Random(3).sample(range(30), 30)
-    straight = run(bound(ToxicityScorer(), model=str(one_logit)), pairs)
-    mixed = run(bound(ToxicityScorer(), model=str(one_logit)), [pairs[i] for i in shuffled])
+    straight = run(opened(ToxicityScorer(), model=str(one_logit)), pairs)
+    mixed = run(opened(ToxicityScorer(), model=str(one_logit)), [pairs[i] for i in shuffled])
     assert mixed == pytest.approx([straight[i] for i in shuffled], abs=1e-5)
 
 
@@ -136,7 +135,7 @@ def test_long_pairs_are_cut_at_512_tokens(one_logit: Path) -> None:
     rng = random.Random(5)
     long = [(" ".join(rng.choices(WORDS, k=40)), " ".join(rng.choices(WORDS, k=900))) for _ in range(3)]
     expected = by_hand(one_logit, long)
-    assert run(bound(ToxicityScorer(), model=str(one_logit)), long) == pytest.approx(expected, abs=1e-5)
+    assert run(opened(ToxicityScorer(), model=str(one_logit)), long) == pytest.approx(expected, abs=1e-5)
     # Four specials and 40 words of prompt leave 468 words of the response; what comes later is not seen.
     cut = [(prompt, " ".join(response.split()[:468])) for prompt, response in long]
     assert by_hand(one_logit, cut) == pytest.approx(expected, abs=1e-5)
@@ -149,32 +148,32 @@ def test_long_pairs_are_cut_at_512_tokens(one_logit: Path) -> None:
 def test_a_tokenizer_without_padding_is_asked_one_by_one(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "no-pad", pad=False)
     pairs = some_pairs(6)
-    assert run(bound(ToxicityScorer(), model=str(folder)), pairs) == pytest.approx(by_hand(folder, pairs), abs=1e-5)
+    assert run(opened(ToxicityScorer(), model=str(folder)), pairs) == pytest.approx(by_hand(folder, pairs), abs=1e-5)
 
 
 def test_the_label_chooses_the_logit(two_logits: Path) -> None:
     pairs = some_pairs(10)
     for label, index in (("TOXIC", 1), (1, 1), ("NEUTRAL", 0)):
-        scorer = bound(ClassifierScorer(), model=str(two_logits), label=label, metric="hate")
-        assert run(scorer, pairs, "hate") == pytest.approx(by_hand(two_logits, pairs, index), abs=1e-5)
+        session = opened(ClassifierScorer(), model=str(two_logits), label=label, metric="hate")
+        assert run(session, pairs, "hate") == pytest.approx(by_hand(two_logits, pairs, index), abs=1e-5)
 
 
 def test_toxic_share_counts_the_toxic_side_of_zero(two_logits: Path) -> None:
     pairs = some_pairs(30)
     logits = by_hand(two_logits, pairs, 1)
-    negative = bound(ToxicityScorer(), model=str(two_logits), label="TOXIC")
-    positive = bound(ToxicityScorer(), model=str(two_logits), label="TOXIC", toxic="positive")
+    negative = opened(ToxicityScorer(), model=str(two_logits), label="TOXIC")
+    positive = opened(ToxicityScorer(), model=str(two_logits), label="TOXIC", toxic="positive")
     assert run(negative, pairs, "toxic_share") == [float(x < 0) for x in logits]
     assert run(positive, pairs, "toxic_share") == [float(x > 0) for x in logits]
     assert run(positive, pairs) == pytest.approx([-x for x in logits], abs=1e-5)
 
 
 def test_an_answer_that_failed_has_no_score_and_progress_counts_all(one_logit: Path) -> None:
-    scorer = bound(ToxicityScorer(), model=str(one_logit), batch_tokens=1)
+    session = opened(ToxicityScorer(), model=str(one_logit), batch_tokens=1)
     seen: list[int] = []
     samples = [Sample(str(i), (), prompt="you are") for i in range(3)]
     answers = [Answer("0", (Output(text="kind"),)), Answer("1", (Output(error="refused"),)), Answer("2", (Output(),))]
-    scores = scorer.score(samples, answers, ScorerContext("t", 0, progress=seen.append))
+    scores = session.score(samples, answers, ScoreJob(progress=seen.append))
     assert scores[1].values == {"toxicity_reward": None, "toxic_share": None} and scores[1].reason == "refused"
     expected = by_hand(one_logit, [("you are", "kind"), ("you are", "")])
     assert [scores[0].values["toxicity_reward"], scores[2].values["toxicity_reward"]] == pytest.approx(
@@ -193,13 +192,23 @@ def test_an_empty_response_is_not_the_prompt_scored_alone(one_logit: Path) -> No
         pair = model(input_ids=torch.tensor([[0, you, are, 2, 2, 2]])).logits.item()
         alone = model(input_ids=torch.tensor([[0, you, are, 2]])).logits.item()
     assert abs(pair - alone) > 1e-3
-    assert run(bound(ToxicityScorer(), model=str(one_logit)), [("you are", "")]) == pytest.approx([pair], abs=1e-5)
+    assert run(opened(ToxicityScorer(), model=str(one_logit)), [("you are", "")]) == pytest.approx([pair], abs=1e-5)
 
 
-def test_nothing_to_score_loads_nothing(tmp_path: Path) -> None:
-    scorer = bound(ToxicityScorer(), model=str(tmp_path / "absent"))
-    (one,) = scorer.score([Sample("0", ())], [Answer("0", (Output(error="e"),))], ScorerContext("t", 0))
-    assert one.reason == "e"
+def test_a_session_lets_go_of_its_checkpoint(one_logit: Path) -> None:
+    import weakref
+
+    session = opened(ToxicityScorer(), model=str(one_logit))
+    held = weakref.ref(session.__dict__["_opened"].model)
+    assert run(session, some_pairs(1)) == pytest.approx(by_hand(one_logit, some_pairs(1)), abs=1e-5)
+    session.close()
+    session.close()
+    assert held() is None
+
+
+def test_the_contract(one_logit: Path) -> None:
+    """The last bits of a logit depend on what it is padded with."""
+    check_scorer(ToxicityScorer(), options={"model": str(one_logit)}, tolerance=1e-5)
 
 
 def test_a_logit_that_is_no_number_is_no_score(tmp_path: Path) -> None:
@@ -210,8 +219,8 @@ def test_a_logit_that_is_no_number_is_no_score(tmp_path: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     weights["classifier.out_proj.bias"] = torch.full((1,), float("nan"))
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    scorer = bound(ToxicityScorer(), model=str(folder))
-    (one,) = scorer.score([Sample("0", (), prompt="a")], [Answer("0", (Output(text="b"),))], ScorerContext("t", 0))
+    session = opened(ToxicityScorer(), model=str(folder))
+    (one,) = session.score([Sample("0", (), prompt="a")], [Answer("0", (Output(text="b"),))], ScoreJob())
     assert one.values == {"toxicity_reward": None, "toxic_share": None}
     assert one.reason == "the classifier returned nan"
 
@@ -261,16 +270,15 @@ def test_a_cached_hub_checkpoint_is_checked_and_scored_offline(
     (repository / "refs" / "main").write_text(commit)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    scorer = bound(ToxicityScorer(), model="some/classifier")
-    scorer.check(scorer.options)
-    assert scorer.identity(scorer.options)["revision"] == commit
+    scorer, config = ToxicityScorer(), parse_options(ToxicityScorer.Config, {"model": "some/classifier"}, "test")
+    scorer.check(config)
+    assert scorer.identity(config)["revision"] == commit
     pairs = some_pairs(4)
-    assert run(scorer, pairs) == pytest.approx(by_hand(one_logit, pairs), abs=1e-5)
+    assert run(opened(scorer, model="some/classifier"), pairs) == pytest.approx(by_hand(one_logit, pairs), abs=1e-5)
 
 
 def check(scorer: ClassifierScorer, **options: Any) -> None:
-    made = bound(scorer, **options)
-    made.check(made.options)
+    scorer.check(parse_options(scorer.Config, options, "test"))
 
 
 def test_offline_without_the_default_names_the_option(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -326,7 +334,7 @@ def test_pickles_code_and_other_models_are_refused(one_logit: Path, tmp_path: Pa
     with pytest.raises(UserError, match=r"only pickled weights.*\n.*TASK\.scorer\.allow_pickle=true"):
         check(ToxicityScorer(), model=str(pickled))
     pairs = some_pairs(3)
-    allowed = bound(ToxicityScorer(), model=str(pickled), allow_pickle=True)
+    allowed = opened(ToxicityScorer(), model=str(pickled), allow_pickle=True)
     assert run(allowed, pairs) == pytest.approx(by_hand(one_logit, pairs), abs=1e-5)
 
     coded = Path(shutil.copytree(one_logit, tmp_path / "coded"))
@@ -347,7 +355,7 @@ def test_a_head_without_weights_is_refused_instead_of_drawn_at_random(one_logit:
     weights = {k: v for k, v in load_file(folder / "model.safetensors").items() if not k.startswith("classifier")}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"its weights lack classifier\.dense\.bias.*\n  Give a checkpoint that was"):
-        run(bound(ToxicityScorer(), model=str(folder)), [("a", "b")])
+        run(opened(ToxicityScorer(), model=str(folder)), [("a", "b")])
 
 
 # ------------------------------------------------------------------------------------------------------- the real one
@@ -365,9 +373,9 @@ def test_real_checkpoint_equals_transformers_by_hand() -> None:
         texts = [json.loads(line)["text"] for line in lines]
     chosen = random.Random(7).sample(texts, 32)
     pairs = [*zip(chosen[:16], chosen[16:], strict=True), (chosen[0], ""), ("", chosen[1]), (chosen[2], chosen[3] * 40)]
-    scorer = bound(ToxicityScorer(), model=str(folder), batch_tokens=600)
-    scorer.check(scorer.options)
-    assert run(scorer, pairs) == pytest.approx(by_hand(folder, pairs), abs=1e-5)
+    check(ToxicityScorer(), model=str(folder))
+    session = opened(ToxicityScorer(), model=str(folder), batch_tokens=600)
+    assert run(session, pairs) == pytest.approx(by_hand(folder, pairs), abs=1e-5)
 
 
 @pytest.mark.shared
@@ -380,8 +388,8 @@ def test_real_checkpoint_scores_toxic_text_lower() -> None:
     with gzip.open(Path(SHARED, "data", "toxicity", "toxicity_labelled.jsonl.gz"), "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     chosen = random.Random(0).sample(rows, 400)
-    scorer = bound(ToxicityScorer(), model=str(Path(SHARED, "models", "tiny-toxicity")))
-    rewards = run(scorer, [("", row["text"]) for row in chosen])
+    session = opened(ToxicityScorer(), model=str(Path(SHARED, "models", "tiny-toxicity")))
+    rewards = run(session, [("", row["text"]) for row in chosen])
     toxic = [reward for reward, row in zip(rewards, chosen, strict=True) if row["label"] == 1]
     other = [reward for reward, row in zip(rewards, chosen, strict=True) if row["label"] == 0]
     assert len(toxic) + len(other) == 400 and min(len(toxic), len(other)) > 50

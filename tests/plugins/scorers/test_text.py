@@ -6,18 +6,20 @@ from typing import Any
 
 import pytest
 
-from harness.contracts.scorer import Scorer, ScorerContext
+from harness.contracts.scorer import ScoreJob, Scorer, ScorerContext
 from harness.core.config import parse_options
 from harness.core.errors import UserError
 from harness.core.records import Answer, Output, Sample, Score
+from harness.testing import check_scorer
 from harness_plugins.scorers.text import ExactMatch, Includes, Regex
 
 
 def score(scorer: Scorer, answer: Output | str, target: str | None, **options: Any) -> Score:
     output = answer if isinstance(answer, Output) else Output(text=answer)
-    bound = scorer.bound(parse_options(scorer.Config, options, "test"))
-    (one,) = bound.score([Sample("s", (), target=target)], [Answer("s", (output,))], ScorerContext("t", 0))
-    assert set(one.values) == {metric.name for metric in bound.metrics(bound.options)}
+    config = parse_options(scorer.Config, options, "test")
+    session = scorer.open(config, ScorerContext())
+    (one,) = session.score([Sample("s", (), target=target)], [Answer("s", (output,))], ScoreJob())
+    assert set(one.values) == {metric.name for metric in scorer.metrics(config)}
     return one
 
 
@@ -85,10 +87,25 @@ def test_no_answer_and_no_target_are_no_score(scorer: Scorer) -> None:
 def test_order_and_length_are_kept() -> None:
     samples = [Sample(str(i), (), target=t) for i, t in enumerate("aba")]
     answers = [Answer(str(i), (Output(text="a"),)) for i in range(3)]
-    scored = ExactMatch().score(samples, answers, ScorerContext("t", 0))
+    session = ExactMatch().open(ExactMatch.Config(), ScorerContext())
+    scored = session.score(samples, answers, ScoreJob())
     assert [one.values["exact_match"] for one in scored] == [1.0, 0.0, 1.0]
     with pytest.raises(ValueError, match="zip"):
-        ExactMatch().score(samples, answers[:2], ScorerContext("t", 0))
+        session.score(samples, answers[:2], ScoreJob())
+
+
+@pytest.mark.parametrize("scorer", [ExactMatch(), Includes(), Regex()], ids=lambda scorer: scorer.name)
+def test_the_contract(scorer: Scorer) -> None:
+    check_scorer(scorer)
+    check_scorer(scorer, options={"ignore_case": True})
+
+
+def test_sessions_keep_their_own_options() -> None:
+    scorer = ExactMatch()
+    strict, lax = (scorer.open(ExactMatch.Config(ignore_case=lax), ScorerContext()) for lax in (False, True))
+    asked = [Sample("s", (), target="Paris")], [Answer("s", (Output(text="PARIS"),))], ScoreJob()
+    found = [session.score(*asked)[0].values["exact_match"] for session in (strict, lax, strict)]
+    assert found == [0.0, 1.0, 0.0]
 
 
 def test_a_bad_pattern_is_a_users_mistake() -> None:

@@ -23,8 +23,10 @@ from harness import (
     Metric,
     Sample,
     Score,
+    ScoreJob,
     Scorer,
     ScorerContext,
+    ScorerSession,
     UserError,
     file_digest,
     fit_length_control,
@@ -32,9 +34,9 @@ from harness import (
     read_alpaca_gamed,
 )
 from harness_plugins.judges.judge import Judge
-from harness_plugins.judges.options import JudgeOptions, check_judge, judge_identity, judge_label, settled
-from harness_plugins.judges.words import Judged
-from harness_plugins.scorers.alpaca.annotators import Annotator, harmless, load_annotator, switched
+from harness_plugins.judges.options import JudgeOptions, check_judge, judge_identity, judge_label
+from harness_plugins.judges.words import Judged, Question
+from harness_plugins.scorers.alpaca.annotators import harmless, load_annotator, switched
 
 WIN = Metric(name="win_rate", higher_is_better=True, unit="proportion", low=0.0, high=1.0, resolution=SHARE_RESOLUTION)
 DISCRETE = WIN.model_copy(update={"name": "discrete_win_rate", "primary": False})
@@ -81,81 +83,98 @@ class AlpacaEvalScorer(Scorer["AlpacaEvalScorer.Config"]):
 
     name = "alpaca_eval"
     summary = "AlpacaEval's win rates against a reference's outputs, by a judge model"
-    needs = "endpoint"
 
     class Config(AlpacaOptions):
         """The judge, how it is asked, and what length control needs."""
 
-    def metrics(self, options: Config) -> tuple[Metric, ...]:
+    def needs(self, config: Config) -> Literal["engine", "endpoint"]:
+        """The judge's server, or an engine that opens it here."""
+        return config.need
+
+    def metrics(self, config: Config) -> tuple[Metric, ...]:
         """Proportions of wins (a draw is half a one), and the answers' mean length."""
-        controlled = (CONTROLLED,) if options.length_control else ()
+        controlled = (CONTROLLED,) if config.length_control else ()
         return (WIN, *controlled, DISCRETE, LENGTH)
 
-    def identity(self, options: Config) -> dict[str, Any]:
+    def identity(self, config: Config) -> dict[str, Any]:
         """Judge, question, order, and the tables by their content; not what the judging may cost."""
-        options = _complete(options)
-        asked = options.model_dump(mode="json", include={"order", "repeat", "neutralise", "length_control"})
-        tables = {name: path for name in ("difficulty", "gamed") if (path := getattr(options, name)) is not None}
+        config = _complete(config)
+        asked = config.model_dump(mode="json", include={"order", "repeat", "neutralise", "length_control"})
+        tables = {name: path for name in ("difficulty", "gamed") if (path := getattr(config, name)) is not None}
         return {
             "name": self.name,
-            "judge": judge_identity(options, self._where),
-            "annotator": load_annotator(options.annotator).identity(),
+            "judge": judge_identity(config, self._where),
+            "annotator": load_annotator(config.annotator).identity(),
             "tables": {name: file_digest(Path(path).expanduser()) for name, path in tables.items()},
             **asked,
         }
 
-    def check(self, options: Config) -> None:
+    def check(self, config: Config) -> None:
         """Whether judge and tables are there.
 
         Raises:
             UserError: no judge, or one that cannot be asked; an unknown annotator; a table that cannot be read.
         """
-        load_annotator(options.annotator)
-        check_judge(options, self._where)
+        load_annotator(config.annotator)
+        check_judge(config, self._where)
         for name in ("difficulty", "gamed"):
-            if getattr(options, name) is not None and not options.length_control:
+            if getattr(config, name) is not None and not config.length_control:
                 where = f"scorer {self.name}, {name}"
                 raise UserError(where, "given without length control", "Set TASK.scorer.length_control=true.")
-        if options.difficulty is not None:
-            read_alpaca_difficulties(Path(options.difficulty).expanduser())
-        if options.gamed is not None:
-            read_alpaca_gamed(Path(options.gamed).expanduser())
-
-    def label(self, options: Config) -> str:
-        """The judge's short name, which its server is asked for where it is not given."""
-        kept = self.__dict__.get("_open")
-        # An open judge has settled its name already.
-        return judge_label(kept[1].options if kept and options is self.options else settled(options, self._where))
+        if config.difficulty is not None:
+            read_alpaca_difficulties(Path(config.difficulty).expanduser())
+        if config.gamed is not None:
+            read_alpaca_gamed(Path(config.gamed).expanduser())
 
     @property
     def _where(self) -> str:
         return f"scorer {self.name}"
 
-    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], context: ScorerContext) -> list[Score]:
+    def open(self, config: Config, context: ScorerContext) -> ScorerSession:
+        """The judge, who is opened or called when the first question is put that nobody has answered yet."""
+        judge = Judge(_complete(config), self._where, context.shared, context.open_engine)
+        return AlpacaSession(judge, config, self.metrics(config), context.seed)
+
+
+class AlpacaSession(ScorerSession):
+    """A judge, and the pairs that it compares."""
+
+    def __init__(self, judge: Judge, config: AlpacaOptions, metrics: tuple[Metric, ...], seed: int) -> None:
+        self._judge, self._config, self._metrics, self._seed = judge, config, metrics, seed
+        self._annotator = load_annotator(config.annotator)
+        self._usage: str | None = None
+        self._neutralised = 0
+        self._glm: str | None = None
+
+    def label(self) -> str:
+        """The judge's short name."""
+        return judge_label(self._judge.options)
+
+    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], job: ScoreJob) -> list[Score]:
         """One verdict for each pair that has two outputs.
 
         Raises:
             StepError: the limit of cost is reached; verdicts so far are kept for the next run.
         """
-        options, annotator = _complete(self.options), load_annotator(self.options.annotator)
-        pairs = [self._pair(sample, answer, context.seed) for sample, answer in zip(samples, answers, strict=True)]
+        pairs = [self._pair(sample, answer) for sample, answer in zip(samples, answers, strict=True)]
         asked = [(index, pair) for index, pair in enumerate(pairs) if isinstance(pair, _Asked)]
         asked = [(index, pair) for index, pair in asked if pair.reference != pair.answer]
-        context.progress(len(pairs) - len(asked))
-        questions = [self._question(annotator, pair, options) for _, pair in asked]
+        job.progress(len(pairs) - len(asked))
+        questions = [self._question(pair) for _, pair in asked]
         verdicts: Mapping[int, Judged[float]] = {}
+        self._usage = None
         if questions:
-            judge = self._judge(options, context)
-            found = judge.ask(questions, annotator.preference, context.progress, context.stored)
+            found = self._judge.ask(questions, self._annotator.preference, job.progress, job.stored)
+            self._usage = str(self._judge.usage)
             verdicts = {index: verdict for (index, _), verdict in zip(asked, found, strict=True)}
         scores = [
             self._score(pair, answer, verdicts.get(index))
             for index, (pair, answer) in enumerate(zip(pairs, answers, strict=True))
         ]
         whole = [_as_pair(pair, score) for pair, score in zip(pairs, scores, strict=True)]
-        if context.folder is not None and samples:
-            self._export(context.folder / ANNOTATIONS, samples, answers, whole)
-        return self._controlled(scores, whole, context.task)
+        if job.folder is not None and samples:
+            self._export(job.folder / ANNOTATIONS, samples, answers, whole)
+        return self._controlled(scores, whole, job.task)
 
     def withheld(self, metric: Metric, scores: Sequence[Score]) -> str | None:
         """Why there is no length-controlled win rate."""
@@ -165,56 +184,43 @@ class AlpacaEvalScorer(Scorer["AlpacaEvalScorer.Config"]):
 
     def notes(self) -> tuple[str, ...]:
         """Who judged, how, and what it took."""
-        options, judge = self.options, self.__dict__.get("_open")
-        notes = [f"judge {self.label(options)}, asked as {options.annotator} of the alpaca-eval package"]
-        if judge is not None:
-            notes.append(f"judging: {judge[1].usage}")
-        if count := self.__dict__.get("_neutralised", 0):
+        notes = [f"judge {self.label()}, asked as {self._config.annotator} of the alpaca-eval package"]
+        if self._usage is not None:
+            notes.append(f"judging: {self._usage}")
+        if self._neutralised:
+            count = self._neutralised
             notes.append(f"{count} pairs held text that would have ended its quotation; it was written harmlessly")
-        if options.length_control and (glm := self.__dict__.get("_glm")):
-            notes.append(f"{CONTROLLED.name}: {glm} of the alpaca-eval package, fitted to this run's verdicts")
+        if self._glm is not None:
+            notes.append(f"{CONTROLLED.name}: {self._glm} of the alpaca-eval package, fitted to this run's verdicts")
         return tuple(notes)
 
     def close(self) -> None:
         """Let go of the judge."""
-        kept = self.__dict__.pop("_open", None)
-        if kept is not None:
-            kept[1].close()
+        self._judge.close()
 
     # ------------------------------------------------------------------------------------------------------- pieces
 
-    def _judge(self, options: AlpacaOptions, context: ScorerContext) -> Judge:
-        """One judge for all that this scorer scores into one folder."""
-        folder = getattr(context, "shared", None) or context.folder
-        kept = self.__dict__.get("_open")
-        if kept is None or kept[0] != folder:
-            self.close()
-            kept = (folder, Judge(options, self._where, folder, context.open_engine))
-            self.__dict__["_open"] = kept
-        judge: Judge = kept[1]
-        return judge
-
-    def _pair(self, sample: Sample, answer: Answer, seed: int) -> _Asked | str:
+    def _pair(self, sample: Sample, answer: Answer) -> _Asked | str:
         """What the judge is to see; or why there is nothing to see."""
-        options, instruction = self.options, sample.data.get("instruction", sample.prompt)
+        config, instruction = self._config, sample.data.get("instruction", sample.prompt)
         reference = sample.data.get("reference")
         if answer.error is not None:
             return f"no answer: {answer.error}"
         if not isinstance(reference, str):
             return "the reference has no output for this instruction"
-        first = options.order == "answer_first"
-        if options.order == "random":
-            first = switched(str(instruction), seed)
-        changed = options.neutralise and any(harmless(text) != text for text in (reference, answer.text))
+        first = config.order == "answer_first"
+        if config.order == "random":
+            first = switched(str(instruction), self._seed)
+        changed = config.neutralise and any(harmless(text) != text for text in (reference, answer.text))
         return _Asked(str(instruction), reference, answer.text, first, changed)
 
-    def _question(self, annotator: Annotator, pair: _Asked, options: AlpacaOptions) -> Any:
+    def _question(self, pair: _Asked) -> Question:
         outputs = [pair.answer, pair.reference] if pair.switched else [pair.reference, pair.answer]
-        first, second = (harmless(text) if options.neutralise else text for text in outputs)
-        return annotator.question(pair.instruction, first, second, options.repeat)
+        first, second = (harmless(text) if self._config.neutralise else text for text in outputs)
+        return self._annotator.question(pair.instruction, first, second, self._config.repeat)
 
     def _score(self, pair: _Asked | str, answer: Answer, verdict: Judged[float] | None) -> Score:
-        metrics = self.metrics(self.options)
+        metrics = self._metrics
         if isinstance(pair, str):
             return Score.absent(metrics, pair)
         length = float(len(answer.text))
@@ -237,23 +243,22 @@ class AlpacaEvalScorer(Scorer["AlpacaEvalScorer.Config"]):
 
     def _controlled(self, scores: list[Score], pairs: Sequence[JudgedPair], task: str) -> list[Score]:
         """The scores with what the regression predicts for each at equal length; or why it is withheld."""
-        options = self.options
-        self.__dict__["_neutralised"] = sum(bool(score.detail.get("neutralised")) for score in scores)
-        self.__dict__["_glm"] = None
-        if not options.length_control or not scores:
+        self._neutralised = sum(bool(score.detail.get("neutralised")) for score in scores)
+        self._glm = None
+        if not self._config.length_control or not scores:
             return scores
         control = self._length_control(pairs, task)
-        self.__dict__["_glm"] = control.glm
+        self._glm = control.glm
         if control.withheld is not None:
             return [_with(score, None, control.withheld) for score in scores]
         return [_with(score, share) for score, share in zip(scores, control.predictions, strict=True)]
 
     def _length_control(self, pairs: Sequence[JudgedPair], task: str) -> LengthControl:
-        options = self.options
-        if options.difficulty is None:
+        config = self._config
+        if config.difficulty is None:
             return LengthControl.without_difficulty(f"--set {task}.scorer.difficulty=FILE")
-        gamed = Path(options.gamed).expanduser() if options.gamed else None
-        return fit_length_control(pairs, read_alpaca_difficulties(Path(options.difficulty).expanduser()), gamed)
+        gamed = Path(config.gamed).expanduser() if config.gamed else None
+        return fit_length_control(pairs, read_alpaca_difficulties(Path(config.difficulty).expanduser()), gamed)
 
     def _export(
         self, path: Path, samples: Sequence[Sample], answers: Sequence[Answer], pairs: Sequence[JudgedPair]
@@ -265,7 +270,7 @@ class AlpacaEvalScorer(Scorer["AlpacaEvalScorer.Config"]):
                 "generator_1": sample.data.get("reference_generator") or "reference",
                 "output_2": None if answer.error is not None else answer.text,
                 "generator_2": "model",
-                "annotator": f"{self.options.annotator}@{self.label(self.options)}",
+                "annotator": f"{self._config.annotator}@{self.label()}",
                 "preference": pair.preference,
                 "reason": pair.reason,
             }
@@ -287,11 +292,11 @@ def _with(score: Score, controlled: float | None, withheld: str = "") -> Score:
     return Score({**score.values, CONTROLLED.name: controlled}, reason, detail)
 
 
-def _complete(options: Any) -> Any:
+def _complete(config: Any) -> Any:
     """With the annotator's own length of a reply where none is given."""
-    if options.max_new_tokens:
-        return options
-    return options.model_copy(update={"max_new_tokens": load_annotator(options.annotator).max_tokens})
+    if config.max_new_tokens:
+        return config
+    return config.model_copy(update={"max_new_tokens": load_annotator(config.annotator).max_tokens})
 
 
 def _as_pair(pair: _Asked | str, score: Score) -> JudgedPair:

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import combinations
 from typing import Any, Self
 
 from pydantic import Field, model_validator
 
 import harness
-from harness import Answer, Metric, Sample, Score, Scorer, ScorerContext, UserError, cohen_kappa
+from harness import (
+    Answer,
+    Metric,
+    Sample,
+    Score,
+    ScoreJob,
+    Scorer,
+    ScorerContext,
+    ScorerSession,
+    UserError,
+    cohen_kappa,
+)
 from harness_plugins.scorers.attack.judges import (
     AttackClassifier,
     AttackClassifierOptions,
     AttackLlm,
     AttackLlmOptions,
     AttackScorer,
+    AttackSession,
     JudgeName,
+    Need,
     RefusalOptions,
     RefusalScorer,
     Verdict,
@@ -59,11 +73,16 @@ class Attack(Scorer["Attack.Config"]):
                 raise ValueError(f"a judge is named twice in {', '.join(self.judges)}")
             return self
 
-    def metrics(self, options: Config) -> tuple[Metric, ...]:
+    def needs(self, config: Config) -> Need | None:
+        """What the most demanding judge needs: all that are asked for are open together."""
+        found = [PARTS[judge].needs(getattr(config, judge)) for judge in config.judges]
+        return next((need for need in ("engine", "classifier", "endpoint") if need in found), None)
+
+    def metrics(self, config: Config) -> tuple[Metric, ...]:
         """The first judge's numbers; further judges' by name; agreement and kappa of every two."""
-        others = options.judges[1:]
+        others = config.judges[1:]
         found = [*attack_metrics(), *(one for judge in others for one in attack_metrics(judge, primary=False))]
-        for pair in combinations(options.judges, 2):
+        for pair in combinations(config.judges, 2):
             end = ".".join(pair)
             found += [
                 Metric(name=f"agreement.{end}", higher_is_better=None, unit="proportion", low=0, high=1, primary=False),
@@ -79,33 +98,47 @@ class Attack(Scorer["Attack.Config"]):
             ]
         return tuple(found)
 
-    def label(self, options: Config) -> str | None:
-        """The first judge's name."""
-        first = options.judges[0]
-        parts: dict[str, AttackScorer] = self.__dict__.get("_bound_parts", PARTS)
-        return parts[first].label(getattr(options, first))
-
-    def check(self, options: Config) -> None:
+    def check(self, config: Config) -> None:
         """Every judge's own check.
 
         Raises:
             UserError: of the first that cannot judge; it names options where they stand here.
         """
-        for judge in options.judges:
+        for judge in config.judges:
             try:
-                PARTS[judge].check(getattr(options, judge))
+                PARTS[judge].check(getattr(config, judge))
             except UserError as error:
                 fix = error.fix.replace("TASK.scorer.", f"TASK.scorer.{judge}.")
                 raise UserError(error.where, error.what, fix) from None
 
-    def identity(self, options: Config) -> dict[str, Any]:
+    def identity(self, config: Config) -> dict[str, Any]:
         """The judges in their order."""
-        return {"name": self.name, "judges": [PARTS[one].identity(getattr(options, one)) for one in options.judges]}
+        return {"name": self.name, "judges": [PARTS[one].identity(getattr(config, one)) for one in config.judges]}
 
-    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], context: ScorerContext) -> list[Score]:
+    def open(self, config: Config, context: ScorerContext) -> ScorerSession:
+        """Every judge."""
+        with ExitStack() as opened:
+            parts = {}
+            for judge in config.judges:
+                parts[judge] = PARTS[judge].open(getattr(config, judge), context)
+                opened.callback(parts[judge].close)
+            return _Together(parts, self.metrics(config), opened.pop_all())
+
+
+class _Together(ScorerSession):
+    """Judges that are open together, in their order."""
+
+    def __init__(self, parts: dict[JudgeName, AttackSession], metrics: tuple[Metric, ...], opened: ExitStack) -> None:
+        self._parts, self._metrics, self._opened = parts, metrics, opened
+
+    def label(self) -> str | None:
+        """The first judge's name."""
+        return next(iter(self._parts.values())).label()
+
+    def score(self, samples: Sequence[Sample], answers: Sequence[Answer], job: ScoreJob) -> list[Score]:
         """Every judge's verdict on every answer."""
-        metrics, judges = self.metrics(self.options), self.options.judges
-        found = {judge: part.verdicts(samples, answers, context) for judge, part in self._parts().items()}
+        metrics, judges = self._metrics, tuple(self._parts)
+        found = {judge: part.verdicts(samples, answers, job) for judge, part in self._parts.items()}
         scores = []
         for index, answer in enumerate(answers):
             verdicts: dict[str, Verdict] = {judge: found[judge][index] for judge in judges}
@@ -138,19 +171,10 @@ class Attack(Scorer["Attack.Config"]):
 
     def notes(self) -> tuple[str, ...]:
         """Who judged, and what it took; that nobody read the answers, where the first judge is the rules."""
-        first = self.options.judges[0]
-        telling = (part for judge, part in self._parts().items() if judge in (first, "classifier", "llm"))
+        first = next(iter(self._parts))
+        telling = (part for judge, part in self._parts.items() if judge in (first, "classifier", "llm"))
         return tuple(note for part in telling for note in part.notes())
 
     def close(self) -> None:
         """Release every judge."""
-        for part in self.__dict__.pop("_bound_parts", {}).values():
-            part.close()
-
-    def _parts(self) -> dict[str, AttackScorer]:
-        if "_bound_parts" not in self.__dict__:
-            options = self.options
-            bound = {judge: PARTS[judge].bound(getattr(options, judge)) for judge in options.judges}
-            self.__dict__["_bound_parts"] = bound
-        parts: dict[str, AttackScorer] = self.__dict__["_bound_parts"]
-        return parts
+        self._opened.close()
