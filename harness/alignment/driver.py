@@ -9,6 +9,8 @@ import json
 import shutil
 import signal
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,16 +18,20 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from harness.alignment.heldout import means, measure
+from harness.alignment.labels import project_labels_alone
+from harness.contracts.adapter import ParameterGroup
+from harness.contracts.aligner import TrainerCall, TrainingJob
 from harness.contracts.recipe import Recipe
 from harness.core.errors import StepError
 from harness.steps.files import fsync_folder, write_json, writing
 from harness.steps.folder import CHECKPOINT_COMPLETE
 
 TRAINABLE = "trainable.safetensors"
+IN_ORDER = "sequential"
+"""transformers' word for rows that are trained on in the order in which they lie."""
 
 
 class StoppedError(BaseException):
@@ -76,18 +82,6 @@ def micro_batch_size(batch_size: int, most: int) -> int:
     return max(rows for rows in range(1, min(batch_size, most) + 1) if batch_size % rows == 0)
 
 
-def project_labels_alone() -> None:
-    """Let TRL's fused head project only positions that carry loss onto the vocabulary, on a CPU too.
-
-    TRL 1.16 does so where Triton is, and elsewhere scores every position, because some devices compile anew for each
-    shape. A CPU does not, and prompts are more than half of the tokens.
-    """
-    from trl.kernels import chunked_logprob
-    from trl.trainer import utils
-
-    utils._use_triton = lambda device: device.type == "cpu" or chunked_logprob._use_triton(device)
-
-
 @dataclass
 class Progress:
     """What callbacks tell the driver, and the driver the callbacks."""
@@ -133,6 +127,8 @@ def settings(
         "disable_tqdm": True,
         "log_level": "error",
         "dataloader_num_workers": 0,
+        # The rows already lie in the order of the batch plan.
+        "train_sampling_strategy": IN_ORDER,
         **(_shared(cuda) if processes > 1 else {}),
     }
 
@@ -147,13 +143,69 @@ def optimizer_name(cuda: bool) -> str:
     return "paged_adamw_32bit" if cuda else "adamw_torch"
 
 
+def build(call: TrainerCall, job: TrainingJob, groups: Sequence[ParameterGroup] | None = None) -> Driven:
+    """The trainer of a method, as a subclass that the harness drives.
+
+    Args:
+        call: what the method asks for.
+        job: what it was given.
+        groups: of the adapter; None: the trainer makes its own.
+
+    Raises:
+        StepError: it is no trainer, or does not train on the rows of the job, in their order.
+    """
+    if not isinstance(call, TrainerCall):
+        raise _fault(f"`trainer` returned {type(call).__name__}, not a harness.TrainerCall")
+    if not (isinstance(call.cls, type) and issubclass(call.cls, Trainer)):
+        raise _fault(f"`trainer` asks for {call.cls!r}, which is no subclass of transformers.Trainer")
+    driven = type(f"Driven{call.cls.__name__}", (Driven, call.cls), {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer: Driven = driven(**call.arguments)
+    if trainer.args.train_sampling_strategy != IN_ORDER:
+        raise _fault("its trainer takes rows in an order of its own: its arguments were not made by `job.arguments`")
+    for name, given in (("train_dataset", job.rows), ("eval_dataset", job.heldout)):
+        found = getattr(trainer, name)
+        if given is not None and (found is None or len(found) != len(given)):
+            seen = "none" if found is None else f"{len(found):,} rows"
+            raise _fault(f"its trainer has {seen} as `{name}`, and the job has {len(given):,}")
+    project_labels_alone(trainer.model)
+    trainer.harness_groups = groups
+    return trainer
+
+
+def _fault(what: str) -> StepError:
+    fix = "This is a fault of the method: `harness.testing.check_aligner` finds such."
+    return StepError("the method's trainer", what, fix)
+
+
+def check_groups(model: Any, groups: Sequence[ParameterGroup]) -> None:
+    """Hold an adapter's groups against its trainable weights.
+
+    Raises:
+        StepError: one is in no group, or in two; or a group holds something else, or has a rate that is not positive.
+    """
+    fix = "This is a fault of the adapter: `harness.testing.check_adapter` finds such."
+    where = "the adapter's parameter groups"
+    names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    counts = Counter(id(parameter) for group in groups for parameter in group.parameters)
+    if strange := [one for one in counts if one not in names]:
+        raise StepError(where, f"{len(strange)} of their weights are not trainable weights of the model", fix)
+    if absent := [name for one, name in names.items() if one not in counts]:
+        raise StepError(where, f"{absent[0]} is in none of them", fix)
+    if twice := [names[one] for one, count in counts.items() if count > 1]:
+        raise StepError(where, f"{twice[0]} is in two of them", fix)
+    if wrong := [group.rate for group in groups if not group.rate > 0]:
+        raise StepError(where, f"a rate is {wrong[0]}, and rates are above 0", fix)
+
+
 def drive(
-    trainer: Trainer, progress: Progress, batches: Sequence[Sequence[str]], heldout: Sequence[str] = ()
+    trainer: Driven, progress: Progress, batches: Sequence[Sequence[str]], heldout: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """Train to the end, from the last complete checkpoint if there is one, and measure held-out rows.
 
     Args:
-        trainer: of the plugin; its training rows are in the order of ``batches``.
+        trainer: of :func:`build`; its training rows are in the order of ``batches``.
         progress: callbacks.
         batches: row ids of every optimiser step, for messages.
         heldout: ids of the held-out rows.
@@ -165,10 +217,7 @@ def drive(
         StepError: the loss is not a number.
         StoppedError: a signal asked to stop; a checkpoint has been written.
     """
-    plain = type(trainer)
-    trainer.__class__ = type(f"Driven{plain.__name__}", (_Driven, plain), {})
-    assert isinstance(trainer, _Driven)
-    trainer._harness_batches, trainer._harness_heldout, trainer._harness_measured = batches, heldout, None
+    trainer.harness_batches, trainer.harness_heldout = batches, heldout
     # The harness shows progress itself.
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Callback(progress))
@@ -185,7 +234,7 @@ def drive(
         raise StoppedError(progress.stop)
     if heldout:
         trainer.evaluate()
-    return trainer._harness_measured[1] if trainer._harness_measured is not None else []
+    return trainer.harness_measured[1] if trainer.harness_measured is not None else []
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -199,32 +248,59 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(complete)[1] if complete else None
 
 
-class _Driven(Trainer):
-    """Mixed in front of the plugin's trainer class."""
+class Driven(Trainer):
+    """Mixed in front of the plugin's trainer class by :func:`build`."""
 
-    _harness_batches: Sequence[Sequence[str]]
-    _harness_heldout: Sequence[str]
-    _harness_measured: tuple[int, list[dict[str, Any]]] | None
+    harness_batches: Sequence[Sequence[str]] = ()
+    harness_heldout: Sequence[str] = ()
+    harness_measured: tuple[int, list[dict[str, Any]]] | None = None
+    harness_groups: Sequence[ParameterGroup] | None = None
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """Held-out rows, each weighing the same; nothing is done again at a step that has been evaluated."""
         step = self.state.global_step
-        if self._harness_measured is None or self._harness_measured[0] != step:
-            self._harness_measured = step, measure(self, self._harness_heldout)
-            found = {f"{metric_key_prefix}_{k}": v for k, v in means(self._harness_measured[1]).items()}
+        if self.harness_measured is None or self.harness_measured[0] != step:
+            self.harness_measured = step, measure(self, self.harness_heldout)
+            found = {f"{metric_key_prefix}_{k}": v for k, v in means(self.harness_measured[1]).items()}
             self.log(dict(found))
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
-        return {f"{metric_key_prefix}_{k}": v for k, v in means(self._harness_measured[1]).items()}
+        return {f"{metric_key_prefix}_{k}": v for k, v in means(self.harness_measured[1]).items()}
 
-    def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
-        # The rows already lie in the order of the batch plan.
-        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own optimiser; with groups of the adapter, the recipe's over those.
+
+        Raises:
+            StepError: groups that do not cover the trainable weights, or beside an optimiser of the trainer's own.
+        """
+        groups, model = self.harness_groups, self.model
+        if groups is None:
+            return super().create_optimizer(*args, **kwargs)
+        assert model is not None
+        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
+            raise _fault("its trainer brings an optimiser, and the adapter has parameter groups: one would be ignored")
+        check_groups(model, groups)
+        decaying = set(self.get_decay_parameter_names(model))
+        decays = {id(p) for name, p in model.named_parameters() if name in decaying}
+        cls, arguments = self.get_optimizer_cls_and_kwargs(self.args)
+        made = []
+        for group in groups:
+            for decay in (True, False):
+                chosen = [parameter for parameter in group.parameters if (id(parameter) in decays) is decay]
+                if chosen:
+                    weight_decay = self.args.weight_decay if decay else 0.0
+                    rate = self.args.learning_rate * group.rate
+                    made.append({"params": chosen, "lr": rate, "weight_decay": weight_decay})
+        self.optimizer = cls(made, **arguments)
+        return self.optimizer
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Nothing: TRL writes a card into every checkpoint, and ours is written once, at the end."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss.detach()).all():
             step = self.state.global_step
-            ids = self._harness_batches[step] if step < len(self._harness_batches) else []
+            ids = self.harness_batches[step] if step < len(self.harness_batches) else []
             raise StepError(
                 f"step {step + 1}",
                 f"the loss is {loss.item()} on rows {', '.join(map(str, ids))}",
@@ -240,10 +316,6 @@ class _Driven(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         with writing(folder / TRAINABLE):
             save_file(trainable(self.model), folder / TRAINABLE)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with writing(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
-            super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         restore(self.model if model is None else model, Path(resume_from_checkpoint) / TRAINABLE)

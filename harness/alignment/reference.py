@@ -120,10 +120,12 @@ def pair_scorer(
     from trl.trainer.utils import add_fused_lm_head
 
     from harness.alignment.driver import out_of_memory
+    from harness.alignment.labels import project_labels_alone
     from harness.alignment.pairwise_trainer import pair_logps
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     add_fused_lm_head(base)
+    project_labels_alone(base)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     collate = DataCollatorForPreference(pad_token_id=pad)
 

@@ -240,7 +240,9 @@ def plugins(context: typer.Context, plugin: PluginFiles = None, as_json: Json = 
 
 @plugins_app.command("new")
 def plugins_new(
-    kind: Annotated[str, typer.Argument(help="aligner, adapter, merger, scorer, dataset, engine, executor or task.")],
+    kind: Annotated[
+        str, typer.Argument(help="aligner, adapter, merger, scorer, dataset, converter, engine, executor or task.")
+    ],
     name: Annotated[str, typer.Argument(help="Name that users will choose it by.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write; by default ./harness-NAME.")] = None,
 ) -> None:
