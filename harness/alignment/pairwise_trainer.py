@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer import add_fused_lm_head
 
 from harness.alignment.heldout import ACCURACY, LOSS, MARGIN
 from harness.alignment.prefix_sharing import PrefixCollator, refuse_unless_exact, shared_logps

@@ -116,8 +116,8 @@ def pair_scorer(
         bf16: whether training runs under bf16 autocast: then so does this, or the first ratios would not be 1.
     """
     import torch
+    from trl.trainer import add_fused_lm_head
     from trl.trainer.dpo_trainer import DataCollatorForPreference
-    from trl.trainer.utils import add_fused_lm_head
 
     from harness.alignment.driver import out_of_memory
     from harness.alignment.labels import project_labels_alone
