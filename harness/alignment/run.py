@@ -316,7 +316,7 @@ class _Run:
         """One training in this process, alone or as one of several."""
         import datasets
 
-        from harness.alignment import driver
+        from harness.alignment import driven, driver
 
         plan, recipe = self.plan, self.plan.recipe
         model, cuda, bf16 = self._open_model()
@@ -356,7 +356,7 @@ class _Run:
             heldout=datasets.Dataset.from_list(held_rows) if held_rows else None,
         )
         call = plan.aligner.trainer(job)
-        trainer = driver.build(call, job, plan.adapter.parameter_groups(model, plan.adapter_options))
+        trainer = driven.build(call, job, plan.adapter.parameter_groups(model, plan.adapter_options))
         advance = self.reporter.start(plan.arm, recipe.steps)
         self._progress = driver.Progress(
             _stepper(advance, self.reporter, [sum(_tokens(train.rows[i]) for i in step) for step in steps]),

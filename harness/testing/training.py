@@ -75,7 +75,7 @@ def check_adapter(adapter: Adapter, *, options: Mapping[str, Any] | None = None)
 
 def _check_groups(adapter: Adapter, model: Any, config: Any) -> None:
     """Groups with learning rates of their own, as the driver would refuse them."""
-    from harness.alignment.driver import check_groups
+    from harness.alignment.driven import check_groups
 
     groups = adapter.parameter_groups(model, config)
     if groups is None:
@@ -166,7 +166,7 @@ def _train(
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from harness.alignment import driver
+    from harness.alignment import driven
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = tiny_model(Path(scratch) / "tiny")
@@ -194,7 +194,7 @@ def _train(
             "disable_tqdm": True,
             "seed": 0,
             "data_seed": 0,
-            "train_sampling_strategy": driver.IN_ORDER,
+            "train_sampling_strategy": driven.IN_ORDER,
         }
 
         def arguments(cls: Any, **overrides: Any) -> Any:
@@ -213,7 +213,7 @@ def _train(
         )
         rule = "`trainer` returns a harness.TrainerCall of a transformers.Trainer on the rows of the job."
         try:
-            trainer = driver.build(aligner.trainer(job), job)
+            trainer = driven.build(aligner.trainer(job), job)
             rule = f"The trainer logs a finite loss at each of {steps} steps."
             trainer.train()
         except HarnessError as error:

@@ -72,7 +72,7 @@ def test_the_optimiser_has_the_groups_with_the_recipes_decay(tiny: Path, alone: 
     from transformers import Trainer, TrainingArguments
 
     from harness import TrainerCall, TrainingJob
-    from harness.alignment.driver import IN_ORDER, build
+    from harness.alignment.driven import IN_ORDER, build
 
     model, config = attached(tiny, lora_plus_ratio=4, dora=True)
     rows = Dataset.from_list([{"input_ids": [1, 2]}])

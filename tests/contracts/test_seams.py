@@ -84,7 +84,7 @@ def test_no_private_method_of_a_trainer_is_missing_on_the_page() -> None:
     """Ours that stand in place of one of theirs, and theirs that ours use."""
     from transformers import Trainer
 
-    from harness.alignment.driver import Driven
+    from harness.alignment.driven import Driven
     from harness.alignment.pairwise_trainer import PairwiseTrainer
     from harness_plugins.aligners.sft_trainer import MaskedSftTrainer
 
@@ -142,7 +142,7 @@ def test_a_checkpoint_is_put_back_by_our_own_file(tiny: Path, tmp_path: Path) ->
     """transformers calls our method, and nothing of peft's is in a checkpoint, nor a card of TRL's."""
     import torch
 
-    from harness.alignment.driver import TRAINABLE, build, trainable
+    from harness.alignment.driven import TRAINABLE, build, trainable
     from harness_plugins.aligners.preference import Dpo
 
     first = job(tiny, tmp_path, Dpo(), rows())
@@ -163,7 +163,7 @@ def test_trl_takes_rows_as_they_are(tiny: Path, tmp_path: Path) -> None:
     """Every row, with its reference, reaches the collator as it was; no reference is computed anew."""
     from trl import DPOTrainer
 
-    from harness.alignment.driver import build
+    from harness.alignment.driven import build
     from harness_plugins.aligners.preference import Dpo
 
     assert {"_prepare_dataset", "_precompute_ref_logps"} <= vars(DPOTrainer).keys()
@@ -183,7 +183,7 @@ def test_only_labelled_positions_are_projected(
     """Prompts of 5 tokens and answers of 2: the head sees 2 positions a sequence, where TRL alone has 6 on a CPU."""
     from trl.kernels import ChunkedLogProbFunction
 
-    from harness.alignment.driver import build
+    from harness.alignment.driven import build
     from harness_plugins.aligners.preference import Dpo
     from harness_plugins.aligners.sft import Sft
 
@@ -240,7 +240,7 @@ def test_the_numbers_are_those_of_all_positions(tiny: Path, shifted: bool) -> No
 
 def test_trls_count_of_tokens_is_left_out_of_packed_rows(tiny: Path, tmp_path: Path) -> None:
     """TRL keeps it where ours takes it out; of rows that are not packed it stays."""
-    from harness.alignment.driver import build
+    from harness.alignment.driven import build
     from harness_plugins.aligners.sft import Sft
 
     data = [{**row, "completion_ids": row["chosen_ids"]} for row in rows()]

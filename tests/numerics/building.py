@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.alignment.driver import build
+from harness.alignment.driven import build
 
 
 def built(method: Any, job: Any) -> Any:
