@@ -22,18 +22,24 @@ if TYPE_CHECKING:
     )
     from harness.contracts.adapter import (
         Adapter as Adapter,
+        ParameterGroup as ParameterGroup,
     )
     from harness.contracts.aligner import (
         Aligner as Aligner,
         PairLogps as PairLogps,
         Stage as Stage,
+        TrainerCall as TrainerCall,
         TrainingJob as TrainingJob,
+    )
+    from harness.contracts.converter import (
+        Converter as Converter,
     )
     from harness.contracts.dataset import (
         Dataset as Dataset,
         DatasetJob as DatasetJob,
         DatasetRow as DatasetRow,
         RowSchema as RowSchema,
+        TrainingRow as TrainingRow,
     )
     from harness.contracts.engine import (
         Availability as Availability,
@@ -192,9 +198,10 @@ _HOME = {
     "harness.alignment.packing": "PackingCollator",
     "harness.alignment.pairwise": "PairwiseLoss PairwiseRecipe",
     "harness.alignment.run": "Alignment align",
-    "harness.contracts.adapter": "Adapter",
-    "harness.contracts.aligner": "Aligner PairLogps Stage TrainingJob",
-    "harness.contracts.dataset": "Dataset DatasetJob DatasetRow RowSchema",
+    "harness.contracts.adapter": "Adapter ParameterGroup",
+    "harness.contracts.aligner": "Aligner PairLogps Stage TrainerCall TrainingJob",
+    "harness.contracts.converter": "Converter",
+    "harness.contracts.dataset": "Dataset DatasetJob DatasetRow RowSchema TrainingRow",
     "harness.contracts.engine": "Availability Capabilities Engine ServerCommand Serving Session",
     "harness.contracts.executor": "Executor",
     "harness.contracts.hookspecs": "hookimpl",

@@ -87,3 +87,11 @@ def test_the_method_of_the_readme_loads_and_is_its_formula(tmp_path: Path) -> No
     pair = PairLogps(torch.tensor([-2.0]), torch.tensor([-6.0]), tokens, tokens)
     # margin = -1 - (-3) = 2; beta 0.1: -log sigmoid(0.2 - 0.5) = log(1 + e^0.3)
     assert float(method.loss(pair, None, method.Config())) == pytest.approx(0.854355, abs=1e-6)  # type: ignore[attr-defined]
+
+
+def test_the_rows_of_the_readme_render() -> None:
+    made: dict[str, type] = {}
+    exec(example("class Weighed"), made)
+    row = made["Weighed"](prompt="q", answer="a", weight=0.5)
+    assert row.render() == {"prompt": "q", "completion": "a"}
+    assert row.columns == ("weight",) and "weight" in made["Weighed"].model_fields  # type: ignore[attr-defined]

@@ -5,13 +5,63 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from harness.contracts.aligner import Aligner, Stage
+from harness.contracts.dataset import RowSchema, TrainingRow, schema_name
 from harness.core.errors import UserError, unknown
 from harness.core.records import AdapterInfo, ModelInfo
 from harness.core.specs import AlignSpec
+from harness.data.row_schema import FIELDS, form_of
 from harness.models import lineage
 from harness.models.chat_templates import ChatTemplate, resolve_template, with_template_of
 from harness.models.inspect import inspect_adapter
 from harness.models.locate import is_url
+
+TAKEN = (
+    *("id", "prompt_ids", "completion_ids", "labels_mask", "chosen_ids", "rejected_ids"),
+    *("ref_chosen_logps", "ref_rejected_logps"),
+)
+"""Columns of tokenised rows, which no class of rows can have as its own."""
+
+
+def check_method(aligner: Aligner, recipe: Any) -> None:
+    """What an aligner says of itself must be something that can be trained.
+
+    Raises:
+        UserError: rows that hold nothing to train on, a reference for rows that are no pairs, or other stages than one.
+    """
+    schema = _rows_of(aligner)
+    name = schema_name(schema)
+    if aligner.needs_reference and form_of(schema) != "pairs":
+        what = f"{aligner.name} needs a reference and consumes {name}: only pairs have one"
+        raise UserError("METHOD", what, "Consume pairs, or set needs_reference = False.")
+    stages = aligner.stages(recipe)
+    if not isinstance(stages, tuple) or not stages or not all(isinstance(stage, Stage) for stage in stages):
+        what = f"`stages` of {aligner.name} returned {stages!r}"
+        raise UserError("METHOD", what, "Return a tuple of one or more harness.Stage.")
+    if len(stages) != 1:
+        # Training the first alone would look like success.
+        raise UserError("METHOD", f"{aligner.name} has {len(stages)} stages", "Only methods of one stage can be run.")
+    if stages[0].consumes != name:
+        what = f"stage {stages[0].name} of {aligner.name} consumes {stages[0].consumes}, and {aligner.name} {name}"
+        raise UserError("METHOD", what, "Let both name the same rows.")
+
+
+def _rows_of(aligner: Aligner) -> RowSchema | type[TrainingRow]:
+    """What an aligner consumes, where that can be trained on."""
+    # Of a class that says nothing there is no such attribute.
+    schema: RowSchema | type[TrainingRow] | None = getattr(aligner, "consumes", None)
+    if isinstance(schema, type) and issubclass(schema, TrainingRow):
+        for column in schema.columns:
+            if column not in schema.model_fields or column in TAKEN:
+                what = f"{schema.__name__}.columns of {aligner.name} names {column!r}, which is "
+                what += "a column of the harness's own" if column in TAKEN else "no field of the class"
+                raise UserError("METHOD", what, f"Fields: {', '.join(schema.model_fields)}.")
+        return schema
+    if not isinstance(schema, str) or schema not in FIELDS or schema == "prompts":
+        known = ", ".join(name for name in FIELDS if name != "prompts")
+        what = f"{aligner.name} consumes {schema!r}, which are no rows to train on"
+        raise UserError("METHOD", what, f"Consume {known}, or a subclass of harness.TrainingRow.")
+    return schema
 
 
 def take_group(options: dict[str, Any], name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Drive a trainer that a plugin built: order of rows, checkpoints, resume, log, memory that runs out, signals.
+"""Drive a trainer to its end: order of rows, checkpoints, resume, log, memory that runs out, signals.
 
 Heavy: imported when training starts.
 """
@@ -15,17 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch.utils.data import SequentialSampler
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
-from harness.alignment.heldout import means, measure
+from harness.alignment.driven import IN_ORDER, Driven
 from harness.contracts.recipe import Recipe
-from harness.core.errors import StepError
 from harness.steps.files import fsync_folder, write_json, writing
 from harness.steps.folder import CHECKPOINT_COMPLETE
-
-TRAINABLE = "trainable.safetensors"
 
 
 class StoppedError(BaseException):
@@ -76,18 +71,6 @@ def micro_batch_size(batch_size: int, most: int) -> int:
     return max(rows for rows in range(1, min(batch_size, most) + 1) if batch_size % rows == 0)
 
 
-def project_labels_alone() -> None:
-    """Let TRL's fused head project only positions that carry loss onto the vocabulary, on a CPU too.
-
-    TRL 1.16 does so where Triton is, and elsewhere scores every position, because some devices compile anew for each
-    shape. A CPU does not, and prompts are more than half of the tokens.
-    """
-    from trl.kernels import chunked_logprob
-    from trl.trainer import utils
-
-    utils._use_triton = lambda device: device.type == "cpu" or chunked_logprob._use_triton(device)
-
-
 @dataclass
 class Progress:
     """What callbacks tell the driver, and the driver the callbacks."""
@@ -133,6 +116,8 @@ def settings(
         "disable_tqdm": True,
         "log_level": "error",
         "dataloader_num_workers": 0,
+        # The rows already lie in the order of the batch plan.
+        "train_sampling_strategy": IN_ORDER,
         **(_shared(cuda) if processes > 1 else {}),
     }
 
@@ -148,12 +133,12 @@ def optimizer_name(cuda: bool) -> str:
 
 
 def drive(
-    trainer: Trainer, progress: Progress, batches: Sequence[Sequence[str]], heldout: Sequence[str] = ()
+    trainer: Driven, progress: Progress, batches: Sequence[Sequence[str]], heldout: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """Train to the end, from the last complete checkpoint if there is one, and measure held-out rows.
 
     Args:
-        trainer: of the plugin; its training rows are in the order of ``batches``.
+        trainer: of :func:`harness.alignment.driven.build`; its training rows are in the order of ``batches``.
         progress: callbacks.
         batches: row ids of every optimiser step, for messages.
         heldout: ids of the held-out rows.
@@ -165,10 +150,7 @@ def drive(
         StepError: the loss is not a number.
         StoppedError: a signal asked to stop; a checkpoint has been written.
     """
-    plain = type(trainer)
-    trainer.__class__ = type(f"Driven{plain.__name__}", (_Driven, plain), {})
-    assert isinstance(trainer, _Driven)
-    trainer._harness_batches, trainer._harness_heldout, trainer._harness_measured = batches, heldout, None
+    trainer.harness_batches, trainer.harness_heldout = batches, heldout
     # The harness shows progress itself.
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Callback(progress))
@@ -185,7 +167,7 @@ def drive(
         raise StoppedError(progress.stop)
     if heldout:
         trainer.evaluate()
-    return trainer._harness_measured[1] if trainer._harness_measured is not None else []
+    return trainer.harness_measured[1] if trainer.harness_measured is not None else []
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -197,74 +179,6 @@ def last_checkpoint(folder: Path) -> Path | None:
         else:
             shutil.rmtree(path)
     return max(complete)[1] if complete else None
-
-
-class _Driven(Trainer):
-    """Mixed in front of the plugin's trainer class."""
-
-    _harness_batches: Sequence[Sequence[str]]
-    _harness_heldout: Sequence[str]
-    _harness_measured: tuple[int, list[dict[str, Any]]] | None
-
-    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-        """Held-out rows, each weighing the same; nothing is done again at a step that has been evaluated."""
-        step = self.state.global_step
-        if self._harness_measured is None or self._harness_measured[0] != step:
-            self._harness_measured = step, measure(self, self._harness_heldout)
-            found = {f"{metric_key_prefix}_{k}": v for k, v in means(self._harness_measured[1]).items()}
-            self.log(dict(found))
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
-        return {f"{metric_key_prefix}_{k}": v for k, v in means(self._harness_measured[1]).items()}
-
-    def _get_train_sampler(self, *_: Any, **__: Any) -> SequentialSampler:
-        # The rows already lie in the order of the batch plan.
-        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss.detach()).all():
-            step = self.state.global_step
-            ids = self._harness_batches[step] if step < len(self._harness_batches) else []
-            raise StepError(
-                f"step {step + 1}",
-                f"the loss is {loss.item()} on rows {', '.join(map(str, ids))}",
-                "Lower learning_rate, or look at those rows with `harness data show`.",
-            )
-        return loss
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The trainable weights alone: adapters of any kind, or all weights."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        with writing(folder / TRAINABLE):
-            save_file(trainable(self.model), folder / TRAINABLE)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with writing(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
-            super()._save_checkpoint(model, trial)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        restore(self.model if model is None else model, Path(resume_from_checkpoint) / TRAINABLE)
-
-
-def trainable(model: Any) -> dict[str, torch.Tensor]:
-    """Copies of the trainable weights, by name, on the CPU."""
-    return {
-        name: parameter.detach().to("cpu", copy=True).contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-
-
-def restore(model: Any, file: Path) -> None:
-    """Put saved trainable weights back; every one must be there."""
-    stored = load_file(file)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(stored[name])
 
 
 class _Callback(TrainerCallback):

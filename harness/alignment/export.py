@@ -30,7 +30,7 @@ class Target:
 
 def export(model: Any, target: Target) -> None:
     """Write the adapter (and the kept checkpoints) into the output folder."""
-    from harness.alignment.driver import TRAINABLE, restore
+    from harness.alignment.driven import TRAINABLE, restore
 
     for step in target.plan.spec.checkpoints:
         folder = target.work.path / "checkpoints" / f"checkpoint-{step}"

@@ -48,8 +48,8 @@ def measure(trainer: Trainer, ids: Sequence[str]) -> list[dict[str, Any]]:
         trainer.args.per_device_eval_batch_size = 1
     trainer.model.eval()
     columns: dict[str, list[float]] = {}
-    for raw in trainer.get_eval_dataloader():
-        inputs = trainer._prepare_inputs(raw)
+    # accelerate has moved the inputs to the model's device.
+    for inputs in trainer.get_eval_dataloader():
         with torch.no_grad(), trainer.compute_loss_context_manager():
             if values_of is not None:
                 found = values_of(trainer.model, inputs)

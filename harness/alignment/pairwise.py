@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 from typing_extensions import TypeVar
 
-from harness.contracts.aligner import Aligner, PairLogps, Stage, TrainingJob
+from harness.contracts.aligner import Aligner, PairLogps, TrainerCall, TrainingJob
 from harness.contracts.dataset import RowSchema
 from harness.contracts.recipe import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import Trainer
 
 
 class PairwiseRecipe(Recipe):
@@ -83,12 +82,8 @@ class PairwiseLoss(Aligner[P]):
             )
         return config.beta * (policy.chosen - reference.chosen), config.beta * (policy.rejected - reference.rejected)
 
-    def stages(self, config: P) -> tuple[Stage, ...]:
-        """One stage on pairs."""
-        return (Stage("train", "pairs"),)
-
-    def trainer(self, job: TrainingJob[P]) -> Trainer:
+    def trainer(self, job: TrainingJob[P]) -> TrainerCall:
         """A DPO trainer of TRL's with this loss in it."""
-        from harness.alignment.pairwise_trainer import build
+        from harness.alignment.pairwise_trainer import trainer_call
 
-        return build(self, job)
+        return trainer_call(self, job)

@@ -7,18 +7,17 @@ training starts.
 
 from __future__ import annotations
 
-import warnings
+from collections import defaultdict
 from typing import Any, ClassVar, Protocol
 
 import torch
 from datasets import Dataset
-from transformers.trainer import Trainer
 from trl import DPOConfig, DPOTrainer
-from trl.trainer.utils import add_fused_lm_head
+from trl.trainer import add_fused_lm_head
 
 from harness.alignment.heldout import ACCURACY, LOSS, MARGIN
 from harness.alignment.prefix_sharing import PrefixCollator, refuse_unless_exact, shared_logps
-from harness.contracts.aligner import PairLogps, TrainingJob
+from harness.contracts.aligner import PairLogps, TrainerCall, TrainingJob
 from harness.core.errors import StepError
 
 
@@ -40,6 +39,7 @@ class PairwiseTrainer(DPOTrainer):  # type: ignore[misc]  # mypy does not follow
 
     def __init__(self, method: Method, config: Any, **arguments: Any) -> None:
         self._method, self._method_config = method, config
+        self._of_pairs: defaultdict[str, list[float]] = defaultdict(list)
         trainable = {n: p.data for n, p in arguments["model"].named_parameters() if p.requires_grad}
         super().__init__(**arguments)
         # TRL copies an adapter that is already there as its reference; ours is computed beforehand.
@@ -78,13 +78,19 @@ class PairwiseTrainer(DPOTrainer):  # type: ignore[misc]  # mypy does not follow
                 "logps/chosen": policy.chosen,
                 "logps/rejected": policy.rejected,
             }
-            gathered = self.accelerator.gather_for_metrics(torch.stack([v.float() for v in values.values()], dim=1))
-            metrics = self._metrics["train" if self.model.training else "eval"]
+            gathered_BV = self.accelerator.gather_for_metrics(torch.stack([v.float() for v in values.values()], dim=1))
             # Pair by pair, so that what is logged is a mean over pairs, whatever the batches.
-            for name, per_pair in zip(values, gathered.T.tolist(), strict=True):
-                metrics[name].extend(per_pair)
+            for name, per_pair in zip(values, gathered_BV.T.tolist(), strict=True) if trained else ():
+                self._of_pairs[name].extend(per_pair)
         loss = loss_B.mean()
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """What the trainer logs in training, with the means over all pairs since the last time."""
+        if self.model.training:
+            logs.update({name: sum(values) / len(values) for name, values in self._of_pairs.items()})
+            self._of_pairs.clear()
+        super().log(logs, start_time)
 
     def _both(self, model: Any, inputs: dict[str, Any]) -> tuple[PairLogps, PairLogps | None]:
         policy = shared_logps(model, inputs) if "segments" in inputs else pair_logps(model, inputs)
@@ -104,17 +110,6 @@ class PairwiseTrainer(DPOTrainer):  # type: ignore[misc]  # mypy does not follow
             "rewards/chosen": chosen_B,
             "rewards/rejected": rejected_B,
         }
-
-    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        """Held-out rows: the loss alone; rewards come through the log."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-        return loss.detach(), None, None
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # TRL writes a model card into every checkpoint; ours is written once, at the end.
-        Trainer._save_checkpoint(self, model, trial)
 
 
 def pair_logps(model: Any, inputs: dict[str, Any]) -> PairLogps:
@@ -210,8 +205,12 @@ def _fault(method: Method, what: str) -> StepError:
     )
 
 
-def build(method: Method, job: TrainingJob) -> PairwiseTrainer:
-    """The trainer of one stage."""
+def trainer_call(method: Method, job: TrainingJob) -> TrainerCall:
+    """The trainer of one stage, not yet built.
+
+    Raises:
+        UserError: prefix sharing that would not be exact.
+    """
     arguments = job.arguments(
         DPOConfig,
         # The adapter's own dropout is part of the recipe; TRL's default would set it to 0.
@@ -227,15 +226,16 @@ def build(method: Method, job: TrainingJob) -> PairwiseTrainer:
         refuse_unless_exact(job.model.config)
         pad = job.tokenizer.pad_token_id if job.tokenizer.pad_token_id is not None else job.tokenizer.eos_token_id
         collator = PrefixCollator(int(pad))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return PairwiseTrainer(
-            method,
-            job.config,
-            model=job.model,
-            args=arguments,
-            train_dataset=job.rows,
-            eval_dataset=job.heldout,
-            processing_class=job.tokenizer,
-            data_collator=collator,
-        )
+    return TrainerCall(
+        PairwiseTrainer,
+        {
+            "method": method,
+            "config": job.config,
+            "model": job.model,
+            "args": arguments,
+            "train_dataset": job.rows,
+            "eval_dataset": job.heldout,
+            "processing_class": job.tokenizer,
+            "data_collator": collator,
+        },
+    )

@@ -10,6 +10,7 @@ from harness.alignment.checks import (
     check_checkpoints,
     check_data_options,
     check_is_folder,
+    check_method,
     check_processes,
     find_start,
     take_group,
@@ -21,7 +22,6 @@ from harness.contracts.dataset import Dataset
 from harness.contracts.recipe import Recipe
 from harness.contracts.registry import Registry
 from harness.core.config import parse_options
-from harness.core.errors import UserError
 from harness.core.machine import torch_device
 from harness.core.records import AdapterInfo, ModelInfo
 from harness.core.specs import AlignSpec
@@ -93,9 +93,7 @@ def plan_align(
     defaults = {k: v for k, v in recipe.adapter_defaults.items() if k in adapter.Config.model_fields}
     adapter_options = parse_options(adapter.Config, {**defaults, **adapter_given}, "--set adapter")
     adapter.quantization(adapter_options)
-    if len(stages := aligner.stages(recipe)) != 1:
-        # Training the first alone would look like success.
-        raise UserError("METHOD", f"{spec.method} has {len(stages)} stages", "Only methods of one stage can be run.")
+    check_method(aligner, recipe)
     # From here on the expression names the commits, and so do the arm, its rows and every record.
     spec = spec.model_copy(update={"dataset": once(at_revisions, spec.dataset, registry, spec.data_revisions)})
     parts = once(parse_expression, spec.dataset, registry)

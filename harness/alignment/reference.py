@@ -116,14 +116,16 @@ def pair_scorer(
         bf16: whether training runs under bf16 autocast: then so does this, or the first ratios would not be 1.
     """
     import torch
+    from trl.trainer import add_fused_lm_head
     from trl.trainer.dpo_trainer import DataCollatorForPreference
-    from trl.trainer.utils import add_fused_lm_head
 
     from harness.alignment.driver import out_of_memory
+    from harness.alignment.labels import project_labels_alone
     from harness.alignment.pairwise_trainer import pair_logps
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     add_fused_lm_head(base)
+    project_labels_alone(base)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     collate = DataCollatorForPreference(pad_token_id=pad)
 

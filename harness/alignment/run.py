@@ -21,8 +21,8 @@ from harness.alignment.heldout import HELDOUT, means, summaries
 from harness.alignment.plan import AlignPlan, plan_align
 from harness.alignment.policy import described_quantization, open_policy, release, starting_policy
 from harness.alignment.ranks import ALONE, Children, Rank, plugin_files, train_apart
-from harness.contracts.aligner import TrainingJob
-from harness.contracts.dataset import Dataset
+from harness.contracts.aligner import Aligner, TrainingJob
+from harness.contracts.dataset import Dataset, schema_name
 from harness.contracts.registry import Registry, load_plugins
 from harness.core.config import parse_options
 from harness.core.errors import Requeue, StepError, UserError
@@ -30,6 +30,7 @@ from harness.core.progress import Reporter, stored
 from harness.core.specs import AlignSpec, ModelSpec
 from harness.core.stats import Summary
 from harness.data.expression import parse_expression
+from harness.data.row_schema import form_of
 from harness.data.selection import Keep, Selection, select
 from harness.data.token_cache import Prepared, TokenCache, pinned
 from harness.data.tokenise import Tokenised, Tokeniser
@@ -197,8 +198,11 @@ class _Run:
             "template": plan.template.digest,
             "max_length": min(recipe.max_length, plan.model.max_length),
             "loss_on": recipe.loss_on,
-            "schema": str(plan.aligner.consumes),
+            "schema": schema_name(plan.aligner.consumes),
         }
+        if not isinstance(plan.aligner.consumes, str):
+            # Its `render` decides what is tokenised.
+            how["code"] = code_digest(self.registry.registered(Aligner, plan.spec.method, "METHOD"))
         return TokenCache({"data": plan.data, "code": code} if pinned(plan.data) else {}, how)
 
     def _select(self, keep: Keep) -> Selection:
@@ -215,13 +219,13 @@ class _Run:
         )
 
     def _tokeniser(self) -> Tokeniser:
-        recipe, schema = self.plan.recipe, str(self.plan.aligner.consumes)
+        recipe, schema = self.plan.recipe, self.plan.aligner.consumes
         return Tokeniser(
             self.tokenizer,
             self.plan.template,
             max_length=min(recipe.max_length, self.plan.model.max_length),
             schema=schema,
-            loss_on="last" if schema == "pairs" else recipe.loss_on,
+            loss_on="last" if form_of(schema) == "pairs" else recipe.loss_on,
         )
 
     def _say_counts(self, selection: Selection, train: Tokenised) -> None:
@@ -310,10 +314,9 @@ class _Run:
         """One training in this process, alone or as one of several."""
         import datasets
 
-        from harness.alignment import driver
+        from harness.alignment import driven, driver
 
         plan, recipe = self.plan, self.plan.recipe
-        driver.project_labels_alone()
         model, cuda, bf16 = self._open_model()
         lengths = [_length(row) for row in train.rows]
         steps = driver.order_rows(lengths, batch_size=recipe.batch_size, steps=recipe.steps, seed=plan.spec.seed)
@@ -350,7 +353,8 @@ class _Run:
             arguments=lambda cls, **overrides: cls(**{**common, **overrides}),
             heldout=datasets.Dataset.from_list(held_rows) if held_rows else None,
         )
-        trainer = plan.aligner.trainer(job)
+        call = plan.aligner.trainer(job)
+        trainer = driven.build(call, job, plan.adapter.parameter_groups(model, plan.adapter_options))
         advance = self.reporter.start(plan.arm, recipe.steps)
         self._progress = driver.Progress(
             _stepper(advance, self.reporter, [sum(_tokens(train.rows[i]) for i in step) for step in steps]),
@@ -359,7 +363,7 @@ class _Run:
         )
         self._progress.stop = self._signal
         if self.rank.first:
-            self._record_engine(trainer, micro)
+            self._record_engine(call.cls.__name__, trainer, micro)
         held_ids = [row["id"] for row in held_rows]
         measured = driver.drive(trainer, self._progress, ids, held_ids)
         if self.rank.first:
@@ -407,14 +411,14 @@ class _Run:
         ]
         return full[: len(rows)], full[len(rows) :]
 
-    def _record_engine(self, trainer: Any, micro: int) -> None:
+    def _record_engine(self, name: str, trainer: Any, micro: int) -> None:
         """What is really in force: dropout, dtypes, optimiser, batch."""
         import torch
 
         dtypes = {str(p.dtype) for p in trainer.model.parameters() if p.requires_grad}
         dropouts = {m.p for n, m in trainer.model.named_modules() if isinstance(m, torch.nn.Dropout)}
         facts = {
-            "trainer": type(trainer).__name__,
+            "trainer": name,
             "optimizer": str(trainer.args.optim.value),
             "trainable_dtypes": sorted(dtypes),
             "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),

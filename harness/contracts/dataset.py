@@ -7,12 +7,45 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from harness.contracts.plugin import C, Plugin
 
 RowSchema = Literal["prompts", "demonstrations", "pairs", "rated"]
 """What rows hold; :mod:`harness.data.row_schema` has an example of each."""
+
+
+class TrainingRow(BaseModel):
+    """Rows of a plugin's own: extend it with fields, and say what of them is trained on.
+
+    An aligner ``consumes`` the class; a data set's ``schema``, or a converter's ``target``, is the class too.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: str | list[dict[str, str]]
+    """Text or messages; rows are held out by it."""
+
+    form: ClassVar[Literal["demonstrations", "pairs"]] = "demonstrations"
+    """Which of the two forms ``render`` returns, and so which token ids ``TrainingJob.rows`` carry."""
+    columns: ClassVar[tuple[str, ...]] = ()
+    """Names of fields that the trainer gets in ``TrainingJob.rows`` as they are, beside the token ids."""
+
+    def render(self) -> Mapping[str, Any]:
+        """What is trained on: ``prompt`` with ``completion``, or with ``chosen`` and ``rejected``, as ``form`` says.
+
+        The chat template and the tokenizer are applied to that; what does not fit is dropped and counted.
+        """
+        return {"prompt": self.prompt, **{name: getattr(self, name) for name in ANSWERS[self.form]}}
+
+
+ANSWERS: dict[str, tuple[str, ...]] = {"demonstrations": ("completion",), "pairs": ("chosen", "rejected")}
+"""The texts of each form that follow a prompt."""
+
+
+def schema_name(schema: RowSchema | type[BaseModel]) -> str:
+    """A schema as records and messages have it: of a class its name."""
+    return schema if isinstance(schema, str) else schema.__name__
 
 
 @dataclass(frozen=True)

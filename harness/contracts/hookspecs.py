@@ -9,6 +9,7 @@ import pluggy
 
 from harness.contracts.adapter import Adapter
 from harness.contracts.aligner import Aligner
+from harness.contracts.converter import Converter
 from harness.contracts.dataset import Dataset
 from harness.contracts.engine import Engine
 from harness.contracts.executor import Executor
@@ -47,6 +48,11 @@ def register_datasets() -> Iterable[Dataset]:  # type: ignore[empty-body]
 
 
 @hookspec
+def register_converters() -> Iterable[Converter]:  # type: ignore[empty-body]
+    """Yield conversions between row schemas."""
+
+
+@hookspec
 def register_engines() -> Iterable[Engine]:  # type: ignore[empty-body]
     """Yield engines."""
 
@@ -82,6 +88,7 @@ REGISTRATION = {
     "register_mergers": "merger",
     "register_scorers": "scorer",
     "register_datasets": "dataset",
+    "register_converters": "converter",
     "register_engines": "engine",
     "register_executors": "executor",
     "register_tasks": "tasks",

@@ -14,7 +14,7 @@ from typing_extensions import TypeVar
 
 from harness.core import config
 
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
 C = TypeVar("C", bound=config.Config, default=Any)
 """A plugin's own Config: ``class Mine(Merger["Mine.Config"])`` has its ``config`` typed; left out, it is Any."""
 

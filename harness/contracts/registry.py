@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from harness.contracts import hookspecs
 from harness.contracts.adapter import Adapter
 from harness.contracts.aligner import Aligner
+from harness.contracts.converter import Converter
 from harness.contracts.dataset import Dataset
 from harness.contracts.engine import Engine
 from harness.contracts.executor import Executor
@@ -39,7 +40,7 @@ class TaskFolder:
 
 Observer = Callable[..., None]
 KINDS: dict[str, type[Plugin]] = {
-    cls.kind: cls for cls in (Aligner, Adapter, Merger, Scorer, Dataset, Engine, Executor)
+    cls.kind: cls for cls in (Aligner, Adapter, Merger, Scorer, Dataset, Converter, Engine, Executor)
 }
 
 GROUP = "harness"

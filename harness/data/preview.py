@@ -6,15 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
-
 from harness.contracts.dataset import Dataset
 from harness.contracts.registry import Registry
 from harness.core.errors import UserError
 from harness.core.specs import ModelSpec
 from harness.core.text import visible
 from harness.data.selection import Selection, select
-from harness.data.tokenise import LossOn, Tokenised, tokenise_demonstrations, tokenise_pairs
+from harness.data.tokenise import LossOn, Tokenised, Tokeniser
 from harness.models.chat_templates import ChatTemplate, resolve_template
 
 if TYPE_CHECKING:
@@ -94,17 +92,9 @@ def look(
     tokenizer = open_tokenizer(info)
     first = selection.train[: max(rows, CHECKED)]
     length = min(max_length, info.max_length)
-    tokenise = _tokeniser(selection.schema)
-    tokenised = tokenise(first, tokenizer, chosen, max_length=length, loss_on=loss_on)
-    return Shown(selection, chosen, tokenised, tokenizer, len(first))
-
-
-def _tokeniser(schema: str | type[BaseModel]) -> Any:
-    if schema == "pairs":
-        return tokenise_pairs
-    if schema in ("demonstrations", "rated"):
-        return tokenise_demonstrations
-    raise UserError("harness data show", f"rows of {schema!r} have no rendering of their own", "Show pairs or another.")
+    tokeniser = Tokeniser(tokenizer, chosen, max_length=length, schema=selection.schema, loss_on=loss_on)
+    tokeniser.keep(first)
+    return Shown(selection, chosen, tokeniser.finish(), tokenizer, len(first))
 
 
 LOSS_ON: tuple[LossOn, ...] = ("last", "all_answers", "everything")
@@ -166,8 +156,12 @@ def _sequences(row: Mapping[str, Any]) -> Iterator[tuple[str, list[int], list[in
             answer = row[f"{name}_ids"]
             yield f"prompt + {name}", prompt + answer, [0] * len(prompt) + [1] * len(answer)
     else:
-        rating = f" (rating {row['rating']:g})" if "rating" in row else ""
-        yield f"prompt + completion{rating}", prompt + row["completion_ids"], row["labels_mask"]
+        ratings = ", ".join(f"{name} {value}" for name, value in row.get("ratings", {}).items())
+        yield (
+            f"prompt + completion{f' ({ratings})' if ratings else ''}",
+            prompt + row["completion_ids"],
+            row["labels_mask"],
+        )
 
 
 def _runs(loss: Sequence[int]) -> Iterator[tuple[int, int, bool]]:

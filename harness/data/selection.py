@@ -14,25 +14,24 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from pydantic import BaseModel
-
-from harness.contracts.dataset import Dataset, DatasetJob, DatasetRow, RowSchema
+from harness.contracts.dataset import Dataset, DatasetJob, DatasetRow, schema_name
 from harness.contracts.registry import Registry
 from harness.core.config import parse_options
 from harness.core.errors import UserError, unknown
 from harness.core.records import canonical
+from harness.data.convert import conversion_codes, convert
 from harness.data.expression import LISTING, OPTION, Part, parse_expression, trainable
 from harness.data.hub import read_all
-from harness.data.row_schema import settled
+from harness.data.row_schema import Schema, settled
 from harness.data.separation import HeldOut, is_held_out, prompt_key
 
 RULES = 2
 """Raised when other rows may come of the same expression: enters a selection's identity."""
 
-Schema = RowSchema | type[BaseModel]
-Converter = Callable[[DatasetRow], Iterable[DatasetRow]]
 Keep = Callable[[Sequence[DatasetRow]], Collection[str]]
 """Ids of those rows, of some, that can be trained on."""
+IDENTITIES = {"rated": "rated, by preference"}
+"""Schemas whose rows have changed their form, so that their name alone would name other rows in ids."""
 EQUAL = (
     "the parts are unequal and their shares equal, which is our choice where no weights are given; what larger ones "
     "have beyond that is left out (A & B instead of A + B takes all rows of all)"
@@ -67,61 +66,6 @@ def selection_digest(rows: Iterable[DatasetRow]) -> str:
     for row in rows:
         hashed.update(canonical([row.id, dict(row.data)]) + b"\n")
     return hashed.hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------------- conversions
-
-_CONVERTERS: dict[tuple[Any, Any], Converter] = {}
-
-
-def add_converter(source: Schema, target: Schema, convert: Converter) -> None:
-    """Let data sets of one schema feed aligners that consume another.
-
-    Args:
-        source: schema of the data set: a name, or a plugin's own pydantic model.
-        target: what the aligner consumes.
-        convert: makes rows of the target from one row; their ids must differ.
-    """
-    _CONVERTERS[source, target] = convert
-
-
-def convert(rows: Iterable[DatasetRow], source: Schema, target: Schema, where: str = OPTION) -> Iterator[DatasetRow]:
-    """Rows of one schema as rows of another; their order stays.
-
-    Raises:
-        UserError: nobody knows how.
-    """
-    if source == target:
-        return iter(rows)
-    if (source, target) not in _CONVERTERS:
-        known = [_schema_name(to) for of, to in _CONVERTERS if of == source]
-        raise UserError(
-            where,
-            f"its rows are {_schema_name(source)}, and {_schema_name(target)} are needed",
-            f"From {_schema_name(source)} there are: {', '.join(known) or 'no conversions'}. Choose another data set "
-            "or method, or add one with harness.data.selection.add_converter.",
-        )
-    function = _CONVERTERS[source, target]
-    return (made for row in rows for made in function(row))
-
-
-def _schema_name(schema: Schema) -> str:
-    return schema if isinstance(schema, str) else schema.__name__
-
-
-def _pair_to_demonstration(row: DatasetRow) -> Iterator[DatasetRow]:
-    yield DatasetRow(row.id, {"prompt": row.data["prompt"], "completion": row.data["chosen"]})
-
-
-def _pair_to_rated(row: DatasetRow) -> Iterator[DatasetRow]:
-    """Both answers, rated 1 and 0."""
-    for which, rating in (("chosen", 1.0), ("rejected", 0.0)):
-        data = {"prompt": row.data["prompt"], "completion": row.data[which], "rating": rating}
-        yield DatasetRow(f"{row.id}/{which}", data)
-
-
-add_converter("pairs", "demonstrations", _pair_to_demonstration)
-add_converter("pairs", "rated", _pair_to_rated)
 
 
 # -------------------------------------------------------------------------------------------------------------- order
@@ -217,7 +161,7 @@ def select(
     selection.counts = {one.part.label: one.counts for one in loaded}
     weights = [Fraction(1)] if parts[0].concatenated else [part.weight for part in parts]
     streams = _streams([one.train for one in loaded], parts, seed)
-    made = partial(_made, loaded=loaded, target=selection.schema)
+    made = partial(_made, loaded=loaded, target=selection.schema, registry=registry)
     kept = [
         _kept(stream, most, keep, made)
         for stream, most in zip(streams, _quotas(weights, streams, samples), strict=True)
@@ -257,10 +201,10 @@ def _quotas(weights: Sequence[Fraction], streams: Sequence[Sequence[Any]], sampl
     return [order.count(number) for number in range(len(weights))]
 
 
-def _made(pair: tuple[int, DatasetRow], *, loaded: Sequence[_Loaded], target: Schema) -> _Taken:
+def _made(pair: tuple[int, DatasetRow], *, loaded: Sequence[_Loaded], target: Schema, registry: Registry) -> _Taken:
     number, row = pair
     one = loaded[number]
-    return _Taken(number, list(convert([row], one.schema, target, f"{OPTION} {one.part.label}")))
+    return _Taken(number, list(convert([row], one.schema, target, registry, f"{OPTION} {one.part.label}")))
 
 
 def _kept(
@@ -319,11 +263,15 @@ def identity_of(
     def identity(part: Part) -> dict[str, Any]:
         dataset, job = _open(part, registry, options, None)
         share = "all" if part.concatenated else f"{part.weight.numerator}/{part.weight.denominator}"
-        return {"dataset": dataset.identity(job), "heldout": dataset.heldout_split(job), "weight": share}
+        pinned = {"dataset": dataset.identity(job), "heldout": dataset.heldout_split(job), "weight": share}
+        # What the rows of a data set are can cost reading them.
+        code = codes.get(dataset.schema_of(job)) if codes else None
+        return pinned if code is None else {**pinned, "converter": code}
 
+    codes = conversion_codes(schema, registry) if schema is not None else {}
     found = read_all(partial(identity, part) for part in parts)
     seed, samples, heldout = numbers
-    consumed = _schema_name(schema) if schema is not None else None
+    consumed = IDENTITIES.get(str(schema), schema_name(schema)) if schema is not None else None
     return {
         "parts": found,
         "schema": consumed,
@@ -386,7 +334,7 @@ def _read(part: Part, dataset: Dataset, job: DatasetJob, schema: Schema) -> Iter
     """Rows in the form that training wants, with ids that are unique in a mixture."""
     for row in dataset.rows(job):
         named = DatasetRow(f"{part.label}/{row.id}", row.data)
-        yield settled(named, schema, f"{OPTION} {part.label}") if isinstance(schema, str) else named
+        yield settled(named, schema, f"{OPTION} {part.label}")
 
 
 def _add(total: dict[str, int], more: Mapping[str, int]) -> None:

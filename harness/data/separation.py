@@ -31,8 +31,9 @@ Grams = set[tuple[str, ...]]
 
 
 def prompt_key(row: DatasetRow) -> str:
-    """Identity of a row's prompt."""
-    return digest_of(row.data.get("prompt", row.data))
+    """Identity of a row's prompt; text is one user turn."""
+    prompt = row.data.get("prompt", row.data)
+    return digest_of([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
 
 
 def is_held_out(key: str, share: float = HELDOUT_SHARE) -> bool:

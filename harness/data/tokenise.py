@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness.contracts.dataset import DatasetRow
+from harness.contracts.dataset import ANSWERS, DatasetRow, TrainingRow
 from harness.core.errors import UserError
+from harness.data.row_schema import Schema, columns_of, form_of, rendered
 from harness.models.chat_templates import ChatTemplate
 from harness.models.prompts import check_bos, encode_rendered, render_chats
 
@@ -80,7 +81,7 @@ def tokenise_demonstrations(
     max_length: int,
     loss_on: LossOn = "last",
 ) -> Tokenised:
-    """Rows of the schema ``demonstrations`` (or ``rated``, whose rating stays) as token ids and a loss mask.
+    """Rows of the schema ``demonstrations`` as token ids and a loss mask.
 
     Each has ``id``, ``prompt_ids``, ``completion_ids`` and ``labels_mask``: 1 for each token of prompt and completion
     that carries loss. ``last``: the last answer with its EOS; ``all_answers``: every answer with its EOS;
@@ -130,7 +131,7 @@ class Tokeniser:
         tokenizer: of the model that will be trained.
         template: see :func:`harness.models.chat_templates.resolve_template`.
         max_length: most tokens of prompt and answer together.
-        schema: ``pairs``; anything else is demonstrations, whose ratings stay.
+        schema: of the rows; ``ratings``, and the columns of a class of rows, stay beside the token ids.
         loss_on: see :func:`tokenise_demonstrations`.
     """
 
@@ -140,10 +141,11 @@ class Tokeniser:
         template: ChatTemplate,
         *,
         max_length: int,
-        schema: str,
+        schema: Schema,
         loss_on: LossOn = "last",
     ) -> None:
-        if schema == "pairs" and loss_on != "last":
+        form = form_of(schema)
+        if form == "pairs" and loss_on != "last":
             raise UserError(
                 "loss_on",
                 f"{loss_on!r} for pairs: chosen and rejected share the prompt, whose log-probabilities cancel",
@@ -162,8 +164,10 @@ class Tokeniser:
         self.special_ids = set(tokenizer.all_special_ids)
         self.special_texts = [text for text in tokenizer.all_special_tokens if text]
         self.rejected: dict[str, int] = {}
-        self._tokenise = self._pair if schema == "pairs" else self._demonstration
-        self._keys = ("chosen", "rejected") if schema == "pairs" else ("completion",)
+        self._own = schema if isinstance(schema, type) and issubclass(schema, TrainingRow) else None
+        self._columns = columns_of(schema)
+        self._tokenise = self._pair if form == "pairs" else self._demonstration
+        self._keys = ANSWERS[form]
         self._kept: list[_Kept] = []
 
     def keep(self, rows: Iterable[DatasetRow]) -> set[str]:
@@ -174,13 +178,17 @@ class Tokeniser:
         return {kept.row["id"] for kept in self._kept[before:]}
 
     def _keep(self, rows: Sequence[DatasetRow]) -> None:
+        given = rows
+        if self._own is not None:
+            rows = [DatasetRow(row.id, rendered(row, self._own)) for row in given]
         prompts = self.prompts(rows)
         answered = [self.answered(rows, key, prompts) for key in self._keys]
-        for row, prompt, *wholes in zip(rows, prompts, *answered, strict=True):
+        for source, row, prompt, *wholes in zip(given, rows, prompts, *answered, strict=True):
             pairs = zip(self._keys, wholes, strict=True)
+            columns = {name: source.data[name] for name in self._columns}
             try:
                 answers = [self.completion(row.data[key], prompt, whole) for key, whole in pairs]
-                self._take(row, prompt, answers, self._tokenise(row, prompt, answers))
+                self._take(row, prompt, answers, {**self._tokenise(row, prompt, answers), **columns})
             except _RejectedError as reason:
                 self.rejected[str(reason)] = self.rejected.get(str(reason), 0) + 1
 
@@ -195,8 +203,7 @@ class Tokeniser:
         head = [int(self.loss_on == "everything")] * len(_ids(prompt))
         if self.loss_on == "all_answers":
             head = self.earlier_answers(row, _ids(prompt))
-        rating = {"rating": row.data["rating"]} if "rating" in row.data else {}
-        return {"completion_ids": answer.ids, "labels_mask": head + [1] * len(answer.ids), **rating}
+        return {"completion_ids": answer.ids, "labels_mask": head + [1] * len(answer.ids)}
 
     def prompts(self, rows: Sequence[DatasetRow]) -> list[Ids]:
         """Ids up to where the assistant answers: those that evaluation sends."""

@@ -14,7 +14,7 @@ Nothing heavy is imported before a kit needs it.
 from __future__ import annotations
 
 from harness.testing.common import check_plugin, registry_of
-from harness.testing.data import check_dataset, check_tasks
+from harness.testing.data import check_converter, check_dataset, check_tasks
 from harness.testing.engine import check_engine
 from harness.testing.executor import check_executor
 from harness.testing.merging import check_merger
@@ -25,6 +25,7 @@ from harness.testing.training import check_adapter, check_aligner
 __all__ = [
     "check_adapter",
     "check_aligner",
+    "check_converter",
     "check_dataset",
     "check_engine",
     "check_executor",

@@ -1,14 +1,16 @@
-"""The contracts of a dataset and of a folder of tasks."""
+"""The contracts of a dataset, of a converter and of a folder of tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from harness.contracts.converter import Converter
 from harness.contracts.dataset import Dataset, DatasetJob, DatasetRow
 from harness.contracts.registry import Registry, load_plugins
 from harness.contracts.scorer import Scorer
@@ -16,7 +18,7 @@ from harness.core.config import parse_options
 from harness.core.errors import UserError
 from harness.core.records import canonical
 from harness.core.specs import DatasetRef, ScorerRef
-from harness.data.row_schema import FIELDS, row_problem
+from harness.data.row_schema import EXAMPLES, FIELDS, row_problem, settled
 from harness.tasks.catalog import Catalog, Entry
 from harness.testing.common import check_identity, check_plugin, demand, options_of
 
@@ -46,19 +48,15 @@ def check_dataset(
         AssertionError: names the rule and what was seen.
     """
     check_plugin(dataset, Dataset)
-
-    def known(schema: Any) -> bool:
-        return (isinstance(schema, type) and issubclass(schema, BaseModel)) or schema in FIELDS
-
     declared = getattr(dataset, "schema", None)
-    demand(known(declared), f"`schema` is one of {', '.join(FIELDS)}, or a pydantic model.", repr(declared))
+    demand(_is_schema(declared), f"`schema` is one of {', '.join(FIELDS)}, or a pydantic model.", repr(declared))
     chosen = options_of(dataset, options)
 
     def job(of: str | None = subset) -> DatasetJob:
         return DatasetJob(subset=of, split=split, revision=revision, options=chosen)
 
     schema = dataset.schema_of(job())
-    demand(known(schema), f"`schema_of` returns one of {', '.join(FIELDS)}, or a pydantic model.", repr(schema))
+    demand(_is_schema(schema), f"`schema_of` returns one of {', '.join(FIELDS)}, or a pydantic model.", repr(schema))
     check_identity(dataset.identity(job()), dataset.identity(job()))
     first_job, second_job = job(), job()
     rows = list(islice(dataset.rows(first_job), limit))
@@ -80,6 +78,47 @@ def check_dataset(
         demand(total == source_rows, rule, f"{len(rows)} kept, dropped {first_job.dropped}")
     if dataset.subsets:
         _check_unknown_subset(dataset, job("no-such-subset"))
+
+
+def check_converter(converter: Converter, *, rows: Sequence[Mapping[str, Any]] | None = None) -> None:
+    """Try a converter against its contract: rows of the target, with ids of their own, the same at every call.
+
+    Args:
+        converter: the instance that the hook yields.
+        rows: data of rows of the source; the example of the schema when absent.
+
+    Raises:
+        AssertionError: names the rule and what was seen.
+    """
+    check_plugin(converter, Converter)
+    for name in ("source", "target"):
+        schema = getattr(converter, name, None)
+        demand(_is_schema(schema), f"`{name}` is one of {', '.join(FIELDS)}, or a pydantic model.", repr(schema))
+    demand(converter.source != converter.target, "`source` and `target` differ.", repr(converter.source))
+    given = rows
+    if given is None and isinstance(converter.source, str):
+        given = [EXAMPLES[converter.source]]
+    demand(bool(given), "The kit has rows of the named schemas only: pass `rows`.", repr(converter.source))
+    made = 0
+    for data in given or ():
+        # A copy: what a broken converter does to its row is not done to the next.
+        source = settled(DatasetRow("kit/0", copy.deepcopy(dict(data))), converter.source, "rows of the kit")
+        before = canonical(dict(source.data))
+        found, again = list(converter.convert(source)), list(converter.convert(source))
+        for row in found:
+            _check_row(converter.target, row)
+        demand(canonical(dict(source.data)) == before, "`convert` leaves its row as it is.", "its data have changed")
+        demand(found == again, "`convert` makes the same rows at every call.", f"{found} and {again}")
+        ids = [row.id for row in found]
+        own = len(set(ids)) == len(ids) and all(one == source.id or one.startswith(f"{source.id}/") for one in ids)
+        rule = "Ids of converted rows differ, and each is the row's own, or that with `/` and a suffix."
+        demand(own, rule, f"of row {source.id}: {', '.join(ids)}")
+        made += len(found)
+    demand(made > 0, "`convert` makes rows of some of its rows.", f"none of {len(given or ())}")
+
+
+def _is_schema(schema: Any) -> bool:
+    return (isinstance(schema, type) and issubclass(schema, BaseModel)) or schema in FIELDS
 
 
 def _check_row(schema: Any, row: Any) -> None:

@@ -9,12 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from harness.alignment.checks import check_method
 from harness.alignment.pairwise import PairwiseLoss
-from harness.contracts.adapter import Adapter
+from harness.contracts.adapter import Adapter, ParameterGroup
 from harness.contracts.aligner import Aligner, PairLogps, Stage, TrainingJob
+from harness.contracts.dataset import DatasetRow
 from harness.contracts.recipe import Recipe
-from harness.core.errors import StepError
-from harness.data.row_schema import FIELDS
+from harness.core.errors import HarnessError, StepError, UserError
+from harness.core.specs import ModelSpec
+from harness.data.row_schema import settled
 from harness.testing.common import check_plugin, demand, options_of
 from harness.testing.tiny import SENTENCES, tiny_model
 
@@ -60,6 +63,7 @@ def check_adapter(adapter: Adapter, *, options: Mapping[str, Any] | None = None)
         demand(
             bool(moving), "A backward pass reaches the trainable weights.", "no gradient that is finite and not zero"
         )
+        _check_groups(adapter, model, config)
         _, again = attach()
         same = trainable.keys() == again.keys() and all(torch.equal(p, again[n]) for n, p in trainable.items())
         demand(same, "With the same seed `attach` gives the same weights.", "two attachments differ")
@@ -67,6 +71,21 @@ def check_adapter(adapter: Adapter, *, options: Mapping[str, Any] | None = None)
         model.save_pretrained(out)
         absent = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (out / n).is_file()]
         demand(not absent, "`save_pretrained` writes peft's files.", f"no {', '.join(absent)}")
+
+
+def _check_groups(adapter: Adapter, model: Any, config: Any) -> None:
+    """Groups with learning rates of their own, as the driver would refuse them."""
+    from harness.alignment.driven import check_groups
+
+    groups = adapter.parameter_groups(model, config)
+    if groups is None:
+        return
+    rule = "`parameter_groups` has every trainable weight in exactly one harness.ParameterGroup."
+    demand(bool(groups) and all(isinstance(one, ParameterGroup) for one in groups), rule, repr(groups)[:200])
+    try:
+        check_groups(model, groups)
+    except StepError as error:
+        raise AssertionError(f"{rule}\n  seen: {error.what}") from None
 
 
 def check_aligner(
@@ -85,7 +104,8 @@ def check_aligner(
     Args:
         aligner: the instance that the hook yields.
         options: for the aligner's Config.
-        rows: tokenised rows (as :class:`harness.TrainingJob` has them); made up for pairs and demonstrations.
+        rows: of a :class:`harness.TrainingRow` of the aligner's own, as a data set gives them; otherwise tokenised
+            rows (as :class:`harness.TrainingJob` has them), which are made up for pairs and demonstrations.
         steps: optimizer steps of each stage.
         loss_falls: whether the last loss must be below the first (all steps see the same batch).
 
@@ -96,17 +116,14 @@ def check_aligner(
     recipe = issubclass(aligner.Config, Recipe)
     demand(recipe, "`Config` of an aligner is a subclass of harness.Recipe.", repr(aligner.Config.__mro__[1]))
     config = options_of(aligner, options)
-    schema = getattr(aligner, "consumes", None)
-    known = schema in FIELDS if isinstance(schema, str) else isinstance(schema, type)
-    demand(known, f"`consumes` is one of {', '.join(FIELDS)}, or a row class.", repr(schema))
+    try:
+        check_method(aligner, config)
+    except UserError as error:
+        raise AssertionError(f"`harness align` takes the method.\n  seen: {error.what}\n  {error.fix}") from None
     if isinstance(aligner, PairwiseLoss):
         for count in (3, 1):
             _check_loss(aligner, config, count)
     stages = aligner.stages(config)
-    proper = isinstance(stages, tuple) and bool(stages) and all(isinstance(stage, Stage) for stage in stages)
-    demand(proper, "`stages` returns a tuple of one or more harness.Stage.", repr(stages))
-    names = [stage.name for stage in stages]
-    demand(len(set(names)) == len(names), "Names of stages are distinct.", repr(names))
     for stage in stages:
         first, losses, held = _train(aligner, stage, config, rows, steps)
         finite = len(losses) == steps and all(math.isfinite(loss) for loss in losses)
@@ -147,7 +164,9 @@ def _train(
     import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from harness.alignment import driven
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = tiny_model(Path(scratch) / "tiny")
@@ -156,7 +175,7 @@ def _train(
         base = AutoModelForCausalLM.from_pretrained(folder)
         model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        given = list(rows) if rows is not None else _rows(stage, tokenizer, aligner.needs_reference)
+        given = _given(aligner, stage, tokenizer, rows)
         fixed = {
             "output_dir": scratch,
             "max_steps": steps,
@@ -175,6 +194,7 @@ def _train(
             "disable_tqdm": True,
             "seed": 0,
             "data_seed": 0,
+            "train_sampling_strategy": driven.IN_ORDER,
         }
 
         def arguments(cls: Any, **overrides: Any) -> Any:
@@ -191,9 +211,14 @@ def _train(
             arguments=arguments,
             heldout=Dataset.from_list(held),
         )
-        trainer = aligner.trainer(job)
-        demand(isinstance(trainer, Trainer), "`trainer` returns a transformers.Trainer.", type(trainer).__name__)
-        trainer.train()
+        rule = "`trainer` returns a harness.TrainerCall of a transformers.Trainer on the rows of the job."
+        try:
+            trainer = driven.build(aligner.trainer(job), job)
+            rule = f"The trainer logs a finite loss at each of {steps} steps."
+            trainer.train()
+        except HarnessError as error:
+            seen = error.what if isinstance(error, StepError | UserError) else error
+            raise AssertionError(f"{rule}\n  seen: stage {stage.name}: {seen}") from None
         losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
         # A trainer may wrap the model or add to it, but what it trains must be what it was given.
         after = dict(model.named_parameters())
@@ -213,10 +238,40 @@ def _held_losses(trainer: Any, held: Sequence[Mapping[str, Any]]) -> list[float]
     """Held-out rows measured as `harness align` does it."""
     from harness.alignment.heldout import LOSS, measure
 
-    rule = "The trainer evaluates the held-out rows of the job (`eval_dataset=job.heldout`)."
-    demand(trainer.eval_dataset is not None, rule, "it has no `eval_dataset`")
     measured = measure(trainer, [str(row.get("id", index)) for index, row in enumerate(held)])
     return [row.get(LOSS, math.nan) for row in measured]
+
+
+def _given(
+    aligner: Aligner, stage: Stage, tokenizer: Any, rows: Sequence[Mapping[str, Any]] | None
+) -> list[dict[str, Any]]:
+    """The rows of the job: tokenised from the author's own, handed in, or made up."""
+    schema = aligner.consumes
+    if isinstance(schema, str):
+        return [dict(row) for row in rows] if rows is not None else _rows(stage, tokenizer, aligner.needs_reference)
+    from harness.data.tokenise import Tokeniser
+    from harness.models.chat_templates import resolve_template
+    from harness.models.inspect import inspect_model
+
+    demand(bool(rows), f"The kit makes no rows of a class: pass `rows`, as a data set gives {schema.__name__}.", "none")
+    try:
+        read = [settled(DatasetRow(f"kit/{i}", row), schema, "rows of the kit") for i, row in enumerate(rows or ())]
+        model = inspect_model(ModelSpec(model=str(tokenizer.name_or_path)))
+        length = min(256, model.max_length)
+        tokeniser = Tokeniser(tokenizer, resolve_template(model, "vicuna"), max_length=length, schema=schema)
+        tokeniser.keep(read)
+        found = tokeniser.finish().rows
+    except UserError as error:
+        raise AssertionError(f"Rows follow {schema.__name__} and render.\n  seen: {error.what}") from None
+    if aligner.needs_reference:
+        return [_referenced(row) for row in found]
+    return found
+
+
+def _referenced(row: dict[str, Any]) -> dict[str, Any]:
+    """Any two numbers will do as the log-probabilities of a reference."""
+    logps = {f"ref_{side}_logps": -3.0 * len(row[f"{side}_ids"]) for side in ("chosen", "rejected")}
+    return {**row, **logps}
 
 
 def _rows(stage: Stage, tokenizer: Any, needs_reference: bool) -> list[dict[str, Any]]:
@@ -236,7 +291,4 @@ def _rows(stage: Stage, tokenizer: Any, needs_reference: bool) -> list[dict[str,
         made.append({"id": f"kit/{len(made)}", **dict(zip(names, ids, strict=True))})
         if stage.consumes == "demonstrations":
             made[-1]["labels_mask"] = [0] * len(ids[0]) + [1] * len(ids[1])
-        if needs_reference and stage.consumes == "pairs":
-            # Any two numbers will do as the log-probabilities of a reference.
-            made[-1] |= {"ref_chosen_logps": -3.0 * len(ids[1]), "ref_rejected_logps": -3.0 * len(ids[2])}
-    return made
+    return [_referenced(row) for row in made] if needs_reference else made

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from harness import Adapter, Aligner, Dataset, Engine, Executor, Merger, Scorer, hookimpl
+from harness import Adapter, Aligner, Converter, Dataset, Engine, Executor, Merger, Scorer, hookimpl
 
 
 @hookimpl
@@ -107,6 +107,15 @@ def register_datasets() -> Iterator[Dataset]:
     yield BeaverTails()
     yield Summarize()
     yield TrlFormats()
+
+
+@hookimpl
+def register_converters() -> Iterator[Converter]:
+    """Pairs as demonstrations, and as rated answers."""
+    from harness_plugins.datasets.converters import PairsToDemonstrations, PairsToRated
+
+    yield PairsToDemonstrations()
+    yield PairsToRated()
 
 
 @hookimpl

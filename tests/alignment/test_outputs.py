@@ -58,7 +58,7 @@ def sent(run: str) -> set[tuple[int, ...]]:
 def seen(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, ...]]:
     """Token ids of the prompts that training really saw; filled when an alignment trains."""
     found: set[tuple[int, ...]] = set()
-    real = training._Driven.training_step
+    real = training.Driven.training_step
 
     def training_step(trainer: Any, model: Any, inputs: dict[str, Any], *rest: Any) -> Any:
         # Chosen answers come first; what is neither padding nor answer is the prompt.
@@ -68,7 +68,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, ...]]:
             found.add(tuple(ids[(mask == 1) & (is_answer == 0)].tolist()))
         return real(trainer, model, inputs, *rest)
 
-    monkeypatch.setattr(training._Driven, "training_step", training_step)
+    monkeypatch.setattr(training.Driven, "training_step", training_step)
     return found
 
 

@@ -32,14 +32,14 @@ harness.alignment.reference.plan.__defaults__ = (256,)
 """
 AT_STEP = """
 import os, signal, harness.alignment.driver as t
-real, done = t._Driven.training_step, []
+real, done = t.Driven.training_step, []
 def training_step(self, *a, **k):
     loss = real(self, *a, **k)
     if self.state.global_step == {step} and not done:
         done.append(1)
         os.kill(os.getpid(), signal.{name})
     return loss
-t._Driven.training_step = training_step
+t.Driven.training_step = training_step
 """
 IN_CHECKPOINT = """
 import os, signal, torch

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field
 
-from harness import AnswerScorer, Config, Dataset, DatasetJob, DatasetRow, Metric, UserError
-from harness.contracts.registry import Origin, Registered, Registry
-from harness.testing import check_dataset, check_tasks
+from harness import AnswerScorer, Config, Converter, Dataset, DatasetJob, DatasetRow, Metric, UserError
+from harness.contracts.registry import Origin, Registered, Registry, load_plugins
+from harness.testing import check_converter, check_dataset, check_tasks
 
 SOURCE = (("a", "one"), ("b", ""), ("c", "three"))
 
@@ -201,3 +201,62 @@ def test_a_suite_of_nothing_fails(tmp_path: Path, registry: Registry) -> None:
     (tmp_path / "mine.yaml").write_text(TASK)
     with pytest.raises(AssertionError, match=r"A suite names tasks that exist.\n  seen: suite all: yours"):
         check_tasks(tmp_path, registry=registry)
+
+
+# ------------------------------------------------------------------------------------------------------ converters
+
+
+class Chosen(Converter):
+    name = "chosen"
+    summary = "the chosen answer"
+    source = "pairs"
+    target = "demonstrations"
+
+    def convert(self, row: DatasetRow) -> Iterator[DatasetRow]:
+        yield DatasetRow(row.id, {"prompt": row.data["prompt"], "completion": row.data["chosen"]})
+
+
+def test_the_bundled_converters_pass() -> None:
+    converters = [one for _, one in load_plugins().of_kind(Converter)]
+    assert [one.name for one in converters] == ["pairs-to-demonstrations", "pairs-to-rated"]
+    for one in (Chosen(), *converters):
+        check_converter(one)
+
+
+def converting(change: Any) -> dict[str, Any]:
+    """A converter whose rows are made by ``change(row, good row)``."""
+
+    def convert(self: Any, row: DatasetRow) -> Any:
+        return change(row, next(Chosen.convert(self, row)))
+
+    return {"convert": convert}
+
+
+CALLS: list[int] = []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"source": "triples"}, "`source` is one of prompts, demonstrations, pairs, rated, or a pydantic model."),
+        ({"target": "pairs"}, "`source` and `target` differ.\n  seen: 'pairs'"),
+        ({"source": BaseModel}, "The kit has rows of the named schemas only: pass `rows`."),
+        (converting(lambda row, good: [row]), "A row of 'demonstrations' holds prompt, completion"),
+        (converting(lambda row, good: [good, good]), "Ids of converted rows differ, and each is the row's own"),
+        (
+            converting(lambda row, good: [DatasetRow("x", good.data)]),
+            "that with `/` and a suffix.\n  seen: of row kit/0: x",
+        ),
+        (converting(lambda row, good: []), "`convert` makes rows of some of its rows.\n  seen: none of 1"),
+        (converting(lambda row, good: row.data.update(chosen="") or [good]), "`convert` leaves its row as it is."),
+        (
+            converting(lambda row, good: CALLS.append(1) or [DatasetRow(f"kit/0/{len(CALLS)}", good.data)]),
+            "`convert` makes the same rows at every call.",
+        ),
+    ],
+)
+def test_a_broken_converter_fails(overrides: dict[str, Any], words: str) -> None:
+    converter: Converter = type("Broken", (Chosen,), overrides)()
+    with pytest.raises(AssertionError) as caught:
+        check_converter(converter)
+    assert words in str(caught.value)

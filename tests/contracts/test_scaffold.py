@@ -27,7 +27,7 @@ def test_every_kind_of_the_contracts_can_be_written() -> None:
     assert set(KINDS) == {*CONTRACTS, "task", "loss", "observer"}
 
 
-LIGHT = ("dataset", "executor", "scorer", "task")
+LIGHT = ("converter", "dataset", "executor", "scorer", "task")
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,8 @@ def test_the_tests_of_a_written_package_pass(tmp_path: Path, kinds: tuple[str, .
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
-    # Each has its contract and its registration tested (an observer: steps and runs), and these a number as well.
-    more = len({"scorer", "dataset", "merger", "aligner", "loss"}.intersection(kinds))
+    # Each has its contract and its registration tested (an observer: steps and runs), and these what they make, too.
+    more = len({"scorer", "dataset", "merger", "aligner", "converter", "loss"}.intersection(kinds))
     assert f"{2 * len(kinds) + more} passed" in done.stdout
 
 
@@ -145,6 +145,7 @@ def put_to_use(kind: str, tiny: Path, sums: Path, pairs: str) -> list[str | Path
         "aligner": [*align, "made", "--dataset", pairs],
         "loss": [*align, "made", "--dataset", pairs],
         "adapter": [*align, "sft", "--dataset", pairs, "--adapter", "made"],
+        "converter": [*align, "sft", "--dataset", write_rated(Path())],
         "merger": ["merge", "made", "--inputs", tiny, tiny, "--out", "out"],
         "scorer": [*evaluate, "--task", "sums", "--engine", "transformers"],
         "engine": [*evaluate, "--task", "sums", "--engine", "made"],
@@ -152,6 +153,13 @@ def put_to_use(kind: str, tiny: Path, sums: Path, pairs: str) -> list[str | Path
         "executor": [*evaluate, "--task", "sums", "--engine", "transformers"],
         "task": [*evaluate, "--task", "made", "--engine", "transformers"],
     }[kind]
+
+
+def write_rated(folder: Path) -> str:
+    """A file of rated answers, every other of which is good; the data set that it is."""
+    rows = [{"prompt": f"Say {i}.", "completion": f"It is {i}.", "ratings": {"helpful": i % 2}} for i in range(24)]
+    (folder / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return f"jsonl:{folder / 'rated.jsonl'}"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -166,7 +174,7 @@ def test_what_is_written_is_trained_or_evaluated_with(
     pairs = write_pairs(Path(), count=12)
     ran = cli(*put_to_use(kind, tiny, sums, pairs), "--plugin", "package/harness_made/__init__.py")
     assert (ran.code, "Traceback" in ran.err) == (0, False), ran.err
-    made = dict.fromkeys(("adapter", "aligner", "dataset", "loss"), "adapter_config.json")
+    made = dict.fromkeys(("adapter", "aligner", "converter", "dataset", "loss"), "adapter_config.json")
     made["merger"] = "model.safetensors"
     assert (Path("out") / made.get(kind, "report/report.json")).is_file()
     if kind == "scorer":

@@ -9,7 +9,20 @@ from typing import Any
 import pytest
 from pydantic import Field
 
-from harness import Adapter, Aligner, Config, Factors, Merged, Merger, PairwiseLoss, Stage, TrainingJob
+from harness import (
+    Adapter,
+    Aligner,
+    Config,
+    Factors,
+    Merged,
+    Merger,
+    PairwiseLoss,
+    ParameterGroup,
+    Stage,
+    TrainerCall,
+    TrainingJob,
+    TrainingRow,
+)
 from harness.contracts.scaffold import write_package
 from harness.testing import check_adapter, check_aligner, check_merger
 
@@ -220,6 +233,26 @@ def half_frozen(self: Any, model: Any, config: Any) -> Any:
     return model
 
 
+def adapter_with_groups(good: Any) -> Any:
+    """``groups(cut, rate)``: a good adapter whose trainable weights are cut into groups."""
+
+    def groups(cut: Any, rate: float = 2.0) -> Adapter:
+        def parameter_groups(self: Any, model: Any, config: Any) -> Any:
+            found = cut([p for p in model.parameters() if p.requires_grad])
+            return None if found is None else [ParameterGroup(one, rate) for one in found]
+
+        made: Adapter = type("Grouped", (good,), {"parameter_groups": parameter_groups})()
+        return made
+
+    return groups
+
+
+def strange() -> Any:
+    import torch
+
+    return torch.nn.Parameter(torch.ones(1))
+
+
 def test_the_rules_of_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = load("adapter", tmp_path, monkeypatch)
     check_adapter(good(), options={"rank": 2})
@@ -239,6 +272,22 @@ def test_the_rules_of_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         torch.seed()
         return good.attach(self, model, config)
 
+    groups = adapter_with_groups(good)
+    for made in (groups(lambda trained: [trained[:1], trained[1:]]), groups(lambda trained: None)):
+        check_adapter(made, options={"rank": 2})
+    rule = "`parameter_groups` has every trainable weight in exactly one harness.ParameterGroup.\n  seen: "
+    for cut, words in (
+        (lambda trained: [trained[1:]], "q_proj.lora_A.default.weight is in none of them"),
+        (lambda trained: [trained, trained[:1]], "q_proj.lora_A.default.weight is in two of them"),
+        (lambda trained: [[*trained, strange()]], "1 of their weights are not trainable weights of the model"),
+        (lambda trained: [], "[]"),
+    ):
+        with pytest.raises(AssertionError) as caught:
+            check_adapter(groups(cut), options={"rank": 2})
+        assert str(caught.value).startswith(rule) and str(caught.value).endswith(words)
+    with pytest.raises(AssertionError, match="a rate is 0, and rates are above 0"):
+        check_adapter(groups(lambda trained: [trained], rate=0), options={"rank": 2})
+
     for attach, words in (
         (unattached, "`attach` returns a model with trainable weights."),
         (unfrozen, "`attach` freezes the base.\n  seen: all 1"),
@@ -255,6 +304,44 @@ def test_the_rules_of_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 # ------------------------------------------------------------------------------------------------------ aligners
 
 
+class Own(TrainingRow):
+    chosen: str
+    rejected: str
+    margin: float
+    form = "pairs"
+    columns = ("margin",)
+
+
+class Wrong(Own):
+    columns = ("weight",)
+
+
+class Taken(Own):
+    id: str = ""
+    columns = ("id",)
+
+
+def test_an_aligner_with_rows_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its trainer gets the columns that it names; a row without one is refused, in the driver's words."""
+    good = load("aligner", tmp_path, monkeypatch)
+    seen: list[Any] = []
+
+    def trainer(self: Any, job: TrainingJob) -> TrainerCall:
+        seen.append((job.rows["margin"], job.heldout["margin"], job.stage.consumes))
+        call: TrainerCall = good.trainer(self, job)
+        return call
+
+    aligner = type("Owner", (good,), {"consumes": Own, "trainer": trainer})()
+    rows = [{"prompt": f"Say {i}.", "chosen": "Yes.", "rejected": "No, never.", "margin": i / 4} for i in range(4)]
+    check_aligner(aligner, rows=rows, steps=2)
+    assert seen == [([0.0, 0.25, 0.5, 0.75], [0.0, 0.25, 0.5], "Own")] * 2
+    with pytest.raises(AssertionError) as caught:
+        check_aligner(aligner, rows=[{**rows[0], "margin": None}], steps=2)
+    assert str(caught.value) == (
+        "Rows follow Own and render.\n  seen: row kit/0 is none of 'Own': margin: Input should be a valid number"
+    )
+
+
 def test_the_rules_of_aligners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = load("aligner", tmp_path, monkeypatch)
     check_aligner(good())
@@ -264,11 +351,14 @@ def test_the_rules_of_aligners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     def loss(change: Any) -> Any:
         """The good trainer with another loss."""
 
-        def trainer(self: Any, job: TrainingJob) -> Any:
-            made = good.trainer(self, job)
-            compute = made.compute_loss
-            made.compute_loss = lambda *args, **kwargs: change(compute(*args, **kwargs))
-            return made
+        def trainer(self: Any, job: TrainingJob) -> TrainerCall:
+            call = good.trainer(self, job)
+
+            class Changed(call.cls):  # type: ignore[misc, name-defined]
+                def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+                    return change(super().compute_loss(*args, **kwargs))
+
+            return TrainerCall(Changed, call.arguments)
 
         return {"trainer": trainer}
 
@@ -288,13 +378,28 @@ def test_the_rules_of_aligners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
         return good.trainer(self, dataclasses.replace(job, heldout=None))
 
-    def blind_to_heldout(self: Any, job: TrainingJob) -> Any:
-        made = good.trainer(self, job)
-        compute = made.compute_loss
-        made.compute_loss = lambda model, *rest, **more: (
-            compute(model, *rest, **more) * (1.0 if model.training else float("nan"))
-        )
-        return made
+    def blind_to_heldout(self: Any, job: TrainingJob) -> TrainerCall:
+        call = good.trainer(self, job)
+
+        class Blind(call.cls):  # type: ignore[misc, name-defined]
+            def compute_loss(self, model: Any, *rest: Any, **more: Any) -> Any:
+                return super().compute_loss(model, *rest, **more) * (1.0 if model.training else float("nan"))
+
+        return TrainerCall(Blind, call.arguments)
+
+    def called(**changed: Any) -> Any:
+        """The good call with other arguments."""
+
+        def trainer(self: Any, job: TrainingJob) -> TrainerCall:
+            call = good.trainer(self, job)
+            return TrainerCall(call.cls, {**call.arguments, **{name: one(job) for name, one in changed.items()}})
+
+        return {"trainer": trainer}
+
+    def own_arguments(job: TrainingJob) -> Any:
+        from transformers import TrainingArguments
+
+        return TrainingArguments(use_cpu=True, remove_unused_columns=False)
 
     def noise(value: Any) -> Any:
         import torch
@@ -311,11 +416,26 @@ def test_the_rules_of_aligners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     stages = (Stage("one", "pairs"), Stage("two", "pairs"))
     for overrides, words in (
-        ({"consumes": "triples"}, "`consumes` is one of prompts, demonstrations, pairs, rated, or a row class."),
-        ({"stages": lambda self, config: []}, "`stages` returns a tuple of one or more harness.Stage."),
-        ({"stages": lambda self, config: stages[:1] * 2}, "Names of stages are distinct."),
-        ({"stages": lambda self, config: (Stage("one", "rated"),)}, "pairs and demonstrations only: pass `rows`."),
-        ({"trainer": lambda self, job: job}, "`trainer` returns a transformers.Trainer.\n  seen: TrainingJob"),
+        (
+            {"consumes": "triples"},
+            "consumes 'triples', which are no rows to train on\n  Consume demonstrations",
+        ),
+        ({"consumes": "prompts"}, "kit-aligner consumes 'prompts', which are no rows to train on"),
+        ({"consumes": "rated"}, "pairs and demonstrations only: pass `rows`."),
+        ({"consumes": "demonstrations", "needs_reference": True}, "and consumes demonstrations: only pairs have one"),
+        ({"consumes": Own}, "pass `rows`, as a data set gives Own."),
+        ({"consumes": Wrong}, "Wrong.columns of kit-aligner names 'weight', which is no field of the class"),
+        ({"consumes": Taken}, "Taken.columns of kit-aligner names 'id', which is a column of the harness's own"),
+        ({"stages": lambda self, config: []}, "`stages` of kit-aligner returned []"),
+        ({"stages": lambda self, config: stages}, "kit-aligner has 2 stages\n  Only methods of one stage can be run."),
+        ({"stages": lambda self, config: (Stage("one", "rated"),)}, "consumes rated, and kit-aligner pairs"),
+        ({"trainer": lambda self, job: job}, "`trainer` returned TrainingJob, not a harness.TrainerCall"),
+        (
+            {"trainer": lambda self, job: TrainerCall(dict)},
+            "'dict'>, which is no subclass of transformers.Trainer",
+        ),
+        (called(train_dataset=lambda job: job.rows.select([0])), "has 1 rows as `train_dataset`, and the job has 4"),
+        (called(args=own_arguments), "takes rows in an order of its own: its arguments were not made by"),
         (loss(lambda value: value * float("nan")), "The trainer logs a finite loss at each of 2 steps."),
         (loss(rising), "On one batch, repeated, the loss falls."),
         (
@@ -323,7 +443,7 @@ def test_the_rules_of_aligners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             "Training leaves the base's weights alone.\n  seen: stage train changed base_model",
         ),
         ({"Config": Config}, "`Config` of an aligner is a subclass of harness.Recipe.\n  seen: <class 'pydantic"),
-        ({"trainer": without_heldout}, "The trainer evaluates the held-out rows of the job"),
+        ({"trainer": without_heldout}, "its trainer has none as `eval_dataset`, and the job has 3"),
         ({"trainer": blind_to_heldout}, "Each held-out row has a finite loss.\n  seen: stage train: [nan, nan, nan]"),
         ({"trainer": trains_nothing}, "Training changes the adapter that the job's model carries."),
         (loss(noise), "On a CPU the same seed gives the same bytes."),

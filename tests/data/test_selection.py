@@ -12,16 +12,18 @@ from typing import Any, get_args
 
 import pytest
 from hypothesis import given, strategies as st
-from pydantic import BaseModel
 
-from harness.contracts.dataset import Dataset, DatasetJob, DatasetRow, RowSchema
+from harness.contracts.converter import Converter
+from harness.contracts.dataset import Dataset, DatasetJob, DatasetRow, RowSchema, TrainingRow
 from harness.contracts.registry import Origin, Registered, Registry, load_plugins
 from harness.core.errors import UserError
+from harness.data.convert import convert
 from harness.data.expression import at_revisions, parse_expression, portable
 from harness.data.row_schema import EXAMPLES, row_problem
-from harness.data.selection import Selection, add_converter, convert, interleave, seeded_order, select, selection_digest
+from harness.data.selection import Selection, interleave, seeded_order, select, selection_digest
 from harness.data.separation import NEAR, NearPrompts, is_held_out, prompt_key
-from harness.testing import check_dataset
+from harness.testing import check_converter, check_dataset
+from harness_plugins.datasets.converters import PairsToDemonstrations, PairsToRated
 from tests.conftest import shared_revisions
 
 shared = pytest.mark.skipif("HARNESS_SHARED" not in os.environ, reason="HARNESS_SHARED is unset")
@@ -71,8 +73,13 @@ def registry_of(**content: dict[str, list[str]]) -> Registry:
     """A registry with the data set `made`, whose subsets are the keywords."""
     cls = type("MadeHere", (Made,), {"subsets": tuple(content), "content": content})
     registry = Registry()
-    registry.entries["dataset", "made"] = Registered("dataset", "made", cls(), Origin("test", "test", "0"))
+    for plugin in (cls(), PairsToDemonstrations(), PairsToRated()):
+        register(registry, plugin)
     return registry
+
+
+def register(registry: Registry, plugin: Any, by: str = "test") -> None:
+    registry.entries[plugin.kind, plugin.name] = Registered(plugin.kind, plugin.name, plugin, Origin(by, by, "0"))
 
 
 def prompts(count: int, name: str = "p") -> list[str]:
@@ -482,7 +489,9 @@ def test_the_examples_of_the_schemas_are_rows_of_them() -> None:
         ({"prompt": {"role": "user"}}, "'prompt' is neither text nor a list of messages with role and content: {"),
         ({"prompt": [{"role": "user", "text": "x"}]}, "'prompt' is neither text nor a list of messages"),
         ({"prompt": ["x"]}, "'prompt' is neither text nor a list of messages"),
-        ({"rating": "good"}, "'rating' is no number: 'good'"),
+        ({"ratings": "good"}, "'ratings' is no mapping from preferences to numbers or labels: 'good'"),
+        ({"ratings": {}}, "'ratings' is no mapping from preferences to numbers or labels: {}"),
+        ({"ratings": {"tone": None}}, "'ratings' is no mapping from preferences to numbers or labels: {'tone': None}"),
     ],
     ids=str,
 )
@@ -507,27 +516,94 @@ def test_pairs_become_demonstrations_and_ratings_in_the_same_order() -> None:
         "prompt": pairs.train[0].data["prompt"],
         "completion": pairs.train[0].data["chosen"],
     }
-    assert [(row.data["completion"], row.data["rating"]) for row in rated.train[:2]] == [
-        (pairs.train[0].data["chosen"], 1.0),
-        (pairs.train[0].data["rejected"], 0.0),
+    assert [(row.data["completion"], row.data["ratings"]) for row in rated.train[:2]] == [
+        (pairs.train[0].data["chosen"], {"preference": 1.0}),
+        (pairs.train[0].data["rejected"], {"preference": 0.0}),
     ]
     assert len({row.id for row in rated.train}) == len(rated.train) == 10
 
 
-def test_a_conversion_nobody_knows_is_refused_and_can_be_added() -> None:
-    class Single(BaseModel):
-        text: str
+class Single(TrainingRow):
+    """Rows of a plugin's own: one text after a marked prompt, and how often it was liked."""
 
+    text: str
+    likes: int = 0
+    columns = ("likes",)
+
+    def render(self) -> dict[str, Any]:
+        return {"prompt": self.prompt, "completion": f"<{self.text}>"}
+
+
+class Shown(Converter):
+    name = "shown"
+    summary = "demonstrations as rows of one text"
+    source = "demonstrations"
+    target = Single
+
+    def convert(self, row: DatasetRow) -> Iterator[DatasetRow]:
+        yield DatasetRow(row.id, {"prompt": row.data["prompt"], "text": row.data["completion"]})
+
+
+def test_a_conversion_nobody_knows_is_refused_and_can_be_registered() -> None:
     row = DatasetRow("r", {"prompt": "q", "completion": "a"})
-    with pytest.raises(UserError) as error:
-        list(convert([row], "demonstrations", Single))
-    assert "its rows are demonstrations, and Single are needed" in str(error.value)
-    assert "harness.data.selection.add_converter" in str(error.value)
-    add_converter("demonstrations", Single, lambda one: [DatasetRow(one.id, {"text": one.data["completion"]})])
-    assert [made.data for made in convert([row], "demonstrations", Single)] == [{"text": "a"}]
     registry = registry_of(a={"train": ["x"], "test": ["t"]})
+    with pytest.raises(UserError) as error:
+        list(convert([row], "demonstrations", Single, registry))
+    assert str(error.value) == (
+        "--dataset: its rows are demonstrations, and Single are needed\n"
+        "  From demonstrations there are: no converters. Choose another data set or method, or write a converter: "
+        "`harness plugins new converter NAME`."
+    )
+    register(registry, Shown())
+    check_converter(Shown())
+    (made,) = convert([row], "demonstrations", Single, registry)
+    assert made == DatasetRow("r", {"prompt": "q", "text": "a", "likes": 0})
     with pytest.raises(UserError, match="From pairs there are: demonstrations, rated"):
         select("made:a", schema="prompts", registry=registry)
+
+
+def test_two_conversions_of_the_same_rows_are_refused() -> None:
+    registry = registry_of(a={"train": ["x"], "test": ["t"]})
+    register(registry, type("Other", (PairsToDemonstrations,), {"name": "other"})(), by="elsewhere")
+    with pytest.raises(UserError) as error:
+        select("made:a", schema="demonstrations", registry=registry)
+    assert str(error.value) == (
+        "--dataset made:a: from pairs to demonstrations there are 2 converters: pairs-to-demonstrations of test and "
+        "other of elsewhere\n  Uninstall one of them, or leave its --plugin out."
+    )
+
+
+def test_rows_that_a_converter_makes_are_held_to_the_target() -> None:
+    registry = registry_of(a={"train": ["x"], "test": ["t"]})
+    register(registry, Shown())
+    row = DatasetRow("r", {"prompt": "q", "completion": 3})
+    with pytest.raises(UserError) as error:
+        list(convert([row], "demonstrations", Single, registry, "--dataset d"))
+    assert str(error.value) == (
+        "--dataset d, converter shown: row r is none of 'Single': text: Input should be a valid string\n"
+        "  Mend the data set: `harness.testing.check_dataset` finds such."
+    )
+
+
+def test_the_code_of_a_conversion_is_in_the_identity_unless_it_was_the_cores_own() -> None:
+    """Ids of before there were converters stay; anybody else's converter counts, and a bundled one that has changed."""
+    registry = registry_of(a={"train": ["x"], "test": ["t"]})
+
+    def parts(schema: Any) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = select("made:a", schema=schema, registry=registry).identity["parts"]
+        return found
+
+    plain = parts("demonstrations")
+    assert [sorted(part) for part in plain] == [["dataset", "heldout", "weight"]]
+    register(registry, type("Changed", (PairsToDemonstrations,), {"numerics": 2, "__module__": "harness_plugins.x"})())
+    (part,) = parts("demonstrations")
+    assert {**part, "converter": None} == {**plain[0], "converter": None} and len(part["converter"]) == 64
+    assert parts("rated") == parts("pairs") == plain
+
+
+def test_own_rows_are_held_out_by_prompt_in_either_form() -> None:
+    messages = [{"role": "user", "content": "q"}]
+    assert prompt_key(DatasetRow("a", {"prompt": "q"})) == prompt_key(DatasetRow("b", {"prompt": messages}))
 
 
 # ----------------------------------------------------------------------------------------------------------- identity

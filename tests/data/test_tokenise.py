@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from harness.contracts.dataset import DatasetRow
+from harness.contracts.dataset import DatasetRow, TrainingRow
 from harness.contracts.registry import load_plugins
 from harness.core.errors import UserError
 from harness.core.records import ModelInfo
 from harness.core.specs import ModelSpec
+from harness.data.convert import convert
 from harness.data.expression import at_revisions
-from harness.data.selection import convert, select
-from harness.data.tokenise import tokenise_demonstrations, tokenise_pairs
+from harness.data.selection import select
+from harness.data.tokenise import Tokeniser, tokenise_demonstrations, tokenise_pairs
 from harness.models.chat_templates import ChatTemplate, resolve_template
 from harness.models.inspect import inspect_model, open_tokenizer
 from harness.models.prompts import encode_chat
@@ -241,8 +243,65 @@ def test_loss_masks(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def test_ratings_stay(tokenizer: PreTrainedTokenizerBase) -> None:
-    rated = row("hello", completion="well", rating=0.5)
-    assert tokenise_demonstrations([rated], tokenizer, VICUNA, max_length=LENGTH).rows[0]["rating"] == 0.5
+    rated = row("hello", completion="well", ratings={"helpful": 0.5})
+    tokeniser = Tokeniser(tokenizer, VICUNA, max_length=LENGTH, schema="rated")
+    assert tokeniser.keep([rated]) == {"r"}
+    assert tokeniser.finish().rows[0]["ratings"] == {"helpful": 0.5}
+
+
+class Marked(TrainingRow):
+    """An answer with a mark before the prompt, and a weight that its trainer wants."""
+
+    answer: str
+    weight: float
+    hidden: str = ""
+    columns = ("weight",)
+
+    def render(self) -> dict[str, Any]:
+        return {"prompt": f"[good] {self.prompt}", "completion": self.answer}
+
+
+def test_own_rows_are_rendered_and_their_columns_stand_beside_the_ids(tokenizer: PreTrainedTokenizerBase) -> None:
+    own = DatasetRow("r", {"prompt": "hello", "answer": "well", "weight": 0.25, "hidden": "not named"})
+    tokeniser = Tokeniser(tokenizer, VICUNA, max_length=LENGTH, schema=Marked)
+    tokeniser.keep([own])
+    plain = tokenise_demonstrations([row("[good] hello", completion="well")], tokenizer, VICUNA, max_length=LENGTH)
+    assert tokeniser.finish().rows == [{**plain.rows[0], "weight": 0.25}]
+
+
+class Two(Marked):
+    """The same rows as pairs, by the default rendering."""
+
+    chosen: str = "yes"
+    rejected: str = "no"
+    form = "pairs"
+    columns = ("weight", "hidden")
+
+    def render(self) -> Mapping[str, Any]:
+        return TrainingRow.render(self)
+
+
+def test_own_rows_can_be_pairs(tokenizer: PreTrainedTokenizerBase) -> None:
+    own = DatasetRow("r", Two(prompt="hello", answer="", weight=1.0).model_dump())
+    tokeniser = Tokeniser(tokenizer, VICUNA, max_length=LENGTH, schema=Two)
+    tokeniser.keep([own])
+    plain = tokenise_pairs([row("hello", chosen="yes", rejected="no")], tokenizer, VICUNA, max_length=LENGTH)
+    assert tokeniser.finish().rows == [{**plain.rows[0], "weight": 1.0, "hidden": ""}]
+
+
+class Mute(Marked):
+    def render(self) -> dict[str, Any]:
+        return {"prompt": self.prompt}
+
+
+def test_rows_that_render_to_nothing_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    own = DatasetRow("r7", {"prompt": "hello", "answer": "well", "weight": 0.25})
+    with pytest.raises(UserError) as caught:
+        Tokeniser(tokenizer, VICUNA, max_length=LENGTH, schema=Mute).keep([own])
+    assert str(caught.value) == (
+        "rows Mute: `render` of row r7 returned none of 'demonstrations': there is no 'completion'\n"
+        "  Return prompt, completion."
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ real rows
@@ -293,7 +352,7 @@ def test_masks_of_real_rows_are_those_of_the_templates_own_markers(
     """tiny-instruct's template marks answers for transformers; its marks begin after the space before an answer."""
     tokenizer, rows = real
     template = ChatTemplate("model", str(tokenizer.chat_template))
-    shown = list(convert(rows[:60], "pairs", "demonstrations"))
+    shown = list(convert(rows[:60], "pairs", "demonstrations", load_plugins()))
     done = tokenise_demonstrations(shown, tokenizer, template, max_length=2048, loss_on="all_answers")
     assert len(done.rows) == 60
     for one, source in zip(done.rows, shown, strict=True):

@@ -13,6 +13,7 @@ import pytest
 from harness import align, load_plugins
 from harness_plugins.aligners.preference import Dpo, Ipo
 from harness_plugins.aligners.sft import Sft
+from tests.numerics.building import built
 
 Job = Callable[..., Any]
 KEPT = 1e9
@@ -131,7 +132,7 @@ def test_loss_and_gradients_are_trls(
     model = adapted()
     theirs = trl_trainer(tiny, model, pairs, tokenizer, tmp_path / "trl", **options)
     their_loss, their_gradients = one_step(theirs)
-    ours = method.trainer(job(method, model, referenced(model, tokenizer, pairs), max_grad_norm=KEPT, **config))
+    ours = built(method, job(method, model, referenced(model, tokenizer, pairs), max_grad_norm=KEPT, **config))
     assert ours.args.gradient_accumulation_steps == 3
     loss, gradients = one_step(ours)
     assert abs(loss - math.log(2)) > 1e-3, "the adapter is not zero"
@@ -154,7 +155,7 @@ def test_trls_sigmoid_ignores_label_smoothing(
 def test_no_second_adapter_stays(pairs: list[dict[str, Any]], tokenizer: Any, adapted: Any, job: Job) -> None:
     """TRL copies an adapter that is there as its reference; the copy is gone, and the policy still trains."""
     model = adapted()
-    trainer = Dpo().trainer(job(Dpo(), model, referenced(model, tokenizer, pairs)))
+    trainer = built(Dpo(), job(Dpo(), model, referenced(model, tokenizer, pairs)))
     assert list(trainer.model.peft_config) == ["default"]
     trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     assert trained
@@ -192,7 +193,7 @@ def test_dropout_is_in_force_in_training_and_off_in_the_reference(
     rows = referenced(model, tokenizer, pairs)
     assert rows == referenced(model, tokenizer, pairs)
     assert model.training, "scoring leaves the mode as it was"
-    trainer = Dpo().trainer(job(Dpo(), model, rows))
+    trainer = built(Dpo(), job(Dpo(), model, rows))
     assert {m.p for m in trainer.model.modules() if isinstance(m, torch.nn.Dropout)} == {0.5}
     inputs = trainer.data_collator([dict(row) for row in rows])
 
@@ -233,7 +234,7 @@ def test_sft_is_cross_entropy_over_the_labelled_tokens_of_a_step(
     plain = adapted()
     expected = plain(input_ids=ids_BT, attention_mask=attention_BT, labels=labels_BT).loss
     expected.backward()
-    loss, gradients = one_step(Sft().trainer(job(Sft(), adapted(), rows, max_grad_norm=KEPT)))
+    loss, gradients = one_step(built(Sft(), job(Sft(), adapted(), rows, max_grad_norm=KEPT)))
     assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
     same_gradients(gradients, {n: p.grad for n, p in plain.named_parameters() if p.requires_grad})
 

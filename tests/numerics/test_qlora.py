@@ -14,6 +14,7 @@ from harness import align
 from harness_plugins.adapters.lora import Qlora
 from harness_plugins.aligners.preference import Dpo
 from harness_plugins.aligners.sft import Sft
+from tests.numerics.building import built
 
 bnb = pytest.importorskip("bitsandbytes")
 Job = Callable[..., Any]
@@ -158,7 +159,7 @@ def test_trainable_weights_stay_as_they_are(method: Any, tiny: Path, pairs: list
         {**row, "completion_ids": row["chosen_ids"], "ref_chosen_logps": -9.0, "ref_rejected_logps": -9.0}
         for row in pairs
     ]
-    trainer = method.trainer(job(method, model, rows))
+    trainer = built(method, job(method, model, rows))
     after = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert after.keys() == before.keys()
     for name, parameter in after.items():

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from harness import Adapter, Config, UserError
+from harness import Adapter, Config, ParameterGroup, UserError
 
 
 class LoraConfig(Config):
@@ -18,6 +18,14 @@ class LoraConfig(Config):
     targets: tuple[str, ...] = Field(("q_proj", "v_proj"), min_length=1, description="names of linear layers")
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead (arXiv 2312.03732)")
     dora: bool = Field(False, description="train magnitudes apart from directions (arXiv 2402.09353)")
+    # Left out of records and ids at its default, as it was before it existed.
+    lora_plus_ratio: float | None = Field(
+        None,
+        ge=1,
+        exclude_if=lambda ratio: ratio is None,
+        description="learning rate of B over that of A, which has the recipe's (LoRA+, arXiv 2402.12354; no unit); "
+        "null: the same",
+    )
 
 
 class Lora(Adapter["Lora.Config"]):
@@ -66,6 +74,21 @@ class Lora(Adapter["Lora.Config"]):
             if ".default." in name:
                 parameter.data = parameter.data.to(torch.float32)
         return attached
+
+    def parameter_groups(self, model: Any, config: Config) -> list[ParameterGroup] | None:
+        """LoRA+: B at ``lora_plus_ratio`` times the rate of A (Hayou et al. 2024, section 5); None without a ratio."""
+        if config.lora_plus_ratio is None:
+            return None
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        return [
+            ParameterGroup([p for name, p in trained if not _is_of_b(name, p)]),
+            ParameterGroup([p for name, p in trained if _is_of_b(name, p)], config.lora_plus_ratio),
+        ]
+
+
+def _is_of_b(name: str, parameter: Any) -> bool:
+    """Whether LoRA+ speeds a weight up: B, and DoRA's magnitudes, which are vectors (as in peft)."""
+    return "lora_B" in name or parameter.ndim == 1
 
 
 def _linear_layers(model: Any) -> list[str]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from harness import Aligner, Recipe, Stage, TrainingJob
-
-if TYPE_CHECKING:
-    pass
+from harness import Aligner, Recipe, TrainerCall, TrainingJob
 
 
 class Sft(Aligner["Sft.Config"]):
@@ -43,12 +40,8 @@ class Sft(Aligner["Sft.Config"]):
             "adapter.alpha": (16, 32, 64),
         }
 
-    def stages(self, config: Config) -> tuple[Stage, ...]:
-        """One stage on demonstrations."""
-        return (Stage("train", "demonstrations"),)
-
-    def trainer(self, job: TrainingJob[Config]) -> Any:
+    def trainer(self, job: TrainingJob[Config]) -> TrainerCall:
         """TRL's SFT trainer on rows whose labels are already masked."""
-        from harness_plugins.aligners.sft_trainer import build
+        from harness_plugins.aligners.sft_trainer import trainer_call
 
-        return build(job)
+        return trainer_call(job)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from datasets import Dataset
-from transformers.trainer import Trainer
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from harness import PackingCollator, TrainingJob
+from harness import PackingCollator, TrainerCall, TrainingJob
 
 
 class MaskedSftTrainer(SFTTrainer):  # type: ignore[misc]  # mypy does not follow trl
@@ -50,10 +48,6 @@ class MaskedSftTrainer(SFTTrainer):  # type: ignore[misc]  # mypy does not follo
         tokens_B = outputs.label_mask.sum(dim=1)
         return {"loss": -outputs.log_probs.float().sum(dim=1) / tokens_B.clamp(min=1), "tokens": tokens_B}
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # TRL writes a model card into every checkpoint; ours is written once, at the end.
-        Trainer._save_checkpoint(self, model, trial)
-
 
 def labelled(rows: Any) -> Dataset | None:
     """Rows with ``input_ids`` and ``labels`` (-100 where there is no loss)."""
@@ -68,8 +62,12 @@ def labelled(rows: Any) -> Dataset | None:
     return Dataset.from_list([one(row) for row in rows])
 
 
-def build(job: TrainingJob) -> MaskedSftTrainer:
-    """The trainer of one stage."""
+def trainer_call(job: TrainingJob) -> TrainerCall:
+    """The trainer of one stage, not yet built.
+
+    Raises:
+        UserError: packing that would not be exact.
+    """
     arguments = job.arguments(
         SFTConfig,
         max_length=None,
@@ -78,13 +76,14 @@ def build(job: TrainingJob) -> MaskedSftTrainer:
         remove_unused_columns=False,
     )
     collator = PackingCollator.of(job.model, job.tokenizer) if getattr(job.config, "packing", False) else None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return MaskedSftTrainer(
-            model=job.model,
-            args=arguments,
-            train_dataset=labelled(job.rows),
-            eval_dataset=labelled(job.heldout),
-            processing_class=job.tokenizer,
-            data_collator=collator,
-        )
+    return TrainerCall(
+        MaskedSftTrainer,
+        {
+            "model": job.model,
+            "args": arguments,
+            "train_dataset": labelled(job.rows),
+            "eval_dataset": labelled(job.heldout),
+            "processing_class": job.tokenizer,
+            "data_collator": collator,
+        },
+    )

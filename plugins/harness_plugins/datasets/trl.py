@@ -25,6 +25,7 @@ FORMATS: tuple[tuple[frozenset[str], RowSchema], ...] = (
     (frozenset(("chosen", "rejected")), "pairs"),
     (frozenset(("prompt", "completion", "label")), "rated"),
     (frozenset(("prompt", "completion", "rating")), "rated"),
+    (frozenset(("prompt", "completion", "ratings")), "rated"),
     (frozenset(("prompt", "completion")), "demonstrations"),
     (frozenset(("messages",)), "demonstrations"),
 )
@@ -170,10 +171,13 @@ def _demonstration(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _rated(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """With a number for a preference without a name, unless the file has ``ratings`` by preference."""
+    if row.get("ratings") is not None:
+        return {**_demonstration(row, where), "ratings": row["ratings"]}
     rating = row["rating"] if row.get("rating") is not None else row["label"]
     if not isinstance(rating, bool | int | float):
         raise UserError(where, f"the rating {rating!r} is no number", "Give true, false or a number.")
-    return {**_demonstration(row, where), "rating": float(rating)}
+    return {**_demonstration(row, where), "ratings": {"preference": float(rating)}}
 
 
 _READERS = {"pairs": _pair, "demonstrations": _demonstration, "rated": _rated}

@@ -383,8 +383,17 @@ TRL: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "prompt-completion, text": ({"prompt": "q", "completion": " yes"}, "demonstrations", SHOWN),
     "prompt-completion, messages": ({"prompt": Q, "completion": GOOD_A}, "demonstrations", SHOWN),
     "conversational": ({"messages": Q + GOOD_A}, "demonstrations", SHOWN),
-    "unpaired preference": ({"prompt": "q", "completion": "yes", "label": False}, "rated", SHOWN | {"rating": 0.0}),
-    "rated": ({"prompt": Q, "completion": GOOD_A, "rating": 3}, "rated", SHOWN | {"rating": 3.0}),
+    "unpaired preference": (
+        {"prompt": "q", "completion": "yes", "label": False},
+        "rated",
+        SHOWN | {"ratings": {"preference": 0.0}},
+    ),
+    "rated by preference": (
+        {"prompt": "q", "completion": "yes", "ratings": {"helpful": 2, "tone": "curt"}},
+        "rated",
+        SHOWN | {"ratings": {"helpful": 2, "tone": "curt"}},
+    ),
+    "rated": ({"prompt": Q, "completion": GOOD_A, "rating": 3}, "rated", SHOWN | {"ratings": {"preference": 3.0}}),
 }
 
 
