@@ -29,6 +29,7 @@ class Candidate:
     """With the chat template that prompts are written in."""
     adapter: AdapterInfo | None
     label: str | None
+    """What tables call the arm beside its base; None for the base."""
     control: str | None
     template_of: str | None = None
     """Of the base, asked in a chat template that it does not have: label of an arm that brings it."""
@@ -36,7 +37,7 @@ class Candidate:
     @property
     def name(self) -> str:
         """What folders and tables call it; rich would read square brackets as markup."""
-        name = self.model.name if self.adapter is None else f"{self.model.name}+{self.label}"
+        name = self.model.name if self.label is None else f"{self.model.name}+{self.label}"
         name = name if self.template_of is None else f"{name} (template of {self.template_of})"
         return name if self.control is None else f"{name}@{self.control}"
 

@@ -252,6 +252,8 @@ def adapter_modules(adapter: AdapterInfo) -> list[str]:
     Raises:
         UserError: the file cannot be read.
     """
+    if not adapter.path:  # it is not there yet
+        return []
     files = sorted(Path(adapter.path).glob("adapter_model*.safetensors"))
     return sorted({module_of(name) for file in files for name in read_header(file)})
 

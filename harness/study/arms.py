@@ -91,7 +91,7 @@ def _grid(block: GridBlock, read: Read, number: int) -> Iterator[Arm]:
             read,
             {"base": base, "method": method, "data": data, "adapter": adapter, "seed": seed, "samples": samples},
             block.set,
-            (block.start, f"{block.start}-{base}-s{seed}"),
+            (block.start, f"{block.start}-{base}-s{seed}") if block.start is not None else (None, None),
             block.checkpoints,
         )
 

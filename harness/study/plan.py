@@ -1,0 +1,278 @@
+"""A study as one graph of steps, known before any has run: no torch, and every base, data set and plugin read once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from harness.alignment.plan import AlignPlan, plan_align
+from harness.contracts.merger import Merger
+from harness.contracts.registry import Registry, load_plugins
+from harness.core.config import parse_options
+from harness.core.errors import UserError
+from harness.core.records import AdapterInfo, ModelInfo
+from harness.core.specs import EvalSpec, ModelSpec
+from harness.evaluation.arms import Candidate
+from harness.evaluation.plan import EvalPlan, plan_arms
+from harness.models.chat_templates import with_template_of
+from harness.models.inspect import check_template, inspect_adapter, inspect_model
+from harness.steps.graph import Graph
+from harness.steps.once import Once
+from harness.steps.provenance import code_digest, digest_of_bytes
+from harness.steps.step import Step, make_step
+from harness.study.arms import ARM, Arm, arms_of
+from harness.study.spec import Read, read_study
+from harness.tasks.catalog import Catalog, load_catalog
+
+STEP = "step:"
+"""Before the key of a step, where an id has the digest of what that step makes."""
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What an arm is made of before its step has run: enough to plan what builds on it."""
+
+    arm: Arm
+    model: ModelInfo
+    """The base, or a merged model."""
+    adapter: AdapterInfo | None
+    step: Step | None
+    """That makes it; None for a base and for an adapter made elsewhere."""
+    align: AlignPlan | None = None
+
+    @property
+    def candidate(self) -> Candidate:
+        """The arm as an evaluation knows it."""
+        label = None if self.arm.kind == "base" else self.arm.name
+        model = self.model if self.adapter is None else with_template_of(self.model, self.adapter)
+        return Candidate(model, self.adapter, label, None)
+
+    @property
+    def template(self) -> str | None:
+        """Chat template that it was trained with, or has."""
+        return self.adapter.chat_template if self.adapter is not None else self.model.chat_template
+
+    @property
+    def loads(self) -> str:
+        """Digest of the weights that an engine opens for it: arms that share them are asked together."""
+        return self.model.weights_digest
+
+
+@dataclass
+class StudyPlan:
+    """Everything that a study will do."""
+
+    read: Read
+    registry: Registry
+    promises: dict[str, Promise]
+    """Arm -> what it is made of, each after those that it builds on."""
+    evaluations: list[EvalPlan]
+    """One for each model that an engine opens; ids are keys."""
+    graph: Graph
+    owners: dict[str, str] = field(default_factory=dict)
+    """Key of an answers or scores step -> arm."""
+
+    @property
+    def arms(self) -> list[Arm]:
+        """Every arm."""
+        return [promise.arm for promise in self.promises.values()]
+
+    def to_json(self) -> dict[str, Any]:
+        """plan.json: every step with its key, and no absolute path."""
+        return {
+            "study": self.read.spec.study,
+            "summary": self.read.spec.summary,
+            "arms": [
+                {
+                    "name": arm.name,
+                    "kind": arm.kind,
+                    "base": arm.base,
+                    "factors": dict(arm.factors),
+                    "made_by": promise.step.id if promise.step is not None else None,
+                    "from": list(arm.parents),
+                }
+                for arm, promise in ((one.arm, one) for one in self.promises.values())
+            ],
+            "evaluations": [plan.to_json() for plan in self.evaluations],
+            "steps": [
+                {"key": step.id, "kind": step.kind, "arm": step.arm, "parents": list(step.parents)}
+                for step in self.graph
+            ],
+        }
+
+
+def plan_study(
+    file: Path,
+    *,
+    registry: Registry | None = None,
+    models: Mapping[str, str] | None = None,
+    changes: tuple[str, ...] = (),
+) -> StudyPlan:
+    """Plan a study: what `harness study plan` does.
+
+    Args:
+        file: YAML.
+        registry: from ``load_plugins``; by default all installed plugins and those that the study names.
+        models: base name -> folder or hub id to take in place of the file's.
+        changes: ``KEY=VALUE`` over keys of the file.
+
+    Raises:
+        UserError: with file, line and key, whatever must be mended before anything runs.
+    """
+    read = read_study(file, models=models, changes=changes)
+    registry = registry or load_plugins(read.spec.plugins)
+    return Planner(read, registry).plan()
+
+
+class Planner:
+    """Plans the arms of one study, with promises of what is not there, or with what is."""
+
+    def __init__(self, read: Read, registry: Registry) -> None:
+        self.read, self.registry, self.once = read, registry, Once()
+        evaluation = read.spec.evaluation
+        self.catalog: Catalog = load_catalog(
+            registry, evaluation.task_folders, trust_task_code=evaluation.trust_task_code
+        )
+
+    def plan(self) -> StudyPlan:
+        """Every arm, every evaluation, one graph."""
+        promises: dict[str, Promise] = {}
+        for arm in arms_of(self.read):
+            with self._at(arm.where):
+                promises[arm.name] = self.promise(arm, promises)
+        evaluations = self.evaluations(promises)
+        graph = Graph(one.step for one in promises.values() if one.step is not None)
+        makers = {one.candidate.name: one.step.id for one in promises.values() if one.step is not None}
+        owners = {one.candidate.name: one.arm.name for one in promises.values()}
+        owned: dict[str, str] = {}
+        for plan in evaluations:
+            for row in plan.arms:
+                needs = (makers[row.name],) if row.name in makers else ()
+                for task in row.tasks:
+                    graph.add(replace(task.answers, parents=needs))
+                    owned[task.answers.id] = owners.get(row.name, row.model.name)
+                    for scores in task.scores:
+                        graph.add(scores.step)
+                        owned[scores.id] = owned[task.answers.id]
+        return StudyPlan(self.read, self.registry, promises, evaluations, graph, owned)
+
+    def base(self, arm: Arm) -> ModelInfo:
+        """The base of an arm, under the name that the study gives it."""
+        given = self.read.spec.bases[arm.base]
+        info = self.once(inspect_model, ModelSpec(**given.model_dump(exclude={"template"})))
+        return info.model_copy(update={"name": arm.base})
+
+    def promise(self, arm: Arm, made: Mapping[str, Promise]) -> Promise:
+        """What an arm will be made of; its digest is the key of the step that makes it."""
+        base = self.base(arm)
+        if arm.kind == "base":
+            return Promise(arm, base, None, None)
+        if arm.adapter is not None:
+            found = self.once(inspect_adapter, arm.adapter, base).model_copy(update={"name": arm.name})
+            return Promise(arm, base, found, None)
+        if arm.checkpoint is not None:
+            whole = made[arm.parents[0]]
+            assert whole.adapter is not None
+            digest = f"{whole.adapter.digest}/step-{arm.checkpoint}"
+            adapter = whole.adapter.model_copy(update={"name": arm.name, "digest": digest})
+            return Promise(arm, base, adapter, whole.step, whole.align)
+        if arm.align is not None:
+            return self._aligned(arm, base, made)
+        return self._merged(arm, base, made)
+
+    def align(self, arm: Arm, made: Mapping[str, AdapterInfo]) -> AlignPlan:
+        """The alignment that makes an arm; ``made`` has what it goes on from, by arm."""
+        assert arm.align is not None
+        return plan_align(
+            arm.align, self.registry, made={f"{ARM}{name}": info for name, info in made.items()}, once=self.once
+        )
+
+    def _aligned(self, arm: Arm, base: ModelInfo, made: Mapping[str, Promise]) -> Promise:
+        starts = {name: made[name].adapter for name in arm.parents}
+        plan = self.align(arm, {name: info for name, info in starts.items() if info is not None})
+        needs = tuple(step.id for name in arm.parents if (step := made[name].step) is not None)
+        step = replace(plan.step, arm=arm.name, factors=dict(arm.factors), parents=needs)
+        if plan.spec.adapter == "none":
+            return Promise(arm, self._model(base, step, plan.template.source), None, step, plan)
+        check_template(arm.name, plan.template.source, base, allowed=plan.spec.model.allow_template_mismatch)
+        rank = getattr(plan.adapter_options, "rank", 0)
+        grown = rank + (plan.start.rank if plan.start is not None else 0)
+        config = {"peft_type": "LORA", "r": grown, "use_dora": getattr(plan.adapter_options, "dora", False)}
+        return Promise(arm, base, self._adapter(arm, step, grown, plan.template.source, config), step, plan)
+
+    def _adapter(self, arm: Arm, step: Step, rank: int, template: str | None, config: dict[str, Any]) -> AdapterInfo:
+        return AdapterInfo(
+            ref=arm.name,
+            path="",
+            name=arm.name,
+            digest=f"{STEP}{step.id}",
+            rank=rank,
+            config=config,
+            chat_template=template,
+        )
+
+    def _model(self, base: ModelInfo, step: Step, template: str | None) -> ModelInfo:
+        digest = self.once(_template_digest, template) if template is not None else base.template_digest
+        told = {"weights_digest": f"{STEP}{step.id}", "chat_template": template or base.chat_template}
+        return base.model_copy(update={**told, "template_digest": digest})
+
+    def _merged(self, arm: Arm, base: ModelInfo, made: Mapping[str, Promise]) -> Promise:
+        """A merge before its inputs are there: their tensors are not known, but what decides them is."""
+        assert arm.merge is not None
+        entry = self.registry.registered(Merger, arm.merge.method, "method")
+        config = self.once(parse_options, type(entry.plugin).Config, arm.merge.options, "set")
+        inputs = [made[name] for name in arm.parents]
+        identity = {
+            "method": arm.merge.method,
+            "options": config.model_dump(mode="json"),
+            "base": self.once(base.identity),
+            "inputs": [one.adapter.digest if one.adapter is not None else one.model.weights_digest for one in inputs],
+            "weights": [one.weight for one in arm.merge.inputs],
+            **arm.merge.model_dump(mode="json", include={"seed", "dtype", "form", "rank"}),
+            "code": self.once(code_digest, entry),
+        }
+        needs = tuple(dict.fromkeys(one.step.id for one in inputs if one.step is not None))
+        step = make_step("merge", identity, arm=arm.name, factors=arm.factors, parents=needs)
+        template = next((found for one in inputs if (found := one.template) is not None), None)
+        if arm.merge.form == "adapter":
+            rank = arm.merge.rank or sum(one.adapter.rank for one in inputs if one.adapter is not None)
+            adapter = self._adapter(arm, step, rank, template, {"peft_type": "LORA", "r": rank})
+            return Promise(arm, base, adapter, step)
+        return Promise(arm, self._model(base, step, template if base.chat_template is None else None), None, step)
+
+    def evaluations(self, promises: Mapping[str, Promise]) -> list[EvalPlan]:
+        """One evaluation for each model that an engine opens: a base with its adapters, or a merged model."""
+        together: dict[str, list[Promise]] = {}
+        for promise in promises.values():
+            together.setdefault(promise.loads, []).append(promise)
+        return [self._evaluation(group) for group in together.values()]
+
+    def _evaluation(self, group: list[Promise]) -> EvalPlan:
+        asked, base = self.read.spec.evaluation, self.read.spec.bases[group[0].arm.base]
+        spec = EvalSpec(
+            model=ModelSpec(**base.model_dump(exclude={"template"})),
+            data_revisions=self.read.spec.data_revisions,
+            options=asked.set,
+            **asked.model_dump(exclude={"set"}),
+        )
+        with self._at(self.read.where("evaluation")):
+            return plan_arms(
+                spec, group[0].model, lambda _: [one.candidate for one in group], self.registry, self.catalog, self.once
+            )
+
+    @contextmanager
+    def _at(self, where: str) -> Iterator[None]:
+        """What is wrong within is said with the line of the study's file."""
+        try:
+            yield
+        except UserError as error:
+            if error.where.startswith(where.partition(":")[0]):
+                raise
+            raise UserError(f"{where} ({error.where})", error.what, error.fix) from None
+
+
+def _template_digest(template: str) -> str:
+    return digest_of_bytes(template.encode())
