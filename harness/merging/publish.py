@@ -15,7 +15,7 @@ from pathlib import Path
 from harness.core.errors import UserError
 from harness.core.records import StepRecord
 from harness.models.artifact import read_artifact
-from harness.steps.checksums import record_files
+from harness.steps.checksums import differences, record_files, told
 from harness.steps.files import fsync_folder
 from harness.steps.folder import RECORD, STATUS, STEP, StepFolder
 from harness.steps.guard import Guard
@@ -46,37 +46,52 @@ class Made:
     notes: tuple[str, ...]
 
 
-def publish(step: Step, out: Path, runner: Runner, write: Callable[[Path], Made]) -> StepRecord:
-    """Carry out a step whose folder appears when it is whole; an earlier one that it replaces is deleted then.
+def publish(step: Step, folder: StepFolder, runner: Runner, write: Callable[[Path], Made]) -> StepRecord:
+    """Carry out a step whose artifact appears when it is whole; an earlier one that it replaces is deleted then.
 
     Args:
         step: a merge or a fold.
-        out: may hold what it is to replace.
-        runner: begins it, and records how it ended; of a failure the record alone stays, where nothing else lies there.
+        folder: its artifact may be there, to be replaced. A record that lies within it appears with it; of a failure
+            the record alone stays, where nothing else lies there.
+        runner: begins it, and records how it ended.
         write: fills the folder that it is given.
 
     Raises:
         UserError: another process is writing there, or the work folder is somebody else's.
     """
-    out = out.resolve()
+    out = folder.artifact.resolve()
+    within = folder.path.parent == folder.artifact
     with _appearing(out) as model:
-        folder = StepFolder.within(model, step.id, step.kind)
-        folder.known_as = out / RECORD
+        live = replace(folder, path=model / RECORD if within else folder.path, artifact=model)
+        live.known_as = folder.path
         try:
-            with runner.recorded(step, folder):
-                runner.begin(step, folder)
+            with runner.recorded(step, live):
+                runner.begin(step, live)
                 made = write(model)
-                record_files(model, [path for path in _files(model) if path != folder.path / STATUS])
+                record_files(model, [path for path in _files(model) if path != live.path / STATUS])
                 found = read_artifact(model)
                 ended = Ended(
                     found.kind, found.digest, {}, found.rank, found.template, made.counts, made.seconds, made.notes
                 )
-                return runner.finish(step, folder, ended)
+                if within:
+                    return runner.finish(step, live, ended)
         except Exception:
-            if (folder.path / STATUS).is_file() and not (out.is_dir() and any(out.iterdir())):
+            if within and (live.path / STATUS).is_file() and not (out.is_dir() and any(out.iterdir())):
                 out.mkdir(exist_ok=True)
-                folder.path.rename(out / RECORD)
+                live.path.rename(out / RECORD)
             raise
+    folder.attempt = live.attempt
+    return runner.finish(step, folder, ended)
+
+
+def intact(step: Step, folder: StepFolder) -> str | None:
+    """What is wrong with the artifact of a merge or a fold that has ended; None where it is as it was recorded."""
+    if found := differences(folder.artifact, everything=True):
+        return told(found)
+    record = folder.status()
+    if record is None or read_artifact(folder.artifact).digest != record.digest:
+        return "its weights are not those that were recorded"
+    return None
 
 
 def _files(model: Path) -> Iterator[Path]:

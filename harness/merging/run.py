@@ -16,6 +16,7 @@ from pydantic import Field
 from harness.contracts.registry import Registry, load_plugins
 from harness.core.config import Config, parse_options
 from harness.core.progress import Reporter
+from harness.core.records import StepRecord
 from harness.core.specs import MergeInput, MergeSpec, ModelSpec
 from harness.merging.compute import Maker
 from harness.merging.page import render
@@ -29,6 +30,7 @@ from harness.models.lineage import LINEAGE
 from harness.models.tensors import FLOATS
 from harness.steps.alone import Alone
 from harness.steps.files import read_json, write_bytes, write_json
+from harness.steps.folder import StepFolder
 from harness.steps.runner import Runner
 
 
@@ -100,9 +102,15 @@ def run_merge(
     """Carry out a plan; the folder appears at the end, or not at all."""
     if Alone(plan.step, out, MERGED).done_before(reporter, fresh=fresh) is not None:
         return Merging(out, plan.id, read_json(out / MERGE), before=True)
-    run = _Run(plan, running, reporter)
-    publish(plan.step, out, Runner(registry, reporter), lambda folder: run.carry_out(out, folder))
+    alone = Alone(plan.step, out, MERGED)
+    carry_out_merge(plan, running, Runner(registry, reporter), alone.folder)
     return Merging(out, plan.id, read_json(out / MERGE))
+
+
+def carry_out_merge(plan: MergePlan, running: MergeSettings, runner: Runner, folder: StepFolder) -> StepRecord:
+    """Carry out a plan, wherever its record and its artifact lie."""
+    run, out = _Run(plan, running, runner.reporter), folder.artifact
+    return publish(plan.step, folder, runner, lambda model: run.carry_out(out, model))
 
 
 class _Run:

@@ -15,6 +15,7 @@ import harness
 from harness.core.progress import Reporter
 from harness.merging import publish, run as merging
 from harness.merging.write import Shards
+from harness.steps.folder import StepFolder
 from harness.steps.runner import Runner
 from harness.steps.step import make_step
 from tests.merging.conftest import tensor_bytes
@@ -146,5 +147,6 @@ def test_two_at_once(made: Path, tmp_path: Path) -> None:
         assert (folder / "half").exists()
         return publish.Made({}, {}, ())
 
-    publish.publish(make_step("merge", {}, arm="a"), tmp_path / "out", Runner(None, Reporter()), write)
+    folder = StepFolder.within(tmp_path / "out", "id", "merge")
+    publish.publish(make_step("merge", {}, arm="a"), folder, Runner(None, Reporter()), write)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"half", "checksums.json", "step"}

@@ -185,8 +185,9 @@ class _Fold:
         probe: Callable[[Path], Mapping[str, Any]] = lambda folder: {},
     ) -> dict[str, Any]:
         """Write the folder, unless it holds this fold; returns its record."""
-        if Alone(self.step, out, FOLDED).done_before(runner.reporter, fresh=fresh) is None:
-            publish(self.step, out, runner, lambda folder: self._write(out, folder, runner.reporter, probe))
+        alone = Alone(self.step, out, FOLDED)
+        if alone.done_before(runner.reporter, fresh=fresh) is None:
+            publish(self.step, alone.folder, runner, lambda folder: self._write(out, folder, runner.reporter, probe))
         return dict(read_json(out / FOLD))
 
     def _write(self, out: Path, folder: Path, reporter: Reporter, probe: Callable[[Path], Mapping[str, Any]]) -> Made:

@@ -1,0 +1,56 @@
+"""Many evaluations in one run folder: each model is opened once for its answers, each scorer once over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from harness.contracts.registry import Registry
+from harness.core.progress import Reporter
+from harness.evaluation.answers import Answering
+from harness.evaluation.load import groups_of, remove_scratch
+from harness.evaluation.plan import EvalPlan
+from harness.evaluation.scores import Scoring, score_all
+from harness.evaluation.session import EvalSession, Unit
+from harness.steps.store import RunStore
+
+
+class Evaluations:
+    """Answers one plan after the other, and then scores them together."""
+
+    def __init__(self, registry: Registry, store: RunStore, reporter: Reporter) -> None:
+        self._registry, self._store, self._reporter = registry, store, reporter
+        self._parts: list[tuple[Scoring, Sequence[Unit]]] = []
+
+    def is_answered(self, plan: EvalPlan) -> bool:
+        """Whether all answers of a plan are there, as far as their records say."""
+        run = EvalSession(plan, self._registry, self._store, self._reporter)
+        records = [run.folder(unit).status() for unit in run.units]
+        return all(record is not None and record.status == "done" for record in records)
+
+    def answer(self, plan: EvalPlan) -> bool:
+        """Answer what has not been answered; what fails is recorded and does not stop the rest.
+
+        Returns:
+            whether all is answered now.
+
+        Raises:
+            UserError: a mistake that concerns every step: an engine that cannot be opened as asked, a full disk.
+        """
+        run = EvalSession(plan, self._registry, self._store, self._reporter)
+        pending = [unit for unit in run.units if not run.ended(unit)]
+        unanswered = [unit for unit in pending if run.answered(unit) is None]
+        broken = {unit.id: error for unit in unanswered if (error := run.unopenable(unit)) is not None}
+        remove_scratch(self._store.scratch)
+        for group in groups_of(plan, unanswered):
+            Answering(run, group, broken).carry_out()
+        self._parts.append((Scoring(run, {}), pending))
+        return self.is_answered(plan)
+
+    def score(self) -> None:
+        """Score all that has been answered and not scored."""
+        score_all(self._parts)
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Step folder name -> why it failed."""
+        return {name: why for scoring, _ in self._parts for name, why in scoring.run.runner.failures.items()}

@@ -1,0 +1,314 @@
+"""Carry out a study in one run folder: arms after those that they are made from, then answers, then scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from harness.alignment.plan import AlignPlan
+from harness.alignment.run import carry_out_align, intact as intact_adapter
+from harness.contracts.registry import Registry
+from harness.core.errors import UserError
+from harness.core.progress import Reporter
+from harness.core.records import AdapterInfo, ModelInfo
+from harness.core.specs import MergeInput, ModelSpec
+from harness.evaluation.many import Evaluations
+from harness.evaluation.plan import EvalPlan
+from harness.merging.plan import MergePlan, plan_merge
+from harness.merging.publish import intact as intact_merge
+from harness.merging.run import MergeSettings, carry_out_merge
+from harness.models.inspect import inspect_adapter, inspect_model
+from harness.steps.files import read_json, write_json
+from harness.steps.folder import StepFolder
+from harness.steps.runner import Runner, is_fatal
+from harness.steps.step import Step
+from harness.steps.store import RUN, RunStore
+from harness.study.arms import Arm
+from harness.study.plan import Planner, Promise, StudyPlan
+
+INDEX = "index.json"
+MODEL = "model.json"
+"""In the folder of a merge: what an evaluation knows of the model, should its weights be let go."""
+GONE = "gone.json"
+"""In the folder of a merge whose weights were let go: nothing needs them any more."""
+
+
+@dataclass
+class Study:
+    """What a study left behind."""
+
+    root: Path
+    plan: StudyPlan
+    failures: dict[str, str] = field(default_factory=dict)
+    """Step folder or arm -> why it failed, or was left out."""
+
+
+def run_study(
+    plan: StudyPlan,
+    out: Path,
+    *,
+    fresh: bool = False,
+    retry_failed: bool = False,
+    reporter: Reporter | None = None,
+) -> Study:
+    """Carry out a study; what its folder holds already is kept, and goes on from where it stopped.
+
+    Args:
+        plan: of :func:`plan_study`.
+        out: run folder.
+        fresh: delete what it holds of an earlier study first.
+        retry_failed: try again what failed; by default it is left, with all that builds on it.
+        reporter: says what is going on; silent by default.
+
+    Raises:
+        UserError: the folder holds something else, or a mistake that concerns every arm.
+    """
+    reporter = reporter or Reporter()
+    if fresh:
+        RUN.refuse(out, fresh=True)
+    else:
+        check_study(out, plan)
+    with RunStore(out) as store:
+        if fresh:
+            RUN.clear(out)
+        check_study(out, plan)
+        write_json(store.plan_file, plan.to_json())
+        found = StudyRun(plan, store, reporter, retry_failed=retry_failed).carry_out()
+        plan.registry.announce("study_finished", run=out)
+        return found
+
+
+def check_study(out: Path, plan: StudyPlan) -> None:
+    """Whether the folder is empty or holds this very study, perhaps with fewer arms; writes nothing.
+
+    Raises:
+        UserError: it holds something else; says what.
+    """
+    RUN.refuse(out)
+    file = RunStore(out).plan_file
+    if not file.is_file():
+        return
+    held = read_json(file)
+    if "study" not in held:
+        raise UserError(RUN.where(out), "holds an evaluation, not a study", "Give another --out, or --fresh.")
+    steps = {step.id for step in plan.graph}
+    lost = [step for step in held["steps"] if step["key"] not in steps]
+    if lost:
+        arms = ", ".join(dict.fromkeys(step["arm"] for step in lost[:200]))
+        arms = arms if len(arms) < 120 else arms[:117] + "..."
+        what = f"holds a study whose steps this one does not have: {len(lost)} of {len(held['steps'])} ({arms})"
+        raise UserError(RUN.where(out), what, "Give another --out, or --fresh to start over.")
+
+
+class StudyRun:
+    """One pass over a study in this process."""
+
+    def __init__(self, plan: StudyPlan, store: RunStore, reporter: Reporter, *, retry_failed: bool = False) -> None:
+        self.plan, self.store, self.reporter, self._again = plan, store, reporter, retry_failed
+        self.runner = Runner(plan.registry, reporter)
+        self.planner = Planner(plan.read, plan.registry)
+        self.made: dict[str, Promise] = {}
+        """Arm -> what it is made of, now that it is there."""
+        self.index: dict[str, str] = {}
+        """Key -> id."""
+        self.left_out: dict[str, str] = {}
+
+    def carry_out(self) -> Study:
+        """Make the arms, answer, score."""
+        for promise in self.plan.promises.values():
+            self._make(promise)
+        self._write_index()
+        evaluations = Evaluations(self.plan.registry, self.store, self.reporter)
+        for plan in self.planner.evaluations(self.made):
+            self._index_evaluation(plan)
+            if not evaluations.is_answered(plan):
+                self._bring_back(plan)
+            self._let_go(plan, evaluations.answer(plan))
+        self._write_index()
+        evaluations.score()
+        failures = {**self.runner.failures, **self.left_out, **evaluations.failures}
+        return Study(self.store.root, self.plan, failures)
+
+    # ---------------------------------------------------------------------------------------------------------- arms
+
+    def _make(self, promise: Promise) -> None:
+        """Make one arm, unless what it is made from is missing."""
+        arm = promise.arm
+        missing = [name for name in arm.parents if name not in self.made]
+        if missing:
+            self.left_out[arm.name] = f"left out: {missing[0]} is not there"
+            self.reporter.note(f"{arm.name}: {self.left_out[arm.name]}")
+            return
+        if promise.step is None:
+            self.made[arm.name] = promise
+        elif arm.checkpoint is not None:
+            self._checkpoint(arm)
+        elif arm.align is not None:
+            self._align(promise)
+        else:
+            self._merge(promise)
+
+    def _align(self, promise: Promise) -> None:
+        arm = promise.arm
+        starts = {name: info for name in arm.parents if (info := self.made[name].adapter) is not None}
+        plan = self.planner.align(arm, starts)
+        step = replace(plan.step, arm=arm.name, factors=dict(arm.factors))
+        plan = replace(plan, step=step)
+
+        def work(folder: StepFolder) -> None:
+            carry_out_align(plan, self.plan.registry, self.runner, folder)
+
+        folder = self._carry_out(promise, step, work, intact_adapter)
+        if folder is not None:
+            self.made[arm.name] = self._aligned(promise, plan, folder)
+
+    def _aligned(self, promise: Promise, plan: AlignPlan, folder: StepFolder) -> Promise:
+        if plan.spec.adapter == "none":
+            return replace(promise, model=self._model(promise, folder), align=plan)
+        adapter = self._adapter(promise, folder.artifact)
+        return replace(promise, adapter=adapter, align=plan)
+
+    def _checkpoint(self, arm: Arm) -> None:
+        whole = self.made[arm.parents[0]]
+        assert whole.adapter is not None
+        path = Path(whole.adapter.path) / f"step-{arm.checkpoint}"
+        self.made[arm.name] = replace(whole, arm=arm, adapter=self._adapter(replace(whole, arm=arm), path))
+
+    def _merge(self, promise: Promise) -> None:
+        arm = promise.arm
+        plan = self._merge_plan(arm)
+        folder = self.store.step("merge", arm.name, plan.id)
+        if not (folder.path / GONE).exists():
+            made = self._carry_out(promise, plan.step, partial(self._merge_into, plan), intact_merge)
+            if made is None:
+                return
+        if plan.spec.form == "adapter":
+            self.made[arm.name] = replace(promise, adapter=self._adapter(promise, folder.artifact))
+            return
+        self.index[self._key(promise)] = plan.id
+        self.made[arm.name] = replace(promise, model=self._merged_model(promise, folder))
+
+    def _merge_plan(self, arm: Arm) -> MergePlan:
+        assert arm.merge is not None
+        inputs = []
+        for given, name in zip(arm.merge.inputs, arm.parents, strict=True):
+            made = self.made[name]
+            path = made.adapter.path if made.adapter is not None else made.model.path
+            inputs.append(MergeInput(ref=path, weight=given.weight))
+        found = plan_merge(arm.merge.model_copy(update={"inputs": tuple(inputs)}), self.plan.registry)
+        return replace(found, step=replace(found.step, arm=arm.name, factors=dict(arm.factors)))
+
+    def _merge_into(self, plan: MergePlan, folder: StepFolder) -> None:
+        carry_out_merge(plan, MergeSettings(), self.runner, folder)
+
+    def _merged_model(self, promise: Promise, folder: StepFolder) -> ModelInfo:
+        """A merged model as its evaluation knows it; of one whose weights were let go, as it was."""
+        if (folder.path / GONE).exists():
+            kept = ModelInfo.model_validate({**read_json(folder.path / MODEL)["model"], "ref": "", "path": ""})
+            return kept.model_copy(update={"path": str(folder.artifact), "ref": str(folder.artifact)})
+        model = self._model(promise, folder)
+        write_json(folder.path / MODEL, {"model": model.model_dump(mode="json", exclude={"path", "ref"})})
+        return model
+
+    def _let_go(self, plan: EvalPlan, ended: bool) -> None:
+        """Delete the weights of a merged model that has been answered for; its record and recipe stay."""
+        made = next((one for one in self.made.values() if one.model.weights_digest == plan.model.weights_digest), None)
+        if made is None or made.arm.kind != "merge" or "merge" in self.plan.read.spec.keep or not ended:
+            return
+        needed = [arm.name for arm in self.plan.arms if made.arm.name in arm.parents and arm.name not in self.made]
+        artifact = Path(made.model.path)
+        if needed or (artifact.parent / GONE).exists():
+            return
+        write_json(artifact.parent / GONE, {"weights": made.model.weights_digest, "why": "nothing needs them any more"})
+        for file in artifact.glob("model*.safetensors"):
+            file.unlink()
+
+    def _bring_back(self, plan: EvalPlan) -> None:
+        """Merge again what was let go, where something asks for it after all."""
+        made = next((one for one in self.made.values() if one.model.weights_digest == plan.model.weights_digest), None)
+        if made is None or not (Path(made.model.path).parent / GONE).exists():
+            return
+        merge = self._merge_plan(made.arm)
+        folder = self.store.step("merge", made.arm.name, merge.id)
+        folder.reopen("its weights are needed again")
+        (folder.path / GONE).unlink()
+        self._carry_out(made, merge.step, partial(self._merge_into, merge), intact_merge)
+
+    # --------------------------------------------------------------------------------------------------------- steps
+
+    def _carry_out(
+        self,
+        promise: Promise,
+        step: Step,
+        work: Callable[[StepFolder], None],
+        intact: Callable[[Step, StepFolder], str | None],
+    ) -> StepFolder | None:
+        """The folder of a step that has ended well, now or before; None where it failed."""
+        folder, arm = self.store.step(step.kind, promise.arm.name, step.id), promise.arm.name
+        self.index[self._key(promise)] = step.id
+        status = folder.status()
+        if status is not None and status.status == "done":
+            if (problem := intact(step, folder)) is None:
+                return folder
+            self.reporter.note(f"{folder.name}: {problem}; it is done again")
+            folder.reopen(problem)
+        elif status is not None:
+            if not self._again:
+                self.left_out[arm] = f"failed before, and is left (--retry-failed tries again): {status.error}"
+                self.reporter.note(f"{arm}: {self.left_out[arm]}")
+                return None
+            folder.reopen("it had failed and is tried again")
+        self.reporter.note(f"{step.kind} {arm}")
+        try:
+            work(folder)
+        except Exception as error:
+            if is_fatal(error) and not isinstance(error, UserError):
+                raise
+            if folder.status() is None:
+                self.runner.fail(step, folder, error)
+            else:
+                self.runner.failures[folder.name] = str(error)
+                self.reporter.note(f"failed: {error}")
+            return None
+        return folder
+
+    def _key(self, promise: Promise) -> str:
+        step = self.plan.promises[promise.arm.name].step
+        assert step is not None
+        return step.id
+
+    def _adapter(self, promise: Promise, folder: Path) -> AdapterInfo:
+        base = self.planner.base(promise.arm)
+        mismatch = self.plan.read.spec.bases[promise.arm.base].allow_template_mismatch
+        found = inspect_adapter(str(folder), base, allow_template_mismatch=mismatch)
+        return found.model_copy(update={"name": promise.arm.name})
+
+    def _model(self, promise: Promise, folder: StepFolder) -> ModelInfo:
+        given = self.plan.read.spec.bases[promise.arm.base].model_dump(exclude={"template", "model", "revision"})
+        found = inspect_model(ModelSpec(model=str(folder.artifact), **given))
+        # Beside its base it goes by the base's name, and by the arm's.
+        return found.model_copy(update={"name": promise.arm.base})
+
+    # --------------------------------------------------------------------------------------------------------- index
+
+    def _index_evaluation(self, plan: EvalPlan) -> None:
+        """Ids of answers and scores by their keys, which the plan has in the same places."""
+        keys = {
+            (row.name, task.name, task.variant): task
+            for planned in self.plan.evaluations
+            for row in planned.arms
+            for task in row.tasks
+        }
+        for row in plan.arms:
+            for task in row.tasks:
+                planned = keys.get((row.name, task.name, task.variant))
+                if planned is None:
+                    continue
+                self.index[planned.answers.id] = task.answers.id
+                for mine, its in zip(planned.scores, task.scores, strict=True):
+                    self.index[mine.id] = its.id
+
+    def _write_index(self) -> None:
+        write_json(self.store.root / INDEX, {"ids": self.index})
