@@ -103,7 +103,7 @@ def run_align(
 ) -> Alignment:
     """Carry out a plan in a folder; an interrupted one goes on from its last checkpoint."""
     reporter = reporter or Reporter()
-    alone = Alone(plan.step, out, ALIGNMENT, has_checkpoint)
+    alone = Alone(plan.step, out, ALIGNMENT, lambda out: has_checkpoint(StepFolder.within(out, "", "align")))
     if fresh or not ALIGNMENT.is_ours(out):
         # Asked before the lock as well: nothing is written into a folder that is somebody else's.
         ALIGNMENT.refuse(out, fresh=fresh)
@@ -114,27 +114,43 @@ def run_align(
         if alone.done_before(reporter) is not None:
             tidy(work)
             return _load(out, plan, work)
-        return _resume(plan, registry, Runner(registry, reporter), work)
+        begun_before = (work.path / STEP).exists()
+        try:
+            return carry_out_align(plan, registry, Runner(registry, reporter), work)
+        except UserError:
+            if not has_checkpoint(work) and not begun_before and work.path.exists():
+                # What is refused leaves nothing behind, so that the corrected command finds the folder as this one did.
+                ALIGNMENT.clear(out)
+            raise
 
 
-def _resume(plan: AlignPlan, registry: Registry, runner: Runner, work: StepFolder) -> Alignment:
-    """Carry out a plan from where its folder stands, and say what is kept when that is cut short."""
-    out, note = work.artifact, runner.reporter.note
-    begun_before = (work.path / STEP).exists()
+def carry_out_align(plan: AlignPlan, registry: Registry, runner: Runner, work: StepFolder) -> Alignment:
+    """Carry out a plan from where its folder stands, and say what is kept when that is cut short.
+
+    Args:
+        plan: of :func:`harness.alignment.plan.plan_align`.
+        registry: that it was planned with.
+        runner: records the step, and tells its observers.
+        work: the folder of the record, and that of the adapter: within each other or apart. The caller has locked it,
+            and knows that the step has not ended well.
+
+    Raises:
+        UserError: a mistake of the user's.
+        StepError: training failed.
+        Requeue: a signal has stopped it; what is done is saved.
+    """
+    note = runner.reporter.note
     if work.status() is not None:
         work.reopen("it had failed")
     try:
-        with runner.recorded(plan.step, work), writing(out):
+        with runner.recorded(plan.step, work), writing(work.artifact):
             return _Run(plan, registry, runner, work).carry_out()
     except UserError:
-        if has_checkpoint(out):
+        if has_checkpoint(work):
             note("the last checkpoint is kept: the same command goes on from there")
-        elif not begun_before and work.path.exists():
-            # What is refused leaves nothing behind, so that the corrected command finds the folder as this one did.
-            ALIGNMENT.clear(out)
         raise
     except (KeyboardInterrupt, Requeue):
-        if not has_checkpoint(out):
+        if not has_checkpoint(work):
             note("there is no checkpoint yet: the same command trains from the first step")
         raise
 

@@ -63,7 +63,7 @@ def test_a_ratio_is_in_the_id_and_the_rates_are_in_force(align: Callable[..., An
     assert weights[8] != weights[1]
     rates = [[line["learning_rate"] for line in one.history if "loss" in line] for one in (plain, *ratios.values())]
     assert rates[0] == rates[1] == rates[2], "what is logged is the recipe's"
-    step = json.loads((ratios[8].folder / "training" / "step.json").read_text())
+    step = json.loads((ratios[8].folder / "step" / "step.json").read_text())
     assert step["identity"]["adapter"]["lora_plus_ratio"] == 8
 
 

@@ -25,8 +25,8 @@ def test_columns_reach_the_trainer(align: Callable[..., Any], alone: Path, pairs
     assert seen["columns"] == ["id", "prompt_ids", "completion_ids", "labels_mask", "weight"]
     assert len(seen["heldout"]) == 3
     assert (made.folder / "adapter_model.safetensors").is_file()
-    assert made.plan.identity["data"]["schema"] == "Weighed"
-    (part,) = made.plan.identity["data"]["parts"]
+    assert made.plan.step.identity["data"]["schema"] == "Weighed"
+    (part,) = made.plan.step.identity["data"]["parts"]
     assert len(part["converter"]) == 64, "a stranger's conversion enters the id"
 
 
@@ -37,7 +37,7 @@ def test_token_ids_are_not_those_of_another_rendering(align: Callable[..., Any],
     changed.parent.mkdir()
     changed.write_text(PLUGIN.read_text().replace('"completion": self.answer', '"completion": self.answer + "!"'))
     second = align("weighed-sft", "b", plugins=[changed])
-    tokens = [json.loads((one.folder / "training" / "step.json").read_text())["tokens"] for one in (first, second)]
+    tokens = [json.loads((one.folder / "step" / "step.json").read_text())["tokens"] for one in (first, second)]
     assert tokens[1]["answer tokens"] > tokens[0]["answer tokens"]
 
 
