@@ -22,7 +22,7 @@ from harness.steps.folder import StepFolder
 from harness.steps.guard import Guard
 from harness.steps.lock import FolderLock
 
-RUN = Guard("run", r"\.folded|plan\.json|study\.yaml|parity\.json|requests|steps|report|judge", "plan.json")
+RUN = Guard("run", r"\.folded|plan\.json|index\.json|study\.yaml|parity\.json|requests|steps|report|judge", "plan.json")
 
 
 @dataclass

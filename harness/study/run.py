@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from harness.alignment.folder import intact as intact_adapter
 from harness.alignment.plan import AlignPlan
-from harness.alignment.run import carry_out_align, intact as intact_adapter
-from harness.contracts.registry import Registry
+from harness.alignment.run import carry_out_align
 from harness.core.errors import UserError
 from harness.core.progress import Reporter
 from harness.core.records import AdapterInfo, ModelInfo
