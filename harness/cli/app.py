@@ -21,6 +21,7 @@ from harness.cli.merge import MergeCommand, fold, merge
 from harness.cli.options import Json
 from harness.cli.plugins import plugins_app, tasks
 from harness.cli.serve import serve
+from harness.cli.study import study_app
 from harness.cli.tables import print_json, say
 from harness.core.errors import ExitCode, HarnessError, Requeue, UserError
 
@@ -44,6 +45,7 @@ app.command("serve")(serve)
 app.command("tasks")(tasks)
 app.add_typer(data_app, name="data")
 app.add_typer(judge_app, name="judge")
+app.add_typer(study_app, name="study")
 
 
 def main() -> NoReturn:

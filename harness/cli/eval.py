@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,7 +27,7 @@ from harness.core.errors import ExitCode, UserError
 from harness.core.text import visible
 
 if TYPE_CHECKING:
-    from harness.report.model import ComparisonReport
+    from harness.report.model import ComparisonReport, Report
 
 
 def eval_(
@@ -113,7 +113,7 @@ def eval_(
         spent = ", ".join(f"{name} {value:.1f}" for name, value in evaluation.seconds.items() if value)
         if spent:
             reporter.note(f"seconds: {spent}")
-    _print_report(write_reports(evaluation.root), evaluation.root)
+    print_report(write_reports(evaluation.root), evaluation.root / "report" / "report.html")
     return ExitCode.STEPS_FAILED if evaluation.failures else ExitCode.DONE
 
 
@@ -126,21 +126,23 @@ def _check_numbers(limit: int | None, parity: int | None, cost: float | None) ->
         raise UserError("--max-judge-cost", f"{cost:g} is negative", "Give 0 or more, or leave it out.")
 
 
-def _print_report(report: Any, root: Path) -> None:
+def print_report(report: Report, page: Path) -> None:
+    """Print a report's table, and where its page lies."""
     from rich.console import Console
 
     from harness.report.build import terminal_table
 
     console = Console()
     console.print(terminal_table(report))
-    console.print(visible(f"{root / 'report' / 'report.html'}"), markup=False, highlight=False, soft_wrap=True)
+    console.print(visible(str(page)), markup=False, highlight=False, soft_wrap=True)
 
 
 def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     """Rebuild a run's report from its records, and print it."""
-    from harness.report.build import write_reports
+    from harness.report.build import write_all
 
-    _print_report(write_reports(run), run)
+    for page, found in write_all(run).items():
+        print_report(found, page)
 
 
 def compare(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from harness.contracts.registry import Registry
 from harness.core.progress import Reporter
@@ -21,14 +21,18 @@ class Evaluations:
         self._registry, self._store, self._reporter = registry, store, reporter
         self._parts: list[tuple[Scoring, Sequence[Unit]]] = []
 
-    def is_answered(self, plan: EvalPlan) -> bool:
-        """Whether all answers of a plan are there, as far as their records say."""
+    def is_answered(self, plan: EvalPlan, only: Collection[str] | None = None) -> bool:
+        """Whether all answers of a plan, or those whose ids are given, are there as far as their records say."""
         run = EvalSession(plan, self._registry, self._store, self._reporter)
-        records = [run.folder(unit).status() for unit in run.units]
+        records = [run.folder(unit).status() for unit in run.units if only is None or unit.id in only]
         return all(record is not None and record.status == "done" for record in records)
 
-    def answer(self, plan: EvalPlan) -> bool:
+    def answer(self, plan: EvalPlan, only: Collection[str] | None = None) -> bool:
         """Answer what has not been answered; what fails is recorded and does not stop the rest.
+
+        Args:
+            plan: ids and where they are answered.
+            only: ids of answers steps, where not all are meant.
 
         Returns:
             whether all is answered now.
@@ -38,7 +42,8 @@ class Evaluations:
         """
         run = EvalSession(plan, self._registry, self._store, self._reporter)
         pending = [unit for unit in run.units if not run.ended(unit)]
-        unanswered = [unit for unit in pending if run.answered(unit) is None]
+        meant = [unit for unit in pending if only is None or unit.id in only]
+        unanswered = [unit for unit in meant if run.answered(unit) is None]
         broken = {unit.id: error for unit in unanswered if (error := run.unopenable(unit)) is not None}
         remove_scratch(self._store.scratch)
         for group in groups_of(plan, unanswered):
@@ -46,9 +51,9 @@ class Evaluations:
         self._parts.append((Scoring(run, {}), pending))
         return self.is_answered(plan)
 
-    def score(self) -> None:
-        """Score all that has been answered and not scored."""
-        score_all(self._parts)
+    def score(self, only: Collection[str] | None = None) -> None:
+        """Score what has been answered and not scored; ``only``: ids of scores steps, where not all are meant."""
+        score_all(self._parts, only)
 
     @property
     def failures(self) -> dict[str, str]:

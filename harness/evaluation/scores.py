@@ -7,7 +7,7 @@ opened. Answers and samples are read back from the run, so that neither model no
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -64,11 +64,11 @@ class ScoresOrder:
             run.reporter.note(f"warning: scorer {self.scorer.plugin.name} did not close: {error}")
 
 
-def score_all(parts: Iterable[tuple[Scoring, Sequence[Unit]]]) -> None:
+def score_all(parts: Iterable[tuple[Scoring, Sequence[Unit]]], only: Collection[str] | None = None) -> None:
     """Score the units of one evaluation, or of many: scorers that need nothing first, then those that open a model."""
     found: dict[str, ScoresOrder] = {}
     for scoring, units in parts:
-        for unit, plan in scoring.due(units):
+        for unit, plan in scoring.due(units, only):
             found.setdefault(plan.scorer.key, ScoresOrder(plan.scorer)).steps.append((scoring, unit, plan))
     for order in sorted(found.values(), key=lambda one: one.scorer.plugin.needs(one.scorer.config) is not None):
         order.carry_out()
@@ -80,14 +80,16 @@ class Scoring:
     def __init__(self, run: EvalSession, answered: Mapping[str, ask.Answered]) -> None:
         self.run, self._answered = run, answered
 
-    def due(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, ScoresPlan]]:
-        """What is to be scored: no scores yet, or those of other answers."""
+    def due(self, units: Sequence[Unit], only: Collection[str] | None) -> Iterator[tuple[Unit, ScoresPlan]]:
+        """What is to be scored, of what is meant: no scores yet, or those of other answers."""
         for unit in units:
             answers = self.run.folder(unit).status()
             if answers is None or answers.status != "done":
                 continue
             for plan in unit.task.scores:
-                if self._is_due(self.run.scores_folder(unit, plan), answers.digest):
+                if (only is None or plan.id in only) and self._is_due(
+                    self.run.scores_folder(unit, plan), answers.digest
+                ):
                     yield unit, plan
 
     def _is_due(self, folder: StepFolder, answers: str | None) -> bool:

@@ -18,8 +18,9 @@ from harness.report.leaderboard import markdown_lines, terminal_table
 from harness.report.model import Difference, Report, TaskReport
 from harness.report.pairing import base_of
 from harness.report.read import RunResult, TaskResult, open_run
+from harness.report.study import open_runs
 from harness.report.text import markdown
-from harness.steps.files import read_json, write_bytes
+from harness.steps.files import read_json, slug, write_bytes
 from harness.steps.store import RunStore
 
 __all__ = ["Report", "TaskReport", "build_report", "load_report", "terminal_table", "write_reports"]
@@ -85,6 +86,21 @@ def _against_base(run: RunResult) -> tuple[Difference, ...]:
     return compare_arms(run).differences
 
 
+def write_all(root: Path) -> dict[Path, Report]:
+    """Write the reports of a run folder, for a study one for every base; returns them by their HTML page.
+
+    Raises:
+        UserError: the folder is not a run.
+        CorruptionError: a record is damaged.
+    """
+    folder = RunStore(root).report
+    found = {}
+    for base, run in open_runs(root).items():
+        place = folder if base is None else folder / slug(base)
+        found[place / "report.html"] = _write(run, place)
+    return found
+
+
 def write_reports(store_root: Path) -> Report:
     """Write report.json, report.md and report.html of a run folder from its records.
 
@@ -92,11 +108,13 @@ def write_reports(store_root: Path) -> Report:
         UserError: the folder is not a run.
         CorruptionError: a record is damaged.
     """
+    return _write(open_run(store_root), RunStore(store_root).report)
+
+
+def _write(run: RunResult, folder: Path) -> Report:
     from harness.report.html import render
 
-    run = open_run(store_root)
     report = build_report(run)
-    folder = RunStore(store_root).report
     # ASCII, so that printing the file cannot steer a terminal.
     text = json.dumps(report.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False)
     write_bytes(folder / "report.json", (text + "\n").encode())

@@ -59,7 +59,7 @@ class Report(Config):
         if self.adapter:
             name += f" + {self.adapter.get('name') or self.adapter.get('ref') or 'adapter'}"
         if self.arms:
-            name += f" and {sum(arm.get('adapter') is not None for arm in self.arms)} adapters"
+            name += f" and {sum(arm.get('label') is not None for arm in self.arms)} adapters"
         return visible(name)
 
     def to_pandas(self, *, leaves: bool = False) -> Any:

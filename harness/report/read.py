@@ -232,7 +232,8 @@ class RunResult:
         plan = {
             **self.plan,
             "arm": arm["name"],
-            "adapter": {**adapter, "name": arm.get("label")} if adapter else None,
+            # A merged model beside its base goes by the arm's name, as an adapter does.
+            "adapter": {**(adapter or {}), "name": arm.get("label")} if arm.get("label") else None,
             "arms": list(rows),
         }
         return RunResult(self.root, plan, tuple(task for task in self.tasks if task.info.get("arm") in names))
@@ -260,6 +261,17 @@ def open_run(root: Path) -> RunResult:
     if not (root / "plan.json").is_file():
         raise _not_a_run(root)
     plan = read_json(root / "plan.json")
+    if isinstance(plan, dict) and "study" in plan:
+        raise UserError(str(root), "is a study, with a run for every base", "`harness report` shows all of them.")
+    return run_of(root, plan)
+
+
+def run_of(root: Path, plan: Mapping[str, Any]) -> RunResult:
+    """The run that a plan describes, from the records in a folder.
+
+    Raises:
+        CorruptionError: the plan is none, or a record is damaged.
+    """
     try:
         tasks = tuple(_task(root, {**task, "template": _template(plan, task)}) for task in plan["tasks"])
     except (KeyError, TypeError, AttributeError) as error:

@@ -63,6 +63,7 @@ class Runner:
         """
         self._announce("step_started", step, folder)
         folder.begin(step, described or {}, provenance_record(provenance or {}))
+        folder.log("begun", attempt=folder.attempt)
 
     @contextmanager
     def contained(self, step: Step, folder: StepFolder, *, mistakes: bool = False) -> Iterator[None]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import fcntl
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 from harness.alignment.folder import intact as intact_adapter
 from harness.alignment.plan import AlignPlan
 from harness.alignment.run import carry_out_align
-from harness.core.errors import UserError
+from harness.core.errors import CorruptionError, UserError
 from harness.core.progress import Reporter
 from harness.core.records import AdapterInfo, ModelInfo
 from harness.core.specs import MergeInput, ModelSpec
@@ -20,15 +22,16 @@ from harness.merging.plan import MergePlan, plan_merge
 from harness.merging.publish import intact as intact_merge
 from harness.merging.run import MergeSettings, carry_out_merge
 from harness.models.inspect import inspect_adapter, inspect_model
+from harness.report.study import INDEX
 from harness.steps.files import read_json, write_json
 from harness.steps.folder import StepFolder
+from harness.steps.lock import FolderLock
 from harness.steps.runner import Runner, is_fatal
 from harness.steps.step import Step
 from harness.steps.store import RUN, RunStore
 from harness.study.arms import Arm
 from harness.study.plan import Planner, Promise, StudyPlan
 
-INDEX = "index.json"
 MODEL = "model.json"
 """In the folder of a merge: what an evaluation knows of the model, should its weights be let go."""
 GONE = "gone.json"
@@ -43,6 +46,22 @@ class Study:
     plan: StudyPlan
     failures: dict[str, str] = field(default_factory=dict)
     """Step folder or arm -> why it failed, or was left out."""
+
+
+def carry_out_steps(plan: StudyPlan, out: Path, keys: Collection[str], *, reporter: Reporter | None = None) -> Study:
+    """Carry out single steps of a study whose folder other processes may work in: what `harness study step` does.
+
+    Raises:
+        UserError: a key that is no step's, or is not ready.
+    """
+    check_study(out, plan)
+    for key in keys:
+        if key not in plan.graph.steps:
+            raise UserError(f"key {key}", "is no step of this study", "See `harness study steps FILE`.")
+    store = RunStore(out)
+    if not store.plan_file.exists():
+        write_json(store.plan_file, plan.to_json())
+    return StudyRun(plan, store, reporter or Reporter(), retry_failed=True, only=keys).carry_out()
 
 
 def run_study(
@@ -102,11 +121,27 @@ def check_study(out: Path, plan: StudyPlan) -> None:
         raise UserError(RUN.where(out), what, "Give another --out, or --fresh to start over.")
 
 
+def read_index(root: Path) -> dict[str, str]:
+    """Key -> id of the steps of a study, as far as they are known; a damaged index is made again as steps are met."""
+    with contextlib.suppress(OSError, CorruptionError, KeyError, TypeError, ValueError):
+        return {str(key): str(value) for key, value in read_json(root / INDEX)["ids"].items()}
+    return {}
+
+
 class StudyRun:
     """One pass over a study in this process."""
 
-    def __init__(self, plan: StudyPlan, store: RunStore, reporter: Reporter, *, retry_failed: bool = False) -> None:
-        self.plan, self.store, self.reporter, self._again = plan, store, reporter, retry_failed
+    def __init__(
+        self,
+        plan: StudyPlan,
+        store: RunStore,
+        reporter: Reporter,
+        *,
+        retry_failed: bool = False,
+        only: Collection[str] | None = None,
+    ) -> None:
+        """``only``: keys of the steps to carry out, where not all are meant."""
+        self.plan, self.store, self.reporter, self._again, self._only = plan, store, reporter, retry_failed, only
         self.runner = Runner(plan.registry, reporter)
         self.planner = Planner(plan.read, plan.registry)
         self.made: dict[str, Promise] = {}
@@ -123,11 +158,12 @@ class StudyRun:
         evaluations = Evaluations(self.plan.registry, self.store, self.reporter)
         for plan in self.planner.evaluations(self.made):
             self._index_evaluation(plan)
-            if not evaluations.is_answered(plan):
+            answers = self._ids()
+            if not evaluations.is_answered(plan, answers):
                 self._bring_back(plan)
-            self._let_go(plan, evaluations.answer(plan))
+            self._let_go(plan, evaluations.answer(plan, answers))
         self._write_index()
-        evaluations.score()
+        evaluations.score(self._ids())
         failures = {**self.runner.failures, **self.left_out, **evaluations.failures}
         return Study(self.store.root, self.plan, failures)
 
@@ -260,9 +296,13 @@ class StudyRun:
                 self.reporter.note(f"{arm}: {self.left_out[arm]}")
                 return None
             folder.reopen("it had failed and is tried again")
+        if self._only is not None and self._key(promise) not in self._only:
+            self.left_out[arm] = "its step has not ended"
+            return None
         self.reporter.note(f"{step.kind} {arm}")
         try:
-            work(folder)
+            with FolderLock(folder.path, folder.name):
+                work(folder)
         except Exception as error:
             if is_fatal(error) and not isinstance(error, UserError):
                 raise
@@ -293,6 +333,12 @@ class StudyRun:
 
     # --------------------------------------------------------------------------------------------------------- index
 
+    def _ids(self) -> set[str] | None:
+        """Ids of the steps that are meant; None: all."""
+        if self._only is None:
+            return None
+        return {self.index[key] for key in self._only if key in self.index}
+
     def _index_evaluation(self, plan: EvalPlan) -> None:
         """Ids of answers and scores by their keys, which the plan has in the same places."""
         keys = {
@@ -311,4 +357,7 @@ class StudyRun:
                     self.index[mine.id] = its.id
 
     def _write_index(self) -> None:
-        write_json(self.store.root / INDEX, {"ids": self.index})
+        """Add to index.json; several processes may carry out steps of one study."""
+        with (self.store.root / f".{INDEX}.0.tmp").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            write_json(self.store.root / INDEX, {"ids": {**read_index(self.store.root), **self.index}})

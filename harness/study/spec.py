@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from harness.core.config import Config, Located, laid_over, load_yaml, parse, set_path
-from harness.core.errors import UserError
+from harness.core.errors import UserError, unknown
 from harness.core.specs import ModelSpec
 
 
@@ -140,6 +141,21 @@ class StudySpec(Config):
     data_revisions: dict[str, str] = Field(default_factory=dict, description="hub id of a data set -> commit")
     plugins: Names = Field((), description="loose plugin files")
     keep: Names = Field(("align",), description="kinds whose artifacts stay once all that needs them has ended")
+
+
+def find_study(file: Path) -> Path:
+    """The file of a study: as given, or a shipped one of that name.
+
+    Raises:
+        UserError: neither.
+    """
+    if file.is_file():
+        return file
+    folder = Path(find_spec("harness_tasks").submodule_search_locations[0]) / "studies"  # type: ignore[union-attr, index]
+    shipped = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    if str(file) in shipped:
+        return shipped[str(file)]
+    raise unknown(str(file), "study", str(file), shipped, "harness study --help")
 
 
 def read_study(file: Path, *, models: Mapping[str, str] | None = None, changes: tuple[str, ...] = ()) -> Read:

@@ -1,0 +1,227 @@
+"""`harness study`: plan, run and watch a whole grid of arms from one YAML file."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from harness.cli.options import Json, PluginFiles
+from harness.cli.tables import print_json, print_table
+from harness.core.errors import ExitCode, UserError
+from harness.core.text import visible
+
+if TYPE_CHECKING:
+    from harness.study.plan import StudyPlan
+
+study_app = typer.Typer(
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    help="Plan, run and watch a whole grid of arms from one YAML file.",
+)
+File = Annotated[Path, typer.Argument(help="The study's YAML file, or the name of a shipped one.")]
+Out = Annotated[Path | None, typer.Option(help="Run folder; by default runs/STUDY.")]
+Model = Annotated[
+    list[str] | None, typer.Option("--model", metavar="BASE=PATH", help="Folder or hub id of a base (repeatable).")
+]
+Set = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over a key of the file (repeatable).")]
+
+
+def _planned(file: Path, model: list[str] | None, changes: list[str] | None, plugin: list[str] | None) -> StudyPlan:
+    from harness.cli.options import with_defaults
+    from harness.study.plan import plan_study
+    from harness.study.spec import find_study, read_study
+
+    models = {}
+    for one in model or ():
+        name, equals, path = one.partition("=")
+        if not equals or not path:
+            raise UserError("--model", f"{one!r} is not BASE=PATH", "Write for example --model llama=./llama-7b.")
+        models[name] = path
+    found = find_study(file)
+    # Read twice, as its plugins must be loaded before it can be planned; it is small.
+    named = read_study(found, models=models, changes=tuple(changes or ())).spec.plugins
+    registry = with_defaults([*named, *(plugin or ())])[1]
+    return plan_study(found, registry=registry, models=models, changes=tuple(changes or ()))
+
+
+def _folder(plan: StudyPlan, out: Path | None) -> Path:
+    return out if out is not None else Path("runs") / plan.read.spec.study
+
+
+@study_app.command("plan")
+def plan(
+    file: File,
+    out: Out = None,
+    why: Annotated[str | None, typer.Option(help="Key of a step: show all that its id is made of.")] = None,
+    model: Model = None,
+    set_: Set = None,
+    plugin: PluginFiles = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a study would do: arms, steps by kind, and what is done already; loads no model."""
+    from harness.study.status import states_of, summary
+
+    found = _planned(file, model, set_, plugin)
+    if why is not None:
+        _say_why(found, why, _folder(found, out))
+        return
+    if as_json:
+        print_json(found.to_json())
+        return
+    spec = found.read.spec
+    print(visible(f"{spec.study}: {len(found.arms)} arms on {len(spec.bases)} bases, {len(found.graph)} steps"))
+    arms = [
+        {"arm": arm.name, "kind": arm.kind, "from": ", ".join(arm.parents), "key": _key(found, arm.name)}
+        for arm in found.arms
+    ]
+    print_table("Arms", ["arm", "kind", "from", "key"], arms)
+    root = _folder(found, out)
+    if (root / "plan.json").is_file():
+        print_table("Steps", ["kind", "steps", "done", "failed", "begun", "ready", "waiting"], summary(states_of(root)))
+        return
+    asked = sum(len(one.arms) for one in found.evaluations)
+    rows: list[dict[str, Any]] = [{"kind": kind, "steps": count} for kind, count in found.graph.counts().items()]
+    print_table("Steps", ["kind", "steps"], rows)
+    print(f"{len(found.evaluations)} models are opened for {asked} arms; each scorer is opened once for all of them")
+
+
+def _key(plan: StudyPlan, arm: str) -> str:
+    step = plan.promises[arm].step
+    return step.id[:12] if step is not None else ""
+
+
+def _say_why(plan: StudyPlan, key: str, root: Path) -> None:
+    """Print what a step's id is made of, and where its record differs."""
+    from harness.steps.files import read_json
+    from harness.steps.step import unequal
+
+    found = [step for step in plan.graph if step.id.startswith(key)]
+    if len(found) != 1:
+        raise UserError(f"--why {key}", f"{len(found)} steps have such a key", "Give one from `harness study plan`.")
+    step = found[0]
+    print_json({"kind": step.kind, "arm": step.arm, "key": step.id, "identity": step.identity})
+    # Another step of this kind and arm, as an earlier version of the study had it.
+    for folder in sorted((root / "steps").glob(f"{step.kind}-{step.arm}-*")):
+        before = read_json(folder / "step.json")
+        for line in unequal(before.get("identity"), dict(step.identity)):
+            print(visible(f"{folder.name}: {line}"))
+
+
+@study_app.command("run")
+def run(
+    file: File,
+    out: Out = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run folder holds and start over.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what failed.")] = False,
+    model: Model = None,
+    set_: Set = None,
+    plugin: PluginFiles = None,
+) -> int:
+    """Train, merge, answer and score all arms of a study; the same command goes on where it stopped."""
+    from harness.cli.eval import print_report
+    from harness.core.progress import for_terminal
+    from harness.report.build import write_all
+    from harness.study.run import run_study
+
+    found = _planned(file, model, set_, plugin)
+    root = _folder(found, out)
+    with for_terminal() as reporter:
+        done = run_study(found, root, fresh=fresh, retry_failed=retry_failed, reporter=reporter)
+        for name, reason in done.failures.items():
+            reporter.note(f"failed: {name}: {reason.splitlines()[0]}")
+    for page, report in write_all(root).items():
+        print_report(report, page)
+    return ExitCode.STEPS_FAILED if done.failures else ExitCode.DONE
+
+
+@study_app.command("status")
+def status(
+    run: Annotated[Path, typer.Argument(help="Run folder of a study.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Again every two seconds, until all has ended.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say how far a study is, from its records alone; a study that runs is not disturbed."""
+    from harness.study.status import states_of, summary
+
+    while True:
+        states = states_of(run)
+        if as_json:
+            print_json({"steps": [one.__dict__ for one in states], "kinds": summary(states)})
+        else:
+            print_table(
+                str(run),
+                ["kind", "steps", "done", "failed", "begun", "ready", "waiting", "seconds"],
+                summary(states),
+            )
+            for one in states:
+                if one.state == "begun":
+                    print(visible(f"begun: {one.kind} {one.arm}, last heard of {one.silent:.0f} s ago"))
+                if one.state == "failed":
+                    print(visible(f"failed: {one.kind} {one.arm}: {(one.error or '').splitlines()[0]}"))
+        if not watch or all(one.state in ("done", "failed") for one in states):
+            return
+        time.sleep(2)
+
+
+@study_app.command("steps")
+def steps(
+    file: File,
+    out: Out = None,
+    ready: Annotated[bool, typer.Option("--ready", help="Only those that could begin now.")] = False,
+    model: Model = None,
+    set_: Set = None,
+    plugin: PluginFiles = None,
+    as_json: Json = False,
+) -> None:
+    """List a study's steps with their keys, for a scheduler that carries them out with `harness study step`."""
+    from harness.study.status import states_of
+
+    found = _planned(file, model, set_, plugin)
+    root = _folder(found, out)
+    known = {one.key: one.state for one in states_of(root)} if (root / "plan.json").is_file() else {}
+    ended = {key for key, state in known.items() if state == "done"}
+    chosen = found.graph.ready(ended) if ready else list(found.graph)
+    rows = [{"key": step.id, "kind": step.kind, "arm": step.arm, "state": known.get(step.id, "")} for step in chosen]
+    # What another process is at is not to be begun again.
+    rows = [row for row in rows if not (ready and row["state"] in ("begun", "failed"))]
+    if as_json:
+        print_json(rows)
+        return
+    for row in rows:
+        print(visible(f"{row['key']} {row['kind']} {row['arm']}"))
+
+
+@study_app.command("step")
+def step(
+    file: File,
+    key: Annotated[list[str], typer.Argument(help="Keys of steps, as `harness study steps` lists them.")],
+    out: Out = None,
+    model: Model = None,
+    set_: Set = None,
+    plugin: PluginFiles = None,
+) -> int:
+    """Carry out single steps, while other processes may carry out others: for Slurm arrays, Airflow, Snakemake."""
+    from harness.core.progress import for_terminal
+    from harness.study.run import carry_out_steps
+    from harness.study.status import states_of
+
+    found = _planned(file, model, set_, plugin)
+    root = _folder(found, out)
+    with for_terminal() as reporter:
+        carry_out_steps(found, root, key, reporter=reporter)
+    states = {one.key: one for one in states_of(root)}
+    wrong = [states[one] for one in key if states[one].state != "done"]
+    for one in wrong:
+        print(visible(f"{one.kind} {one.arm}: {one.state}{': ' + one.error if one.error else ''}"))
+    return ExitCode.STEPS_FAILED if wrong else ExitCode.DONE
+
+
+@study_app.command("schema")
+def schema() -> None:
+    """Print the JSON schema of a study's file, for editors that complete and check YAML."""
+    from harness.study.spec import StudySpec
+
+    print_json(StudySpec.model_json_schema())

@@ -1,0 +1,51 @@
+"""A study's records as runs: one for each base, with the base, its adapters and its merges as arms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.core.errors import CorruptionError
+from harness.report.read import RunResult, open_run, run_of
+from harness.steps.files import read_json
+
+INDEX = "index.json"
+
+
+def open_runs(root: Path) -> dict[str | None, RunResult]:
+    """Read a run folder: base -> its run for a study, None -> the run for an evaluation.
+
+    Steps of a study whose ids are not known yet, as what they build on is not there, count as unfinished.
+
+    Raises:
+        UserError: the folder is no run.
+        CorruptionError: a file of it is damaged.
+    """
+    plan = read_json(root / "plan.json") if (root / "plan.json").is_file() else {}
+    if not isinstance(plan, dict) or "study" not in plan:
+        return {None: open_run(root)}
+    try:
+        ids = dict(read_json(root / INDEX)["ids"]) if (root / INDEX).is_file() else {}
+        found: dict[str | None, list[Mapping[str, Any]]] = {}
+        for one in plan["evaluations"]:
+            found.setdefault(str(one["model"]["name"]), []).append(one)
+        return {base: run_of(root, _together(plans, ids)) for base, plans in found.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CorruptionError(f"{root / 'plan.json'}: no study ({error!r}); start over with --fresh") from None
+
+
+def _together(plans: list[Mapping[str, Any]], ids: Mapping[str, str]) -> dict[str, Any]:
+    """One plan of several evaluations on one base: the first opens the base itself."""
+    tasks = [
+        {
+            **task,
+            "answers": ids.get(task["answers"], task["answers"]),
+            "scores": [ids.get(key, key) for key in task["scores"]],
+        }
+        for plan in plans
+        for task in plan["tasks"]
+    ]
+    arms = [arm for plan in plans for arm in plan["arms"]]
+    # What is said of an adapter above all arms is said of a run's only one.
+    return {**plans[0], "arm": plans[0]["model"]["name"], "adapter": None, "arms": arms, "tasks": tasks}

@@ -1,0 +1,104 @@
+"""How far a study is, from its records alone: no plugin is loaded, and no process is asked."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.core.errors import CorruptionError, UserError
+from harness.core.records import StepRecord
+from harness.report.study import INDEX
+from harness.steps.files import read_json
+from harness.steps.folder import LOG, STATUS, STEP
+from harness.steps.store import RunStore
+
+STATES = ("done", "failed", "begun", "ready", "waiting")
+"""Ended well; ended badly; begun and not ended (running, or killed); could begin; waits for another step."""
+
+
+@dataclass(frozen=True)
+class StepState:
+    """One step of a study, and how far it is."""
+
+    key: str
+    kind: str
+    arm: str
+    state: str
+    folder: str | None = None
+    error: str | None = None
+    seconds: float = 0.0
+    """What it took, as its record says."""
+    silent: float | None = None
+    """Of one that has begun: seconds since its log or its artifact last changed."""
+
+
+def states_of(root: Path) -> list[StepState]:
+    """Every step of a study in its plan's order.
+
+    Raises:
+        UserError: the folder holds no study.
+        CorruptionError: plan.json is damaged.
+    """
+    file = RunStore(root).plan_file
+    plan = read_json(file) if file.is_file() else {}
+    if not isinstance(plan, dict) or "study" not in plan:
+        raise UserError(str(root), "holds no study", "Give the folder that `harness study run --out` wrote.")
+    ids = _index(root)
+    folders = {
+        (path.name.partition("-")[0], path.name.rpartition("-")[2]): path for path in (root / "steps").glob("*-*")
+    }
+    return list(_states(plan["steps"], ids, folders))
+
+
+def _states(
+    steps: list[Mapping[str, Any]], ids: Mapping[str, str], folders: Mapping[tuple[str, str], Path]
+) -> Iterator[StepState]:
+    done: set[str] = set()
+    for step in steps:
+        key, kind, arm = str(step["key"]), str(step["kind"]), str(step["arm"])
+        folder = folders.get((kind, ids[key][:12])) if key in ids else None
+        record = _record(folder) if folder is not None else None
+        if record is not None:
+            if record.status == "done":
+                done.add(key)
+            took = sum(record.seconds.values())
+            yield StepState(key, kind, arm, record.status, folder.name if folder else None, record.error, took)
+        elif folder is not None and (folder / STEP).is_file():
+            yield StepState(key, kind, arm, "begun", folder.name, silent=_silent(folder))
+        else:
+            ready = all(parent in done for parent in step["parents"])
+            yield StepState(key, kind, arm, "ready" if ready else "waiting")
+
+
+def _record(folder: Path) -> StepRecord | None:
+    try:
+        return StepRecord.model_validate(read_json(folder / STATUS))
+    except (OSError, CorruptionError, ValueError):
+        return None
+
+
+def _silent(folder: Path) -> float:
+    places = [folder / LOG, folder / "artifact", *(folder / "artifact").glob("*")]
+    return max(0.0, time.time() - max(place.stat().st_mtime for place in places if place.exists()))
+
+
+def _index(root: Path) -> dict[str, str]:
+    try:
+        return dict(read_json(root / INDEX)["ids"])
+    except (OSError, CorruptionError, KeyError, TypeError):
+        return {}
+
+
+def summary(states: list[StepState]) -> list[dict[str, Any]]:
+    """For each kind of step: how many there are in each state, and the seconds that those that ended took."""
+    rows = []
+    for kind in dict.fromkeys(one.kind for one in states):
+        some = [one for one in states if one.kind == kind]
+        counts = Counter(one.state for one in some)
+        took = sum(one.seconds for one in some)
+        rows.append({"kind": kind, "steps": len(some), **{s: counts[s] for s in STATES}, "seconds": round(took, 1)})
+    return rows
