@@ -56,6 +56,7 @@ def build_report(run: RunResult) -> Report:
         for step in task.steps:
             notes += [f"{name}: {note}" for note in (step.record.notes if step.record is not None else ())]
         tasks.append(_task_report(task, several))
+    notes += [f"{visible(name)}: {why}" for name, why in plan.get("left_out", {}).items()]
     differences = _against_base(run)
     notes += [f"{one.label}: {one.notes[0]} (A: the base)" for one in differences if one.prompts_differ is not None]
     parity = stored_parity(run)

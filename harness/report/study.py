@@ -26,17 +26,20 @@ def open_runs(root: Path) -> dict[str | None, RunResult]:
     if not isinstance(plan, dict) or "study" not in plan:
         return {None: open_run(root)}
     try:
-        ids = dict(read_json(root / INDEX)["ids"]) if (root / INDEX).is_file() else {}
+        index = read_json(root / INDEX) if (root / INDEX).is_file() else {}
         found: dict[str | None, list[Mapping[str, Any]]] = {}
         for one in plan["evaluations"]:
             found.setdefault(str(one["model"]["name"]), []).append(one)
-        return {base: run_of(root, _together(plans, ids)) for base, plans in found.items()}
+        return {base: run_of(root, _together(plans, index)) for base, plans in found.items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptionError(f"{root / 'plan.json'}: no study ({error!r}); start over with --fresh") from None
 
 
-def _together(plans: list[Mapping[str, Any]], ids: Mapping[str, str]) -> dict[str, Any]:
+def _together(plans: list[Mapping[str, Any]], index: Mapping[str, Any]) -> dict[str, Any]:
     """One plan of several evaluations on one base: the first opens the base itself."""
+    ids, left_out = index.get("ids", {}), index.get("left_out", {})
+    arms = [arm for plan in plans for arm in plan["arms"]]
+    gone = {arm["name"]: left_out[arm["label"]] for arm in arms if arm["label"] in left_out}
     tasks = [
         {
             **task,
@@ -45,7 +48,15 @@ def _together(plans: list[Mapping[str, Any]], ids: Mapping[str, str]) -> dict[st
         }
         for plan in plans
         for task in plan["tasks"]
+        if task["arm"] not in gone
     ]
-    arms = [arm for plan in plans for arm in plan["arms"]]
+    arms = [arm for arm in arms if arm["name"] not in gone]
     # What is said of an adapter above all arms is said of a run's only one.
-    return {**plans[0], "arm": plans[0]["model"]["name"], "adapter": None, "arms": arms, "tasks": tasks}
+    return {
+        **plans[0],
+        "arm": plans[0]["model"]["name"],
+        "adapter": None,
+        "arms": arms,
+        "tasks": tasks,
+        "left_out": gone,
+    }

@@ -56,9 +56,12 @@ class Promise:
         return self.adapter.chat_template if self.adapter is not None else self.model.chat_template
 
     @property
-    def loads(self) -> str:
-        """Digest of the weights that an engine opens for it: arms that share them are asked together."""
-        return self.model.weights_digest
+    def loads(self) -> tuple[str, str]:
+        """The base and the digest of the weights that an engine opens for it: arms that share both are asked together.
+
+        Not the digest alone: a study may have one model twice, in two dtypes say.
+        """
+        return self.arm.base, self.model.weights_digest
 
 
 @dataclass
@@ -171,7 +174,9 @@ class Planner:
         if arm.kind == "base":
             return Promise(arm, base, None, None)
         if arm.adapter is not None:
-            found = self.once(inspect_adapter, arm.adapter, base).model_copy(update={"name": arm.name})
+            mismatch = self.read.spec.bases[arm.base].allow_template_mismatch
+            found = self.once(inspect_adapter, arm.adapter, base, allow_template_mismatch=mismatch)
+            found = found.model_copy(update={"name": arm.name})
             return Promise(arm, base, found, None)
         if arm.checkpoint is not None:
             whole = made[arm.parents[0]]
@@ -245,7 +250,7 @@ class Planner:
 
     def evaluations(self, promises: Mapping[str, Promise]) -> list[EvalPlan]:
         """One evaluation for each model that an engine opens: a base with its adapters, or a merged model."""
-        together: dict[str, list[Promise]] = {}
+        together: dict[tuple[str, str], list[Promise]] = {}
         for promise in promises.values():
             together.setdefault(promise.loads, []).append(promise)
         return [self._evaluation(group) for group in together.values()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from harness.core.progress import Reporter
 from harness.core.records import AdapterInfo, ModelInfo
 from harness.core.specs import MergeInput, ModelSpec
 from harness.evaluation.many import Evaluations
-from harness.evaluation.plan import EvalPlan
+from harness.evaluation.plan import EvalPlan, TaskPlan
 from harness.merging.plan import MergePlan, plan_merge
 from harness.merging.publish import intact as intact_merge
 from harness.merging.run import MergeSettings, carry_out_merge
@@ -154,20 +154,33 @@ class StudyRun:
         """Make the arms, answer, score."""
         for promise in self.plan.promises.values():
             self._make(promise)
-        self._write_index()
+        self._leave_out_twins()
         evaluations = Evaluations(self.plan.registry, self.store, self.reporter)
-        for plan in self.planner.evaluations(self.made):
+        plans = self.planner.evaluations(self.made)
+        for plan in plans:
             self._index_evaluation(plan)
+        self._write_index()
+        for plan in plans:
             answers = self._ids()
             if not evaluations.is_answered(plan, answers):
                 self._bring_back(plan)
             self._let_go(plan, evaluations.answer(plan, answers))
-        self._write_index()
         evaluations.score(self._ids())
         failures = {**self.runner.failures, **self.left_out, **evaluations.failures}
         return Study(self.store.root, self.plan, failures)
 
     # ---------------------------------------------------------------------------------------------------------- arms
+
+    def _leave_out_twins(self) -> None:
+        """Arms of the same bytes are one arm: asked twice they would write into the same folders."""
+        seen: dict[tuple[tuple[str, str], str | None], str] = {}
+        for name, made in list(self.made.items()):
+            digest = made.adapter.digest if made.adapter is not None else None
+            first = seen.setdefault((made.loads, digest), name)
+            if first != name:
+                self.left_out[name] = f"left out: it is byte for byte {first}"
+                self.reporter.note(f"{name}: {self.left_out[name]}")
+                del self.made[name]
 
     def _make(self, promise: Promise) -> None:
         """Make one arm, unless what it is made from is missing."""
@@ -299,6 +312,7 @@ class StudyRun:
         if self._only is not None and self._key(promise) not in self._only:
             self.left_out[arm] = "its step has not ended"
             return None
+        self._write_index()
         self.reporter.note(f"{step.kind} {arm}")
         try:
             with FolderLock(folder.path, folder.name):
@@ -306,6 +320,7 @@ class StudyRun:
         except Exception as error:
             if is_fatal(error) and not isinstance(error, UserError):
                 raise
+            self.left_out[arm] = f"failed: {str(error).splitlines()[0]}"
             if folder.status() is None:
                 self.runner.fail(step, folder, error)
             else:
@@ -341,17 +356,9 @@ class StudyRun:
 
     def _index_evaluation(self, plan: EvalPlan) -> None:
         """Ids of answers and scores by their keys, which the plan has in the same places."""
-        keys = {
-            (row.name, task.name, task.variant): task
-            for planned in self.plan.evaluations
-            for row in planned.arms
-            for task in row.tasks
-        }
-        for row in plan.arms:
-            for task in row.tasks:
-                planned = keys.get((row.name, task.name, task.variant))
-                if planned is None:
-                    continue
+        keys = {place: task for planned in self.plan.evaluations for place, task in _placed(planned)}
+        for place, task in _placed(plan):
+            if (planned := keys.get(place)) is not None:
                 self.index[planned.answers.id] = task.answers.id
                 for mine, its in zip(planned.scores, task.scores, strict=True):
                     self.index[mine.id] = its.id
@@ -360,4 +367,14 @@ class StudyRun:
         """Add to index.json; several processes may carry out steps of one study."""
         with (self.store.root / f".{INDEX}.0.tmp").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            write_json(self.store.root / INDEX, {"ids": {**read_index(self.store.root), **self.index}})
+            ids = {**read_index(self.store.root), **self.index}
+            write_json(self.store.root / INDEX, {"ids": ids, "left_out": self.left_out})
+
+
+def _placed(plan: EvalPlan) -> Iterator[tuple[tuple[str, str | None, str | None, str, str], TaskPlan]]:
+    """Tasks by what they have in common whether their arms are promised or there; not by the name of a base's row,
+    which says whose template it is asked in.
+    """
+    for row in plan.arms:
+        for task in row.tasks:
+            yield (row.model.name, row.label, task.template, task.name, task.variant), task

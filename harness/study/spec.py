@@ -140,7 +140,9 @@ class StudySpec(Config):
     evaluation: EvaluationBlock = Field(default_factory=lambda: EvaluationBlock())
     data_revisions: dict[str, str] = Field(default_factory=dict, description="hub id of a data set -> commit")
     plugins: Names = Field((), description="loose plugin files")
-    keep: Names = Field(("align",), description="kinds whose artifacts stay once all that needs them has ended")
+    keep: Annotated[tuple[Literal["merge"], ...], BeforeValidator(_listed)] = Field(
+        (), description="merge: merged checkpoints stay once all that needs them has ended"
+    )
 
 
 def find_study(file: Path) -> Path:
