@@ -70,7 +70,7 @@ def look_at_machine() -> Machine:
         python=platform.python_version(),
         executable=sys.executable,
         system=f"{platform.system()} {platform.machine()}",
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=usable_cores(),
         cpu_features=tuple(feature for feature in CPU_FEATURES if feature in present),
         memory_total=total / GIB,
         memory_available=available / GIB,
@@ -81,6 +81,11 @@ def look_at_machine() -> Machine:
         offline={name: os.environ.get(name) for name in OFFLINE_FLAGS},
         allocator={name: os.environ.get(name) for name in ALLOCATOR},
     )
+
+
+def usable_cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory_bytes() -> tuple[int, int]:
@@ -107,6 +112,16 @@ def torch_device() -> str:
         if present and not hidden and re.search(rf"^{name}\b[^=]*=\s*['\"]", built, re.MULTILINE):
             return "cuda"
     return "mps" if sys.platform == "darwin" and platform.machine() == "arm64" else "cpu"
+
+
+def visible_devices() -> tuple[str, ...]:
+    """The NVIDIA GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    if torch_device() != "cuda":
+        return ()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return tuple(one.strip() for one in named.split(",") if one.strip())
+    return tuple(str(number) for number, _ in enumerate(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def _read(file: str) -> str:

@@ -38,8 +38,11 @@ class Scoring:
             if not self._has_answers(unit):
                 continue
             for step in unit.task.scores:
-                with self.run.runner.contained(step.step, self.run.scores_folder(unit, step), mistakes=True):
-                    self._score(unit, step, self._answers(unit))
+                folder = self.run.scores_folder(unit, step)
+                with self.run.runner.holding(folder) as free:
+                    if free:
+                        with self.run.runner.contained(step.step, folder, mistakes=True):
+                            self._score(unit, step, self._answers(unit))
             self.run.forget(unit)
 
     def _has_answers(self, unit: Unit) -> bool:

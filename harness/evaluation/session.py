@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from harness.contracts.executor import Observers
 from harness.contracts.registry import Registry
 from harness.contracts.scorer import Scorer
 from harness.core.errors import UserError
@@ -38,10 +39,20 @@ class Unit:
 class EvalSession:
     """One pass over a plan in one process."""
 
-    def __init__(self, plan: EvalPlan, registry: Registry, store: RunStore, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        plan: EvalPlan,
+        registry: Registry,
+        store: RunStore,
+        reporter: Reporter,
+        observers: Observers | None = None,
+    ) -> None:
+        """``observers``: hear of the steps; those of the registry by default."""
         self.plan, self.registry, self.store, self.reporter = plan, registry, store, reporter
+        self.scratch = store.scratch
+        """Folder of what goes when it has been used, of the order in hand alone."""
         self.seconds: dict[str, float] = {"prepare": 0.0, "load": 0.0, "answer": 0.0, "score": 0.0}
-        self.runner = Runner(registry, reporter)
+        self.runner = Runner(observers or registry, reporter)
         self._tokenizers: dict[str | None, Any] = {}
         self._questions: dict[tuple[int, str, str | None], Questions] = {}
         self._open: dict[str, Questions] = {}
@@ -59,6 +70,10 @@ class EvalSession:
     def scorers(self) -> Iterable[Scorer]:
         """Every scorer once, however many arms share it."""
         return {id(step.scorer): step.scorer for unit in self.units for step in unit.task.scores}.values()
+
+    def report_to(self, reporter: Reporter, observers: Observers) -> None:
+        """Tell somebody else from now on: of another order, in a process that carries out several."""
+        self.reporter, self.runner = reporter, Runner(observers, reporter)
 
     def folder(self, unit: Unit) -> StepFolder:
         """Of the answers."""
@@ -91,15 +106,15 @@ class EvalSession:
                     self.reporter.note(f"{folder.path.name}: status.json is damaged; it is done again where needed")
                 whole = False
                 continue
-            problem = damage(folder, status, self.store) or self._worth_another_try(status)
+            problem = damage(folder, status, self.store) or self.again(status)
             if problem is not None:
                 self.reporter.note(f"{folder.path.name}: {problem}; it is done again where needed")
                 folder.reopen(problem)
                 whole = False
         return whole
 
-    def _worth_another_try(self, status: StepRecord) -> str | None:
-        """Calls of an endpoint, the model's or a judge's, that failed and may do better now."""
+    def again(self, status: StepRecord) -> str | None:
+        """Why a step that is done is worth another try: calls of an endpoint, the model's or a judge's, failed."""
         errors = status.counts.get("errors", 0)
         if status.kind == "answers" and errors and self.plan.engine.remote:
             return f"{errors} of {status.counts['requests']} calls of the endpoint failed"
