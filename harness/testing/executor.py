@@ -56,7 +56,8 @@ def check_executor(
 
 
 def _check(trial: _Trial, pool: Pool) -> None:
-    demand(list(pool.events()) == [], "`events` ends at once where nothing is under way.", "an event of a new pool")
+    early = trial.listen(pool)
+    demand(not early, "`events` of a new pool ends at once, without any.", f"{len(early)} events")
     most = pool.capacity()
     demand(most >= 1, "`capacity` of a pool that does nothing is at least 1.", str(most))
     (first,) = trial.carry_out(pool, [trial.order("first")])
@@ -100,7 +101,13 @@ class _Trial:
     def order(self, name: str, **spec: Any) -> Order:
         """One order of the kit's own worker."""
         where = {"run": str(self._folder.absolute()), "folder": str(Path.cwd())}
-        return Order(id=name, worker="harness.testing.order_worker", keys=(name,), spec=spec, **where)
+        return Order(
+            id=name,
+            worker="harness.testing.order_worker",
+            keys=(name,),
+            spec={"seconds": self._seconds / 2, **spec},
+            **where,
+        )
 
     def carry_out(self, pool: Pool, orders: Sequence[Order], expected: Mapping[str, str] | None = None) -> list[Event]:
         """Submit orders as they become ready, and hold the pool to what must come of them; how they ended, in order."""
@@ -119,10 +126,12 @@ class _Trial:
                 submit()
 
         submit()
-        events = self._listen(pool, heard)
-        demand(
-            not waiting, "`capacity` grows again when an order ends.", f"{len(waiting)} orders could not be submitted"
-        )
+        events = self.listen(pool, heard)
+        for order in (order for order in orders if order not in waiting):
+            ends = sum(event.kind == "ended" and event.order == order.id for event in events)
+            demand(ends == 1, ENDS, f"{order.id} ended {ends} times")
+        rule = "`capacity` grows again when an order ends."
+        demand(not waiting, rule, f"{len(waiting)} orders could not be submitted")
         return [self._judge(order, events, (expected or {}).get(order.id, "done")) for order in orders]
 
     def cancel(self, pool: Pool, order: Order, *, under_way: bool) -> None:
@@ -135,7 +144,7 @@ class _Trial:
             if event.kind == "note" and NOTES[-1] in event.text:
                 pool.cancel(order.id)
 
-        events = self._listen(pool, heard)
+        events = self.listen(pool, heard)
         outcomes = [event.outcome for event in events if event.kind == "ended" and event.order == order.id]
         demand(outcomes == ["stopped"], "An order that is cancelled ends as `stopped`, once.", str(outcomes))
 
@@ -145,7 +154,8 @@ class _Trial:
         alive = [pid for where, pid in self._processes if where == host and pid != own and _runs(pid)]
         demand(not alive, "`close` ends every process of the pool.", f"processes {alive} run")
 
-    def _listen(self, pool: Pool, heard: Callable[[Event], None]) -> list[Event]:
+    def listen(self, pool: Pool, heard: Callable[[Event], None] = lambda event: None) -> list[Event]:
+        """All events until nothing is under way."""
         events: list[Event] = []
         raised: list[BaseException] = []
 
@@ -168,10 +178,8 @@ class _Trial:
 
     def _judge(self, order: Order, events: Sequence[Event], expected: str) -> Event:
         own = [event for event in events if event.order == order.id]
-        ends = [event for event in own if event.kind == "ended"]
-        demand(len(ends) == 1, ENDS, f"{order.id} ended {len(ends)} times")
-        demand(own[-1] is ends[0], ORDERED, f"{order.id}: {[_short(event) for event in own]}")
-        end = ends[0]
+        demand(own[-1].kind == "ended", ORDERED, f"{order.id}: {[_short(event) for event in own]}")
+        end = own[-1]
         rule = "An order ends as `done`, or `failed` where its worker raised, or `crashed` where its process ended."
         failure = f" ({end.failure.text.strip().splitlines()[-1]})" if end.failure is not None else ""
         demand(end.outcome == expected, rule, f"{order.id} ended as {end.outcome}{failure}, and not as {expected}")

@@ -16,8 +16,6 @@ NOTES = ("first", "second", "third")
 ITEMS = 5
 MISTAKE = ("the kit's order", "is wrong on purpose", "Nothing is to be done.")
 EXIT_CODE = 7
-PATIENCE = 30.0
-"""Longest that an order waits for another, or to be cancelled (seconds)."""
 
 
 def process() -> list[Any]:
@@ -47,7 +45,8 @@ def carry_out(order: Order, context: WorkerContext) -> dict[str, Any]:
     if does == "crashes":
         os._exit(EXIT_CODE)
     (folder / f"{order.id}.{uuid4().hex}").touch()
-    end = time.monotonic() + PATIENCE
+    # Longest that it waits for another, or to be cancelled.
+    end = time.monotonic() + order.spec["seconds"]
     while does == "meets" and not left_by(folder, order.spec["other"]):
         if time.monotonic() > end:
             raise RuntimeError(f"{order.spec['other']} was not carried out beside {order.id}")
