@@ -6,6 +6,7 @@ Reads a few files and asks nvidia-smi; imports nothing heavy.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import platform
 import re
@@ -81,6 +82,13 @@ def look_at_machine() -> Machine:
         offline={name: os.environ.get(name) for name in OFFLINE_FLAGS},
         allocator={name: os.environ.get(name) for name in ALLOCATOR},
     )
+
+
+def hush_libraries() -> None:
+    """Let nothing that is imported later report to anybody, or complain of what nobody asked for."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # bitsandbytes wants a package of faster kernels as soon as it is imported, 4-bit weights or not.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def usable_cores() -> int:

@@ -184,7 +184,7 @@ class _Run:
         claim(self.store, self.plan, self.reporter)
         remove_scratch(self.store.scratch)
         for other in others:
-            take_steps(run, pending, other)
+            take_steps(run, [unit for unit in pending if unit.id not in broken], other)
             pending = [unit for unit in pending if not run.ended(unit)]
         self._worker = EvalWorker(run, broken)
         if pending or self.plan.spec.parity is not None:

@@ -56,6 +56,7 @@ class EvalSession:
         self._tokenizers: dict[str | None, Any] = {}
         self._questions: dict[tuple[int, str, str | None], Questions] = {}
         self._open: dict[str, Questions] = {}
+        self._opened: dict[str, StepFolder] = {}
         self._folders = {
             (path.name.partition("-")[0], path.name.rpartition("-")[2]): path
             for path in sorted((store.root / "steps").glob("*-*"))
@@ -84,14 +85,18 @@ class EvalSession:
         return self._folder("scores", f"{unit.arm.name}-{unit.task.name}-{step.ref.name}", step.id)
 
     def _folder(self, kind: str, arm: str, step_id: str) -> StepFolder:
-        folder = self.store.step(kind, arm, step_id)
-        # A step is its id: in company its arm may go by another name than alone.
-        known = self._folders.setdefault((kind, step_id[:12]), folder.path)
-        return StepFolder(known, step_id, kind, known / "artifact")
+        # One object for each: it remembers which attempt it has begun.
+        if step_id not in self._opened:
+            folder = self.store.step(kind, arm, step_id)
+            # A step is its id: in company its arm may go by another name than alone.
+            known = self._folders.setdefault((kind, step_id[:12]), folder.path)
+            self._opened[step_id] = StepFolder(known, step_id, kind, known / "artifact")
+        return self._opened[step_id]
 
     def forget_folders(self) -> None:
         """The run folder was cleared."""
         self._folders = {}
+        self._opened.clear()
 
     def ended(self, unit: Unit) -> bool:
         """Whether all of a unit's steps are done and their files still hold what was recorded.

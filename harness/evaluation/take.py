@@ -10,17 +10,15 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from harness.core.errors import CorruptionError, UserError
 from harness.core.records import StepRecord
 from harness.evaluation.resume import ANSWERS_FILE, damage
 from harness.evaluation.session import EvalSession, Unit
-from harness.steps.files import read_json
+from harness.steps.files import fsync_folder, read_json, write_bytes
 from harness.steps.folder import LOG, PROVENANCE, STATUS, STEP, StepFolder
 from harness.steps.journal import intact, read_rows, rows_digest
 from harness.steps.store import RunStore
-from harness.tasks.questions import digest_of_stored
 
 
 def other_run(folder: Path, root: Path) -> RunStore:
@@ -43,50 +41,40 @@ def take_steps(run: EvalSession, units: Sequence[Unit], other: RunStore) -> None
     taken = {"answers": 0, "scores": 0}
     for unit in units:
         answers = run.folder(unit)
-        taken["answers"] += _take(run, answers, lying, other, {})
+        taken["answers"] += _take(run, unit, answers, lying.get(answers.id[:12]), other)
         status = answers.status()
-        if status is None or status.status != "done":
-            continue
-        for step in unit.task.scores:
-            folder = run.scores_folder(unit, step)
-            described = {"answers_folder": answers.path.name}
-            taken["scores"] += _take(run, folder, lying, other, described, made_from=status.digest)
+        if status is not None and status.status == "done":
+            for folder in (run.scores_folder(unit, step) for step in unit.task.scores):
+                taken["scores"] += _take(run, unit, folder, lying.get(folder.id[:12]), other)
+        run.forget(unit)
     if any(taken.values()):
         found = ", ".join(f"{count} of {kind}" for kind, count in taken.items() if count)
         run.reporter.note(f"taken from {other.root}: steps that ended there ({found})")
 
 
-def _take(
-    run: EvalSession,
-    folder: StepFolder,
-    lying: dict[str, Path],
-    other: RunStore,
-    described: dict[str, Any],
-    made_from: str | None = None,
-) -> bool:
+def _take(run: EvalSession, unit: Unit, folder: StepFolder, path: Path | None, other: RunStore) -> bool:
     """Take over one step; False where there is nothing to take, or no need."""
-    path, status = lying.get(folder.id[:12]), folder.status()
+    status = folder.status()
     if path is None or (status is not None and status.status == "done"):
         return False
-    there = StepFolder(path, folder.id, folder.kind, path / "artifact")
-    record = None
+    there, record = StepFolder(path, folder.id, folder.kind, path / "artifact"), None
     try:
         record = _record(there)
-        if record is None or record.status != "done" or record.id != folder.id:
+        if record is None or record.status != "done" or record.id != folder.id or run.again(record) is not None:
             return False
-        problem = _problem(there, record, other)
+        problem = damage(there, record, other) or _changed(run, unit, there, record, other)
     except (OSError, CorruptionError, ValueError, KeyError, TypeError) as error:
         problem = f"is damaged ({error})"
-    if problem is not None or record is None:
+    if record is None or problem is not None:
         run.reporter.note(f"{other.root}: {path.name}: {problem}; it is not taken")
-        return False
-    if made_from is not None and record.made_from.get("answers") != made_from:
-        return False
-    if run.again(record) is not None:
         return False
     with run.runner.holding(folder) as free:
         if free:
-            _link_step(there, folder, run.store, other, described)
+            _link_step(there, folder, run.store, other)
+            if folder.kind == "scores":
+                folder.describe(answers_folder=run.folder(unit).path.name)
+            folder.log("taken", run=other.root.name)
+            _end(there, folder)
     return free
 
 
@@ -96,35 +84,28 @@ def _record(there: StepFolder) -> StepRecord | None:
     return StepRecord.model_validate(read_json(path)) if path.is_file() else None
 
 
-def _problem(there: StepFolder, record: StepRecord, other: RunStore) -> str | None:
-    """Why a step's files are not what was recorded; read whole, as they are to stand for a computation here."""
-    found = damage(there, record, other)
-    if found is not None or there.kind != "answers":
-        return found
-    rows = {(row["item"], row["index"]): row for row in read_rows(there.artifact / ANSWERS_FILE)}
+def _changed(run: EvalSession, unit: Unit, there: StepFolder, record: StepRecord, other: RunStore) -> str | None:
+    """What is not what was asked here or recorded there; read whole, as it is to stand for a computation."""
+    opened = run.opened(unit)
     requests = _requests(there, other)
-    samples = read_rows(requests)
-    if digest_of_stored(samples) != read_json(there.path / STEP)["questions"]:
-        return f"{requests.name} is not what was recorded"
-    asked = [
-        ((sample["id"], index), request["digest"])
-        for sample in samples
-        for index, request in enumerate(sample["requests"])
-    ]
+    if rows_digest(read_rows(requests)) != rows_digest(opened.rows()):
+        return f"requests/{requests.name} is not what is asked here"
+    if there.kind == "scores":
+        made_from, answers = record.made_from.get("answers"), run.folder(unit).status()
+        return None if answers is not None and answers.digest == made_from else "it scored other answers"
+    rows = {(row["item"], row["index"]): row for row in read_rows(there.artifact / ANSWERS_FILE)}
+    asked = [((sample.id, n), one.digest) for sample in opened.samples for n, one in enumerate(sample.requests)]
     if any(rows.get(key, {}).get("digest") != digest for key, digest in asked):
-        return f"{ANSWERS_FILE} does not answer {requests.name}"
-    ordered = [rows[key] for key, _ in asked]
-    return None if rows_digest(ordered) == record.digest else f"{ANSWERS_FILE} is not what was recorded"
+        return f"{ANSWERS_FILE} does not answer what is asked"
+    return None if rows_digest([rows[key] for key, _ in asked]) == record.digest else f"{ANSWERS_FILE} was changed"
 
 
 def _requests(there: StepFolder, other: RunStore) -> Path:
     return other.root / "requests" / str(read_json(there.path / STEP)["requests"])
 
 
-def _link_step(
-    there: StepFolder, here: StepFolder, store: RunStore, other: RunStore, described: dict[str, Any]
-) -> None:
-    """Files first, the record last: a step that was taken by half is not there."""
+def _link_step(there: StepFolder, here: StepFolder, store: RunStore, other: RunStore) -> None:
+    """All but the record of its end: a step that was taken by half is not there."""
     (here.path / STATUS).unlink(missing_ok=True)
     shutil.rmtree(here.artifact, ignore_errors=True)
     for path in sorted(there.artifact.rglob("*")):
@@ -136,11 +117,13 @@ def _link_step(
         _link(requests, target)
     for name in (STEP, PROVENANCE, LOG):
         if (there.path / name).is_file():
-            shutil.copyfile(there.path / name, here.path / name)
-    here.describe(**described)
-    here.log("taken", run=other.root.name)
-    shutil.copyfile(there.path / STATUS, temporary := here.path / f".{STATUS}.{os.getpid()}.tmp")
-    temporary.replace(here.path / STATUS)
+            write_bytes(here.path / name, (there.path / name).read_bytes())
+
+
+def _end(there: StepFolder, here: StepFolder) -> None:
+    for folder in {path.parent for path in here.artifact.rglob("*")}:
+        fsync_folder(folder)
+    write_bytes(here.path / STATUS, (there.path / STATUS).read_bytes())
 
 
 def _link(source: Path, target: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from harness.contracts.executor import Needs, Order, WorkerContext
 from harness.contracts.registry import Registry, load_plugins
-from harness.core.errors import HarnessError
+from harness.core.errors import HarnessError, UserError
 from harness.core.machine import torch_device
 from harness.core.records import digest_of
 from harness.core.specs import EvalSpec
@@ -162,9 +162,15 @@ def carry_out(order: Order, context: WorkerContext) -> dict[str, Any]:
     """Carry out an order in a worker's process; returns the failures of its steps, and the time that it took.
 
     Raises:
-        UserError: other steps are planned here than were asked for.
+        UserError: other steps are planned here than were asked for, or none can be.
     """
-    worker = _planned(order, context)
+    try:
+        worker = _planned(order, context)
+    except UserError as error:
+        # Where the run is, it could be planned.
+        where = f"executor, order {order.id}"
+        what = f"cannot be planned where it is carried out: {error.where}: {error.what}"
+        raise UserError(where, what, f"{error.fix} Or --in-process.") from None
     session = worker.session
     refuse_unplanned(order, _ids(session.plan))
     session.report_to(context.reporter, context.observers)
@@ -174,10 +180,10 @@ def carry_out(order: Order, context: WorkerContext) -> dict[str, Any]:
     finally:
         if order.spec["part"] == "scores":
             worker.close()
-    error = session.runner.last_error
+    last = session.runner.last_error
     return {
         "failures": dict(session.runner.failures),
-        "error": failure_of(error).model_dump(mode="json") if error is not None else None,
+        "error": failure_of(last).model_dump(mode="json") if last is not None else None,
         "seconds": {name: value - before[name] for name, value in session.seconds.items()},
     }
 

@@ -12,6 +12,7 @@ from types import FrameType
 
 from harness.contracts.executor import Event, Order
 from harness.core.errors import Requeue
+from harness.core.machine import hush_libraries
 from harness.steps.orders import carry_out_order
 
 
@@ -37,6 +38,7 @@ class Channel:
 
 def main() -> None:
     """Carry out orders until the parent is gone, or a signal asks to stop."""
+    hush_libraries()
     channel = Channel(os.dup(1))
     # Whatever a library prints must not get between the lines for the parent.
     os.dup2(2, 1)

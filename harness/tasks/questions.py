@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +33,12 @@ class Questions:
     @property
     def digest(self) -> str:
         """Digest of every question in order: prompts, decoding, data, tokenisation and limit."""
-        return _digest_of((sample.id, [request.digest for request in sample.requests]) for sample in self.samples)
+        hashed = hashlib.sha256()
+        for sample in self.samples:
+            hashed.update(f"{sample.id}\n".encode())
+            for request in sample.requests:
+                hashed.update(f"{request.digest}\n".encode())
+        return hashed.hexdigest()
 
     def rows(self) -> list[dict[str, Any]]:
         """What ``requests/`` keeps: texts, targets and token ids."""
@@ -60,18 +64,6 @@ class Questions:
             }
             for sample in self.samples
         ]
-
-
-def digest_of_stored(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The digest of questions, of the rows that ``requests/`` keeps of them."""
-    return _digest_of((row["id"], [request["digest"] for request in row["requests"]]) for row in rows)
-
-
-def _digest_of(questions: Iterable[tuple[str, Sequence[str]]]) -> str:
-    hashed = hashlib.sha256()
-    for sample, requests in questions:
-        hashed.update("".join(f"{line}\n" for line in (sample, *requests)).encode())
-    return hashed.hexdigest()
 
 
 def resolve_variant(chosen: Chosen, model: ModelInfo, *, chat_only: bool = False) -> PromptKind:
