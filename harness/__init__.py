@@ -50,7 +50,14 @@ if TYPE_CHECKING:
         Session as Session,
     )
     from harness.contracts.executor import (
+        Event as Event,
         Executor as Executor,
+        ExecutorContext as ExecutorContext,
+        Failure as Failure,
+        Needs as Needs,
+        Order as Order,
+        Pool as Pool,
+        WorkerContext as WorkerContext,
     )
     from harness.contracts.hookspecs import (
         hookimpl as hookimpl,
@@ -180,8 +187,18 @@ if TYPE_CHECKING:
     from harness.models.precision import (
         settle_dtype as settle_dtype,
     )
+    from harness.steps.children import (
+        WorkerProcess as WorkerProcess,
+    )
+    from harness.steps.execute import (
+        Execution as Execution,
+    )
     from harness.steps.journal import (
         Journal as Journal,
+    )
+    from harness.steps.orders import (
+        InProcessPool as InProcessPool,
+        carry_out_order as carry_out_order,
     )
     from harness.steps.provenance import (
         NUMERICS as NUMERICS,
@@ -203,7 +220,7 @@ _HOME = {
     "harness.contracts.converter": "Converter",
     "harness.contracts.dataset": "Dataset DatasetJob DatasetRow RowSchema TrainingRow",
     "harness.contracts.engine": "Availability Capabilities Engine ServerCommand Serving Session",
-    "harness.contracts.executor": "Executor",
+    "harness.contracts.executor": "Event Executor ExecutorContext Failure Needs Order Pool WorkerContext",
     "harness.contracts.hookspecs": "hookimpl",
     "harness.contracts.merger": "Factors Merged Merger",
     "harness.contracts.plugin": "CONTRACT_VERSION Plugin",
@@ -236,7 +253,10 @@ _HOME = {
     "harness.models.inspect": "adapter_modules inspect_model with_tokenizer",
     "harness.models.locate": "is_url",
     "harness.models.precision": "settle_dtype",
+    "harness.steps.children": "WorkerProcess",
+    "harness.steps.execute": "Execution",
     "harness.steps.journal": "Journal",
+    "harness.steps.orders": "InProcessPool carry_out_order",
     "harness.steps.provenance": "NUMERICS file_digest files_digest",
     "harness.tasks.lm_eval.task": "LmEvalRuntime LmEvalVerdict lm_eval_metric",
 }

@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 EXECUTOR = """
-from harness import Executor, hookimpl
+from harness import Executor, InProcessPool, hookimpl
 
 class Mine(Executor):
     name = "{name}"
     summary = "for a test"
     contract = {contract}
 
-    def carry_out(self, groups, work, options):
-        for group in groups:
-            work(group)
+    def open(self, config, context):
+        return InProcessPool(context)
 
 @hookimpl
 def register_executors():

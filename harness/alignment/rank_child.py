@@ -2,101 +2,42 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import sys
-import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from harness.alignment.ranks import OPTION, MuteStep, Rank
-from harness.core.errors import StepError, UserError
+from harness.contracts.executor import Order, WorkerContext
+from harness.core.errors import Requeue, UserError
 from harness.core.progress import Reporter
 from harness.core.specs import AlignSpec
 from harness.steps.folder import StepFolder
 
 
-class _Relay(Reporter):
-    """Tells the parent."""
+def carry_out(order: Order, context: WorkerContext) -> None:
+    """Train as the parent's order says.
 
-    def __init__(self, channel: IO[str]) -> None:
-        self._channel, self._count = channel, 0
-
-    def send(self, **said: Any) -> None:
-        # Not through the file's buffer: it refuses a signal's handler that speaks in the middle of a write. A line is
-        # short enough for the pipe to take it in one piece.
-        line = (json.dumps(said) + "\n").encode()
-        while line:
-            line = line[os.write(self._channel.fileno(), line) :]
-
-    def note(self, text: str) -> None:
-        self.send(note=text)
-
-    def start(self, title: str, total: int, done: int = 0) -> Callable[[int], None]:
-        bar = self._count
-        self._count += 1
-        self.send(start=[title, total, done], bar=bar)
-        return _RelayedBar(self, bar)
-
-
-class _RelayedBar:
-    """One task of the parent's display."""
-
-    def __init__(self, relay: _Relay, number: int) -> None:
-        self._relay, self._number = relay, number
-
-    def __call__(self, items: int) -> None:
-        self._relay.send(advance=items, bar=self._number)
-
-    def stored(self, items: int) -> None:
-        self._relay.send(stored=items, bar=self._number)
-
-
-def _end_with_parent() -> None:
-    def watch() -> None:
-        # Nothing comes: the pipe ends when the parent does.
-        sys.stdin.read()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def main() -> int:
-    """One child: train as the parent's payload says, and tell it how that ended."""
-    channel = os.fdopen(os.dup(1), "w")
-    # Whatever a library prints must not get between the lines for the parent.
-    os.dup2(2, 1)
-    relay = _Relay(channel)
-    payload = json.loads(sys.stdin.readline())
-    _end_with_parent()
-    try:
-        _train(payload, relay)
-    except BaseException as error:
-        relay.send(**_ending(error))
-        return 1
-    return 0
-
-
-def _ending(error: BaseException) -> dict[str, Any]:
-    import traceback
-
+    Raises:
+        MemoryError: where memory ran out, in whatever words.
+        KeyboardInterrupt, Requeue: a signal stopped it, and its part is saved.
+    """
     from harness.alignment.driver import StoppedError, out_of_memory
 
-    if isinstance(error, StoppedError):
-        return {"kind": "stopped", "number": error.number}
-    if isinstance(error, UserError):
-        return {"kind": "user", "parts": [error.where, error.what, error.fix]}
-    if isinstance(error, StepError):
-        return {"kind": "step", "parts": [error.step, error.what, error.fix]}
-    problem = out_of_memory(error) if isinstance(error, Exception) else None
-    if problem is not None:
-        return {"kind": "memory", "text": problem}
-    return {"kind": "bug", "text": "".join(traceback.format_exception(error))}
+    try:
+        _train(order.spec, context.reporter)
+    except StoppedError as stopped:
+        if stopped.number == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise Requeue(signal.Signals(stopped.number).name) from None
+    except Exception as error:
+        problem = out_of_memory(error)
+        if problem is None:
+            raise
+        raise MemoryError(problem) from error
 
 
-def _train(payload: dict[str, Any], relay: _Relay) -> None:
+def _train(payload: dict[str, Any], reporter: Reporter) -> None:
     from harness.alignment.plan import plan_align
     from harness.alignment.run import train_in_rank
     from harness.contracts.registry import load_plugins
@@ -112,14 +53,7 @@ def _train(payload: dict[str, Any], relay: _Relay) -> None:
         )
     kind = StepFolder if rank.first else MuteStep
     work = kind(Path(payload["folder"]), plan.id, "align", Path(payload["out"]))
-    train_in_rank(plan, registry, relay if rank.first else Reporter(), work, (rank, payload["micro"]))
+    train_in_rank(plan, registry, reporter if rank.first else Reporter(), work, (rank, payload["micro"]))
     import torch.distributed
 
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    # Not this module as __main__, but as everybody else imports it.
-    from harness.alignment.rank_child import main as run
-
-    raise SystemExit(run())

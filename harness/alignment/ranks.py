@@ -6,25 +6,22 @@ alone writes (and each keeps its own random state in the checkpoints). Children 
 
 from __future__ import annotations
 
-import json
 import os
+import queue
 import socket
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from harness.contracts.registry import Origin
-from harness.core.errors import StepError, UserError
-from harness.core.progress import Reporter, stored
+from harness.contracts.executor import Event, Order
+from harness.core.progress import Reporter
+from harness.steps.children import WorkerProcess, said_of
 from harness.steps.folder import StepFolder
+from harness.steps.orders import Display, error_of
 
 OPTION = "--processes"
-_ORDER = ("user", "memory", "step", "stopped", "bug")
-"""Which of several children's endings is the cause: a peer of a failed child fails too, for want of its peer."""
+_ORDER = ("user", "memory", "damage", "step", "bug")
+"""Which of several children's failures is the cause: a peer of a failed child fails too, for want of its peer."""
 
 
 @dataclass(frozen=True)
@@ -54,22 +51,24 @@ class Children:
     """The processes of one training; setting ``stop`` hands a signal on to them."""
 
     def __init__(self, payload: dict[str, Any], count: int, reporter: Reporter) -> None:
-        self._reporter = reporter
-        self._bars: dict[int, Callable[[int], None]] = {}
-        self.endings: list[dict[str, Any]] = []
+        self._display = Display(reporter)
+        self._said: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.endings: list[Event] = []
+        """How they ended, those first that ended first."""
         environment = {
             **os.environ,
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(_free_port()),
             "WORLD_SIZE": str(count),
-            "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
         }
         # Otherwise each takes all cores, and they take turns.
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-        self._processes = [_start(environment, payload, number) for number in range(count)]
-        self._readers = [threading.Thread(target=self._listen, args=(child,), daemon=True) for child in self._processes]
-        for reader in self._readers:
-            reader.start()
+        self._workers = [
+            WorkerProcess(self._said.put, {**environment, "RANK": str(number), "LOCAL_RANK": str(number)})
+            for number in range(count)
+        ]
+        for number, worker in enumerate(self._workers):
+            worker.submit(Order(id=f"rank {number}", worker="harness.alignment.rank_child", spec=payload))
 
     @property
     def stop(self) -> int | None:
@@ -79,52 +78,29 @@ class Children:
     @stop.setter
     def stop(self, number: int | None) -> None:
         if number is not None:
-            for child in self._processes:
-                child.send_signal(number)
+            for worker in self._workers:
+                worker.signal(number)
 
     def wait(self) -> None:
         """Wait for all; the first that fails takes the others with it."""
-        waiting = list(zip(self._processes, self._readers, strict=True))
-        while waiting:
-            for child, reader in waiting:
-                with suppress(subprocess.TimeoutExpired):
-                    code = child.wait(timeout=0.1)
-                    reader.join()
-                    # Stopped by a signal, all of them end by themselves, each saving its part.
-                    if code and not any(ending["kind"] == "stopped" for ending in self.endings):
-                        self.kill()
-                    waiting.remove((child, reader))
-                    break
-
-    @property
-    def codes(self) -> list[int | None]:
-        """How each ended."""
-        return [child.returncode for child in self._processes]
+        while len(self.endings) < len(self._workers):
+            event = self._said.get()
+            self._display.show(event)
+            if event.kind == "ended":
+                self.endings.append(event)
+                # Stopped by a signal, all of them end by themselves, each saving its part.
+                if event.outcome != "done" and not any(end.outcome == "stopped" for end in self.endings):
+                    self.kill()
 
     def kill(self) -> None:
         """End them all at once."""
-        for child in self._processes:
-            child.kill()
-
-    def _listen(self, child: subprocess.Popen[str]) -> None:
-        assert child.stdout is not None
-        for line in child.stdout:
-            said = json.loads(line)
-            if "note" in said:
-                self._reporter.note(said["note"])
-            elif "start" in said:
-                self._bars[said["bar"]] = self._reporter.start(*said["start"])
-            elif "advance" in said:
-                self._bars[said["bar"]](said["advance"])
-            elif "stored" in said:
-                stored(self._bars[said["bar"]], said["stored"])
-            else:
-                self.endings.append(said)
+        for worker in self._workers:
+            worker.kill()
 
 
 def train_apart(
     payload: dict[str, Any], count: int, reporter: Reporter, started: Callable[[Children], None]
-) -> dict[str, Any] | None:
+) -> Event | None:
     """Train in ``count`` processes, and say how that ended.
 
     Args:
@@ -134,10 +110,10 @@ def train_apart(
         started: is given the children, to hand signals on.
 
     Returns:
-        None when they came to their end; else the ending that caused the others: its ``kind`` is memory or stopped.
+        None when they came to their end, or the ending of one that was stopped.
 
     Raises:
-        UserError, StepError: as a child met them.
+        UserError, StepError, MemoryError: as a child met them.
     """
     children = Children(payload, count, reporter)
     try:
@@ -145,42 +121,25 @@ def train_apart(
         children.wait()
     finally:
         children.kill()
-    codes = children.codes
-    if not any(codes):
-        return None
-    silent = {"kind": "bug", "text": f"a process ended with {next(filter(None, codes))} and said nothing"}
-    cause = min(children.endings or [silent], key=lambda ending: _ORDER.index(ending["kind"]))
-    if cause["kind"] == "user":
-        raise UserError(*cause["parts"])
-    if cause["kind"] == "step":
-        raise StepError(*cause["parts"])
-    if cause["kind"] == "bug":
-        raise RuntimeError(f"one of {count} processes failed:\n{cause['text']}")
-    return cause
+    failures = [end.failure for end in children.endings if end.failure is not None]
+    stopped = [end for end in children.endings if end.outcome == "stopped"]
+    cause = min(failures, key=lambda failure: _ORDER.index(failure.kind)) if failures else None
+    if cause is not None and (cause.kind != "bug" or not stopped):
+        raise RuntimeError(_told(count, cause.text)) if cause.kind == "bug" else error_of(cause)
+    if stopped:
+        return stopped[0]
+    # One that was killed because another had ended says nothing that helps.
+    crashed = [end for end in children.endings if end.outcome == "crashed"]
+    if crashed:
+        raise RuntimeError(_told(count, f"a process {said_of(crashed[0].code)}"))
+    return None
+
+
+def _told(count: int, why: str) -> str:
+    return f"one of {count} processes failed:\n{why}"
 
 
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _start(environment: dict[str, str], payload: dict[str, Any], number: int) -> subprocess.Popen[str]:
-    child = subprocess.Popen(
-        [sys.executable, "-P", "-m", "harness.alignment.rank_child"],
-        env={**environment, "RANK": str(number), "LOCAL_RANK": str(number)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        # A Ctrl-C of the terminal goes to the parent alone, which hands it on once.
-        start_new_session=True,
-    )
-    assert child.stdin is not None
-    child.stdin.write(json.dumps(payload) + "\n")
-    child.stdin.flush()
-    return child
-
-
-def plugin_files(origins: Sequence[Origin]) -> list[str]:
-    """Loose files among where plugins come from."""
-    return [str(origin.loose) for origin in origins if origin.loose is not None]

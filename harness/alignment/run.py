@@ -20,7 +20,7 @@ from harness.alignment.folder import ALIGNMENT, has_checkpoint, record_alignment
 from harness.alignment.heldout import HELDOUT, means, summaries
 from harness.alignment.plan import AlignPlan, plan_align
 from harness.alignment.policy import described_quantization, open_policy, release, starting_policy
-from harness.alignment.ranks import ALONE, Children, Rank, plugin_files, train_apart
+from harness.alignment.ranks import ALONE, Children, Rank, train_apart
 from harness.contracts.aligner import Aligner, TrainingJob
 from harness.contracts.dataset import Dataset, schema_name
 from harness.contracts.registry import Registry, load_plugins
@@ -307,7 +307,7 @@ class _Run:
         plan = self.plan
         payload = {
             "spec": plan.spec.model_dump(mode="json"),
-            "plugins": plugin_files(self.registry.origins),
+            "plugins": self.registry.loose_files,
             "folder": str(self.work.path),
             "out": str(self.out),
             "id": plan.id,
@@ -322,9 +322,7 @@ class _Run:
         ended = train_apart(payload, plan.spec.processes, self.reporter, started)
         if ended is None:
             return read_rows(self.work.path / HELDOUT) if (self.work.path / HELDOUT).exists() else []
-        if ended["kind"] == "stopped":
-            raise StoppedError(ended["number"])
-        raise MemoryError(ended["text"])
+        raise StoppedError(ended.signal or signal.SIGTERM)
 
     def train(self, train: Tokenised, held: Tokenised | None, micro: int) -> list[dict[str, Any]]:
         """One training in this process, alone or as one of several."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
-import os
 import signal
 import sys
 from pathlib import Path
@@ -24,6 +22,7 @@ from harness.cli.serve import serve
 from harness.cli.study import study_app
 from harness.cli.tables import print_json, say
 from harness.core.errors import ExitCode, HarnessError, Requeue, UserError
+from harness.core.machine import hush_libraries
 
 app = typer.Typer(
     name="harness",
@@ -50,10 +49,7 @@ app.add_typer(study_app, name="study")
 
 def main() -> NoReturn:
     """Entry point: turns errors into messages and exit codes."""
-    # Nothing that is imported later reports to anybody, unless the user asks for it.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # bitsandbytes wants a package of faster kernels as soon as it is imported, 4-bit weights or not.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    hush_libraries()
     signal.signal(signal.SIGTERM, _requeue)
     signal.signal(signal.SIGUSR1, _requeue)
     code: int = ExitCode.DONE

@@ -52,7 +52,7 @@ def eval_(
     out: Annotated[Path | None, typer.Option(help="Run folder; continues if it holds this evaluation.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run folder holds and start over.")] = False,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="engine.KEY=V, TASK.limit=N, TASK.scorer.KEY=V.")
+        list[str] | None, typer.Option("--set", help="engine.KEY=V, executor.KEY=V, TASK.limit=N, TASK.scorer.KEY=V.")
     ] = None,
     parity: Annotated[int | None, typer.Option(help="Samples per task that a second engine answers too.")] = None,
     parity_engine: Annotated[str, typer.Option(help="The second engine.")] = "transformers",
@@ -61,6 +61,13 @@ def eval_(
     ] = None,
     data_revision: DataRevisions = None,
     dtype: RunDtype = "auto",
+    executor: Annotated[str, typer.Option(help="Who carries it out; its options: --set executor.KEY=V.")] = "local",
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="Everything in this process, for a debugger.")
+    ] = False,
+    store: Annotated[
+        list[Path] | None, typer.Option(help="Run folder whose ended steps of the same ids are taken (repeatable).")
+    ] = None,
     plugin: PluginFiles = None,
     tasks: Folders = None,
     allow_pickle: AllowPickle = False,
@@ -75,6 +82,7 @@ def eval_(
     from harness.core.progress import for_terminal
     from harness.evaluation.run import evaluate
     from harness.report.build import write_reports
+    from harness.steps.execute import Execution
 
     _check_numbers(limit, parity, max_judge_cost)
     defaults, registry = with_defaults(plugin)
@@ -88,6 +96,8 @@ def eval_(
         trust_remote_code=trust_remote_code,
         allow_template_mismatch=allow_template_mismatch,
     )
+    options = laid_over(defaults.options, options_of(set_))
+    how = Execution(executor, options.pop("executor", {}), in_process)
     with for_terminal() as reporter:
         evaluation = evaluate(
             asked,
@@ -102,7 +112,9 @@ def eval_(
             engine=engine or defaults.engine,
             limit=limit,
             seed=seed,
-            options=laid_over(defaults.options, options_of(set_)),
+            options=options,
+            executor=how,
+            stores=store or (),
             task_folders=(*defaults.task_folders, *(tasks or ())),
             data_revisions=revisions_of(data_revision, defaults),
             trust_task_code=trust_task_code,

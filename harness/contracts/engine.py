@@ -146,6 +146,10 @@ class Engine(Plugin[C]):
         """
         return None
 
+    def devices(self, options: C) -> int:
+        """How many accelerators it takes: whoever decides where a model is opened gives it as many."""
+        return 0 if self.device(options) in (None, "cpu") else 1
+
     def adapter_problem(self, model: ModelInfo, adapter: AdapterInfo, options: C) -> str | None:
         """Why this adapter cannot be served beside the base, found out without loading; None: it can be.
 

@@ -92,6 +92,11 @@ class Registry:
     warnings: list[str] = field(default_factory=list)
     manager: pluggy.PluginManager = field(default_factory=lambda: pluggy.PluginManager(hookspecs.PROJECT))
 
+    @property
+    def loose_files(self) -> tuple[str, ...]:
+        """Plugin files that were given by path, for another process to load too."""
+        return tuple(str(origin.loose) for origin in self.origins if origin.loose is not None)
+
     def names(self, kind: str) -> list[str]:
         """Registered names of a kind, sorted."""
         return sorted(name for k, name in self.entries if k == kind)

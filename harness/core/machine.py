@@ -6,6 +6,7 @@ Reads a few files and asks nvidia-smi; imports nothing heavy.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import platform
 import re
@@ -70,7 +71,7 @@ def look_at_machine() -> Machine:
         python=platform.python_version(),
         executable=sys.executable,
         system=f"{platform.system()} {platform.machine()}",
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=usable_cores(),
         cpu_features=tuple(feature for feature in CPU_FEATURES if feature in present),
         memory_total=total / GIB,
         memory_available=available / GIB,
@@ -81,6 +82,18 @@ def look_at_machine() -> Machine:
         offline={name: os.environ.get(name) for name in OFFLINE_FLAGS},
         allocator={name: os.environ.get(name) for name in ALLOCATOR},
     )
+
+
+def hush_libraries() -> None:
+    """Let nothing that is imported later report to anybody, or complain of what nobody asked for."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # bitsandbytes wants a package of faster kernels as soon as it is imported, 4-bit weights or not.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def usable_cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory_bytes() -> tuple[int, int]:
@@ -107,6 +120,16 @@ def torch_device() -> str:
         if present and not hidden and re.search(rf"^{name}\b[^=]*=\s*['\"]", built, re.MULTILINE):
             return "cuda"
     return "mps" if sys.platform == "darwin" and platform.machine() == "arm64" else "cpu"
+
+
+def visible_devices() -> tuple[str, ...]:
+    """The NVIDIA GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    if torch_device() != "cuda":
+        return ()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return tuple(one.strip() for one in named.split(",") if one.strip())
+    return tuple(str(number) for number, _ in enumerate(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def _read(file: str) -> str:

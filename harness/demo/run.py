@@ -11,9 +11,8 @@ import fcntl
 import hashlib
 import json
 import os
+import queue
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from harness.contracts.executor import Event, Order, WorkerContext
 from harness.contracts.registry import Registry, load_plugins
 from harness.core.errors import CorruptionError, HarnessError, UserError
 from harness.core.machine import ALLOCATOR
@@ -35,6 +35,7 @@ from harness.report.compare import compare_runs
 from harness.report.compare_text import comparison_table
 from harness.report.model import ComparisonReport
 from harness.report.text import FIGURES, figures_table, interval_text, mean_text, metric_label
+from harness.steps.children import WorkerProcess, said_of
 from harness.steps.files import read_json, write_bytes, write_json
 from harness.steps.provenance import library_versions
 from harness.steps.store import RunStore
@@ -150,29 +151,34 @@ def _clear(folder: Path) -> None:
 
 def _train_apart(world: World, lock: int, progress: Progress) -> None:
     """Train in a fresh process: glibc reads its allocator settings, and OpenMP its threads, when a process starts."""
-    search = [str(Path(__file__).parents[2]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     env = {**os.environ, **{k: os.environ.get(k, v) for k, v in ALLOCATOR.items()}, "OMP_NUM_THREADS": str(THREADS)}
     # Two threads that spin while they wait stand in each other's way as soon as anything else runs.
-    env |= {"OMP_WAIT_POLICY": "PASSIVE"}
-    env |= {"PYTHONPATH": os.pathsep.join(search), "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "harness.demo.run", str(world.root), str(world.seed)]
-    with (
-        tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True, pass_fds=[lock]) as child,
-    ):
-        assert child.stdout is not None
+    env |= {"OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    said: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    order = Order(id="world", worker=__name__, run=str(world.root.absolute()), spec={"seed": world.seed})
+    with tempfile.TemporaryFile("w+") as errors:
+        child = WorkerProcess(said.put, env, stderr=errors, pass_fds=[lock])
         try:
-            for line in child.stdout:
-                progress(line.rstrip())
-            code = child.wait()
-        except BaseException:
+            child.submit(order)
+            while (event := said.get()).kind != "ended":
+                if event.kind == "note":
+                    progress(event.text)
+        finally:
             child.kill()
-            raise
-        if code != 0:
+        if event.outcome != "done":
             errors.seek(0)
-            raise HarnessError(
-                f"{world.root}: training the demo's models ended with code {code}:\n{errors.read()[-3000:]}"
-            )
+            why = event.failure.text if event.failure is not None else f"a process {said_of(event.code)}"
+            raise HarnessError(f"{world.root}: training the demo's models failed: {why}\n{errors.read()[-3000:]}")
+
+
+def carry_out(order: Order, context: WorkerContext) -> None:
+    """The child process of :func:`build_world`: train, write the tasks, and leave the mark."""
+    world = World(Path(order.run), order.spec["seed"])
+    language = Language(world.seed)
+    train(world.root, language, context.reporter.note)
+    _write_tasks(world, language)
+    mark = {"key": _key(world.seed), "seed": world.seed, "files": _files(world), "libraries": library_versions()}
+    write_json(world.root / "world.json", mark)
 
 
 # ------------------------------------------------------------------------------------------------------ the tasks
@@ -325,16 +331,3 @@ def leaderboard(arms: Mapping[str, Evaluation]) -> Table:
             numbers = (interval_text(row), number(row.chance), f"{row.n:,}", str(row.n_unscored), str(row.n_truncated))
             table.add_row(f"    {name}", Text(mean_text(row), style="bold"), *map(Text, numbers))
     return table
-
-
-def _main(root: Path, seed: int) -> None:
-    """The child process of :func:`build_world`: train, write the tasks, and leave the mark."""
-    world, language = World(root, seed), Language(seed)
-    train(root, language, lambda line: print(line, flush=True))
-    _write_tasks(world, language)
-    mark = {"key": _key(seed), "seed": seed, "files": _files(world), "libraries": library_versions()}
-    write_json(root / "world.json", mark)
-
-
-if __name__ == "__main__":
-    _main(Path(sys.argv[1]), int(sys.argv[2]))

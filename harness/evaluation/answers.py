@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 
 from harness.contracts.engine import Session
 from harness.evaluation import ask
@@ -51,7 +52,13 @@ class Answering:
     # -------------------------------------------------------------------------------------------------------- asking
 
     def _answer(self, units: Sequence[Unit]) -> None:
-        """Answer one task for several arms. Where that fails, arm by arm, so that only the guilty one is lost."""
+        """Answer one task for several arms, of which this process alone holds the folders meanwhile."""
+        with ExitStack() as held:
+            holding = self.run.runner.holding
+            self._answer_held([unit for unit in units if held.enter_context(holding(self.run.folder(unit)))])
+
+    def _answer_held(self, units: Sequence[Unit]) -> None:
+        """Where it fails for several arms, arm by arm, so that only the guilty one is lost."""
         asked: list[tuple[Unit, ask.Part]] = []
         for unit in units:
             with self.run.runner.contained(unit.task.answers, self.run.folder(unit)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,8 +27,12 @@ class Group:
         return self.arms[0].folded is not None
 
 
-def groups_of(plan: EvalPlan, units: Sequence[Unit]) -> Iterator[Group]:
-    """Cut the arms that have something to answer into groups: those served together first, then each folded one."""
+def groups_of(plan: EvalPlan, units: Sequence[Unit], workers: int = 1) -> Iterator[Group]:
+    """Cut the arms that have something to answer into groups: those served together first, then each folded one.
+
+    Where fewer are served together than there are workers, they are cut further, an arm's tasks staying together as
+    far as that goes; a folded arm, which would be folded by each, is not.
+    """
     waiting = {unit.arm.name for unit in units}
     arms = [arm for arm in plan.arms if arm.name in waiting]
     most = max(1, plan.engine.capabilities(plan.model, plan.engine_options).max_adapters)
@@ -38,9 +43,21 @@ def groups_of(plan: EvalPlan, units: Sequence[Unit]) -> Iterator[Group]:
         if not served or sum(one.adapter is not None for one in served[-1]) >= most:
             served.append([])
         served[-1].append(arm)
-    for chunk in [*served, *([arm] for arm in arms if arm.folded is not None)]:
+    folded = [arm for arm in arms if arm.folded is not None]
+    pieces = max(1, -(-(workers - len(folded)) // len(served))) if served else 1
+    for chunk in served:
         names = {arm.name for arm in chunk}
-        yield Group(tuple(chunk), tuple(unit for unit in units if unit.arm.name in names))
+        own = [unit for unit in units if unit.arm.name in names]
+        for piece in range(min(pieces, len(own))):
+            bounds = (len(own) * n // min(pieces, len(own)) for n in (piece, piece + 1))
+            yield group_of(own[slice(*bounds)])
+    for arm in folded:
+        yield group_of([unit for unit in units if unit.arm.name == arm.name])
+
+
+def group_of(units: Sequence[Unit]) -> Group:
+    """Units that one open engine can answer."""
+    return Group(tuple({unit.arm.name: unit.arm for unit in units}.values()), tuple(units))
 
 
 class Loaded:
@@ -86,7 +103,7 @@ class Loaded:
             session, self._session = self._session, None
             session.close()
         if self._group.folded:
-            remove_scratch(self._run.store.scratch)
+            remove_scratch(self._run.scratch)
 
     def _served(self) -> tuple[ModelInfo, list[AdapterInfo]]:
         arms = self._group.arms
@@ -100,11 +117,11 @@ class Loaded:
         from harness.merging.fold.run import fold_into
 
         assert arm.adapter is not None
-        spec, out = self._plan.spec.model, self._run.store.scratch / arm.adapter.digest[:16]
+        spec, out = self._plan.spec.model, self._run.scratch / arm.adapter.digest[:16]
         # A folder that lies there was cut short or is of another base.
-        remove_scratch(self._run.store.scratch)
+        remove_scratch(self._run.scratch)
         self._run.reporter.note(f"folding {arm.label} into a temporary checkpoint: {arm.folded}")
-        out.parent.mkdir()
+        out.parent.mkdir(parents=True)
         fold_into(arm.model, arm.adapter, out, dtype=spec.dtype, runner=self._run.runner)
         # Everything but the weights is the base's, its name too; nobody asks for the digest of what is soon deleted.
         return arm.model.model_copy(update={"path": str(out), "pickled": False})
@@ -113,3 +130,6 @@ class Loaded:
 def remove_scratch(folder: Path) -> None:
     """Delete temporary checkpoints, also those that a killed run left behind."""
     shutil.rmtree(folder, ignore_errors=True)
+    # The folder of all orders' goes with the last of them.
+    with contextlib.suppress(OSError):
+        folder.parent.rmdir()

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.contracts.executor import Executor
+from harness.contracts.executor import Failure
 from harness.contracts.registry import Registry, load_plugins
 from harness.core.config import parse_options
 from harness.core.errors import HarnessError, StepError
 from harness.core.progress import Reporter
 from harness.core.records import Row, digest_of
 from harness.core.specs import EvalSpec, ModelSpec
-from harness.evaluation.answers import Answering
 from harness.evaluation.ask import Answered
-from harness.evaluation.load import Group, groups_of, remove_scratch
-from harness.evaluation.parity_run import Parity, second_plan
+from harness.evaluation.load import remove_scratch
+from harness.evaluation.parity_run import second_plan
 from harness.evaluation.plan import EvalPlan, plan_eval
 from harness.evaluation.resume import SCORES_FILE, check_folder, claim
-from harness.evaluation.scores import Scoring, score_all
 from harness.evaluation.session import EvalSession, Unit
+from harness.evaluation.take import other_run, take_steps
+from harness.evaluation.worker import EvalWorker, jobs_of, unfinished
+from harness.steps.execute import Execute, Execution, open_pool
 from harness.steps.files import read_json, slug
+from harness.steps.orders import error_of
 from harness.steps.store import RUN, RunStore
 from harness.tasks.catalog import load_catalog
 
 if TYPE_CHECKING:
     import pandas as pd
-
-EXECUTOR = "local"
 
 
 @dataclass
@@ -64,6 +63,8 @@ def evaluate(
     fresh: bool = False,
     registry: Registry | None = None,
     reporter: Reporter | None = None,
+    executor: str | Execution = "local",
+    stores: Sequence[str | Path] = (),
     **settings: Any,
 ) -> Evaluation:
     """Evaluate one model, or many adapters of one base on one loaded engine: what `harness eval` does.
@@ -77,6 +78,8 @@ def evaluate(
         fresh: delete what the folder holds of an earlier run first.
         registry: from ``load_plugins``; all installed plugins by default.
         reporter: says what is going on; silent by default.
+        executor: who carries it out: a registered executor's name, or an ``Execution`` with its options.
+        stores: other run folders, whose ended steps of the same ids are linked instead of computed.
         **settings: further fields of ``EvalSpec``: ``adapters`` (several, or folders of several: they and the base are
             evaluated), engine, limit, seed, options, task_folders, trust_task_code, ...
 
@@ -94,7 +97,15 @@ def evaluate(
     registry = registry or load_plugins()
     catalog = load_catalog(registry, spec.task_folders, trust_task_code=spec.trust_task_code)
     plan = plan_eval(spec, registry, catalog)
-    return run_plan(plan, registry, default_out(plan) if out is None else Path(out), fresh=fresh, reporter=reporter)
+    return run_plan(
+        plan,
+        registry,
+        default_out(plan) if out is None else Path(out),
+        fresh=fresh,
+        reporter=reporter,
+        executor=Execution(executor) if isinstance(executor, str) else executor,
+        stores=stores,
+    )
 
 
 def default_out(plan: EvalPlan) -> Path:
@@ -104,16 +115,34 @@ def default_out(plan: EvalPlan) -> Path:
 
 
 def run_plan(
-    plan: EvalPlan, registry: Registry, out: Path, *, fresh: bool = False, reporter: Reporter | None = None
+    plan: EvalPlan,
+    registry: Registry,
+    out: Path,
+    *,
+    fresh: bool = False,
+    reporter: Reporter | None = None,
+    executor: Execution | None = None,
+    stores: Sequence[str | Path] = (),
 ) -> Evaluation:
-    """Carry out a plan in a run folder; what is there already is kept."""
+    """Carry out a plan in a run folder; what is there already is kept.
+
+    Args:
+        plan: what is to be done.
+        registry: that it was planned with.
+        out: the run folder.
+        fresh: delete what it holds first.
+        reporter: says what is going on.
+        executor: how it is carried out; in this process by default.
+        stores: other run folders, whose ended steps of the same ids are taken over.
+    """
+    executor = executor or Execution()
     reporter = reporter or Reporter()
     # Asked before the lock as well: nothing is written into a folder that is somebody else's.
     RUN.refuse(out, fresh=True) if fresh else check_folder(out, plan)
     with RunStore(out) as store:
         if not fresh:
             check_folder(out, plan)
-        evaluation = _Run(plan, registry, store, reporter).carry_out(fresh)
+        evaluation = _Run(plan, registry, store, reporter).carry_out(executor, tuple(map(Path, stores)), fresh)
         registry.announce("study_finished", run=out)
         for warning in registry.warnings:
             reporter.note(f"warning: {warning}")
@@ -122,16 +151,17 @@ def run_plan(
 
 
 class _Run:
-    """One pass over a plan: groups of answers, then scores, through an executor."""
+    """One pass over a plan: groups of answers, then scores, through an executor's pool."""
 
     def __init__(self, plan: EvalPlan, registry: Registry, store: RunStore, reporter: Reporter) -> None:
         self.plan, self.store, self.reporter = plan, store, reporter
         self.run = EvalSession(plan, registry, store, reporter)
+        self._worker: EvalWorker | None = None
         self._answered: dict[str, Answered] = {}
-        self._broken: dict[str, Exception] = {}
-        self._second = second_plan(plan, registry)
+        # What is wrong with a second engine is said before anything runs.
+        second_plan(plan, registry)
 
-    def carry_out(self, fresh: bool = False) -> Evaluation:
+    def carry_out(self, how: Execution, stores: Sequence[Path], fresh: bool = False) -> Evaluation:
         """Prepare, answer, close the model, score, collect the numbers.
 
         Every task is opened before anything is deleted, written or loaded: what a mistake refuses leaves no trace.
@@ -143,16 +173,22 @@ class _Run:
         for task in {task.name: task for task in self.plan.tasks}.values():
             if task.chosen.asked is not None:
                 self.reporter.note(f"{task.name} ({task.variant}) {task.chosen.spec.notes[-1]}")
+        others = [other_run(folder, self.store.root) for folder in stores]
         pending = [unit for unit in run.units if fresh or not run.ended(unit)]
         unanswered = [unit for unit in pending if fresh or not self._is_answered(unit)]
-        self._broken = {unit.id: error for unit in unanswered if (error := run.unopenable(unit)) is not None}
+        broken = {unit.id: error for unit in unanswered if (error := run.unopenable(unit)) is not None}
         if fresh:
             RUN.clear(self.store.root)
             run.forget_folders()
         claim(self.store, self.plan, self.reporter)
         remove_scratch(self.store.scratch)
-        for groups in self._stages(pending, unanswered):
-            self._execute(groups)
+        for other in others:
+            take_steps(run, [unit for unit in pending if unit.id not in broken], other)
+            pending = [unit for unit in pending if not run.ended(unit)]
+            unanswered = [unit for unit in unanswered if unit in pending and not self._is_answered(unit)]
+        self._worker = EvalWorker(run, broken, self._answered)
+        if pending or self.plan.spec.parity is not None:
+            self._execute(pending, unanswered, how)
         if not pending:
             self.reporter.note("everything was done before")
         rows, leaves = self._collect()
@@ -166,47 +202,24 @@ class _Run:
             self._answered[unit.id] = found
         return found is not None
 
-    def _stages(self, pending: Sequence[Unit], unanswered: Sequence[Unit]) -> Iterator[list[Callable[[], None]]]:
-        """What may be carried out in any order: answers by what one open engine serves; then scores, on all of them."""
-        yield [partial(self._answer, group) for group in groups_of(self.plan, unanswered)]
-        if pending:
-            yield [partial(score_all, [(Scoring(self.run, self._answered), pending)])]
-        if self._second is not None:
-            yield [partial(self._measure, Parity(self.run, self._second))]
+    def _execute(self, pending: Sequence[Unit], unanswered: Sequence[Unit], how: Execution) -> None:
+        run = self.run
+        assert self._worker is not None
+        with open_pool(how, run.registry, self.reporter, self._worker.carry_out) as pool:
+            execute = Execute(pool, run.runner, run.registry, lambda order: unfinished(run, order, execute.finished))
+            execute.carry_out(list(jobs_of(run, pending, unanswered, pool.capacity())))
+        for result in execute.results.values():
+            self._add(result)
 
-    def _execute(self, groups: Sequence[Callable[[], None]]) -> None:
-        """Hand groups to the executor, and hold it to its contract: what it leaves out would be missing rows.
-
-        Raises:
-            StepError: it did not carry out each of them once.
-        """
-        executor = self.run.registry.find(Executor, EXECUTOR, "executor")
-        calls = [0] * len(groups)
-
-        def work(number: int) -> None:
-            groups[number]()
-            calls[number] += 1
-
-        executor.carry_out(range(len(groups)), work, executor.Config())
-        if wrong := [f"group {number + 1} {times} times" for number, times in enumerate(calls) if times != 1]:
-            raise StepError(
-                f"executor {executor.name}",
-                f"carried out {', '.join(wrong)}, and each of {len(groups)} groups is to be carried out once",
-                "A fault of the executor: harness.testing.check_executor finds such.",
-            )
-
-    def _measure(self, parity: Parity) -> None:
-        """What fails here takes no score with it."""
-        try:
-            parity.carry_out()
-        except HarnessError as error:
-            self.run.runner.failures["parity"] = str(error)
-            self.reporter.note(f"failed: parity: {error}")
-
-    def _answer(self, group: Group) -> None:
-        answering = Answering(self.run, group, self._broken)
-        answering.carry_out()
-        self._answered.update(answering.answered)
+    def _add(self, result: Mapping[str, Any]) -> None:
+        """What became of an order elsewhere: an order that was carried out here says nothing."""
+        runner = self.run.runner
+        runner.failures.update(result.get("failures") or {})
+        if (error := result.get("error")) is not None:
+            kept = error_of(Failure.model_validate(error))
+            runner.last_error = kept if isinstance(kept, HarnessError) else StepError("worker", str(kept))
+        for name, value in (result.get("seconds") or {}).items():
+            self.run.seconds[name] += value
 
     def _collect(self) -> tuple[list[Row], list[Row]]:
         """Rows of every scores step that is done, in the plan's order."""

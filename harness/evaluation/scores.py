@@ -104,8 +104,11 @@ class Scoring:
 
     def score(self, session: ScorerSession, unit: Unit, plan: ScoresPlan) -> None:
         """Score one unit with an open scorer; a failure is recorded."""
-        with self.run.runner.contained(plan.step, self.run.scores_folder(unit, plan), mistakes=True):
-            self._score(session, unit, plan)
+        runner, folder = self.run.runner, self.run.scores_folder(unit, plan)
+        with runner.holding(folder) as free:
+            if free:
+                with runner.contained(plan.step, folder, mistakes=True):
+                    self._score(session, unit, plan)
 
     def _score(self, session: ScorerSession, unit: Unit, step: ScoresPlan) -> None:
         run, folder, scorer = self.run, self.run.scores_folder(unit, step), step.scorer

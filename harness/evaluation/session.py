@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from harness.contracts.executor import Observers
 from harness.contracts.registry import Registry
 from harness.core.errors import CorruptionError, UserError
 from harness.core.progress import Reporter
@@ -40,13 +41,24 @@ class Unit:
 class EvalSession:
     """One pass over a plan in one process."""
 
-    def __init__(self, plan: EvalPlan, registry: Registry, store: RunStore, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        plan: EvalPlan,
+        registry: Registry,
+        store: RunStore,
+        reporter: Reporter,
+        observers: Observers | None = None,
+    ) -> None:
+        """``observers``: hear of the steps; those of the registry by default."""
         self.plan, self.registry, self.store, self.reporter = plan, registry, store, reporter
+        self.scratch = store.scratch
+        """Folder of what goes when it has been used, of the order in hand alone."""
         self.seconds: dict[str, float] = {"prepare": 0.0, "load": 0.0, "answer": 0.0, "score": 0.0}
-        self.runner = Runner(registry, reporter)
+        self.runner = Runner(observers or registry, reporter)
         self._tokenizers: dict[str | None, Any] = {}
         self._questions: dict[tuple[int, str, str | None], Questions] = {}
         self._open: dict[str, Questions] = {}
+        self._opened: dict[str, StepFolder] = {}
         self._folders = {
             (path.name.partition("-")[0], path.name.rpartition("-")[2]): path
             for path in sorted((store.root / "steps").glob("*-*"))
@@ -57,6 +69,10 @@ class EvalSession:
         """Every task of every arm."""
         return [Unit(arm, task) for arm in self.plan.arms for task in arm.tasks]
 
+    def report_to(self, reporter: Reporter, observers: Observers) -> None:
+        """Tell somebody else from now on: of another order, in a process that carries out several."""
+        self.reporter, self.runner = reporter, Runner(observers, reporter)
+
     def folder(self, unit: Unit) -> StepFolder:
         """Of the answers."""
         return self._folder("answers", f"{unit.arm.name}-{unit.task.name}", unit.id)
@@ -66,14 +82,18 @@ class EvalSession:
         return self._folder("scores", f"{unit.arm.name}-{unit.task.name}-{step.ref.name}", step.id)
 
     def _folder(self, kind: str, arm: str, step_id: str) -> StepFolder:
-        folder = self.store.step(kind, arm, step_id)
-        # A step is its id: in company its arm may go by another name than alone.
-        known = self._folders.setdefault((kind, step_id[:12]), folder.path)
-        return StepFolder(known, step_id, kind, known / "artifact")
+        # One object for each: it remembers which attempt it has begun.
+        if step_id not in self._opened:
+            folder = self.store.step(kind, arm, step_id)
+            # A step is its id: in company its arm may go by another name than alone.
+            known = self._folders.setdefault((kind, step_id[:12]), folder.path)
+            self._opened[step_id] = StepFolder(known, step_id, kind, known / "artifact")
+        return self._opened[step_id]
 
     def forget_folders(self) -> None:
         """The run folder was cleared."""
         self._folders = {}
+        self._opened.clear()
 
     def ended(self, unit: Unit) -> bool:
         """Whether all of a unit's steps are done and their files still hold what was recorded.
@@ -88,15 +108,15 @@ class EvalSession:
                     self.reporter.note(f"{folder.path.name}: status.json is damaged; it is done again where needed")
                 whole = False
                 continue
-            problem = damage(folder, status, self.store) or self._worth_another_try(status)
+            problem = damage(folder, status, self.store) or self.again(status)
             if problem is not None:
                 self.reporter.note(f"{folder.path.name}: {problem}; it is done again where needed")
                 folder.reopen(problem)
                 whole = False
         return whole
 
-    def _worth_another_try(self, status: StepRecord) -> str | None:
-        """Calls of an endpoint, the model's or a judge's, that failed and may do better now."""
+    def again(self, status: StepRecord) -> str | None:
+        """Why a step that is done is worth another try: calls of an endpoint, the model's or a judge's, failed."""
         errors = status.counts.get("errors", 0)
         if status.kind == "answers" and errors and self.plan.engine.remote:
             return f"{errors} of {status.counts['requests']} calls of the endpoint failed"

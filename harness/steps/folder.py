@@ -64,6 +64,13 @@ class StepFolder:
         """Add to step.json what is known only once the step is under way."""
         write_json(self.path / STEP, {**read_json(self.path / STEP), **more})
 
+    def supersede(self) -> None:
+        """Make this the attempt in force, without beginning the step: an earlier one can no longer end it."""
+        attempt = self._begun() + 1
+        with contextlib.suppress(OSError, CorruptionError):
+            self.describe(attempt=attempt)
+            self.attempt = attempt
+
     def _begun(self) -> int:
         with contextlib.suppress(OSError, CorruptionError, AttributeError, TypeError, ValueError):
             return int(read_json(self.path / STEP).get("attempt", 1))

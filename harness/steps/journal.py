@@ -105,6 +105,7 @@ class Journal:
         with writing(self.path):
             if self._stream is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
+                _unlinked(self.path)
                 self._stream = self.path.open("ab", buffering=0)
             size = os.fstat(self._stream.fileno()).st_size
             try:
@@ -130,6 +131,12 @@ class Journal:
             self.sync()
             self._stream.close()
             self._stream = None
+
+
+def _unlinked(path: Path) -> None:
+    """Give a file that other folders hold too (a step that was taken from another run) contents of its own."""
+    if path.exists() and path.stat().st_nlink > 1:
+        write_bytes(path, path.read_bytes())
 
 
 def write_rows(path: Path, rows: Iterator[dict[str, Any]] | Sequence[dict[str, Any]]) -> str:

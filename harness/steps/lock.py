@@ -14,6 +14,18 @@ from harness.core.errors import UserError
 LOCK = ".lock"
 
 
+class FolderTakenError(UserError):
+    """Another process holds the folder."""
+
+    def __init__(self, where: str, owner: str) -> None:
+        self.owner = owner
+        super().__init__(
+            where,
+            f"another harness process (pid {owner}) is writing to this folder",
+            "Wait for it to end, stop it, or give another --out.",
+        )
+
+
 @dataclass
 class FolderLock:
     """One folder, held by this process alone from ``take`` until ``release``."""
@@ -21,6 +33,8 @@ class FolderLock:
     root: Path
     where: str
     """What messages call the folder."""
+    keep: bool = True
+    """Whether the lock's file stays when the folder is released."""
     _stream: IO[str] | None = field(default=None, repr=False)
     _made: bool = field(default=False, repr=False)
 
@@ -49,11 +63,7 @@ class FolderLock:
             stream.seek(0)
             owner = stream.read().strip() or "unknown"
             stream.close()
-            raise UserError(
-                self.where,
-                f"another harness process (pid {owner}) is writing to this folder",
-                "Wait for it to end, stop it, or give another --out.",
-            ) from None
+            raise FolderTakenError(self.where, owner) from None
         if not _same_file(stream, self.root / LOCK):
             # Its last owner took the file away between our opening and our locking it.
             stream.close()
@@ -71,10 +81,11 @@ class FolderLock:
             return
         # What was refused before it wrote anything leaves no trace.
         with contextlib.suppress(OSError):
-            if [child.name for child in self.root.iterdir()] == [LOCK]:
+            nothing = [child.name for child in self.root.iterdir()] == [LOCK]
+            if nothing or not self.keep:
                 (self.root / LOCK).unlink()
-                if self._made:
-                    self.root.rmdir()
+            if nothing and self._made:
+                self.root.rmdir()
         self._stream.close()
         self._stream = None
 

@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.contracts.registry import Registry
+from harness.contracts.executor import Observers
 from harness.core.errors import HarnessError, StepError, UserError
 from harness.core.progress import Reporter
 from harness.core.records import ArtifactKind, StepRecord
 from harness.core.text import portable
 from harness.steps.files import is_disk_full
-from harness.steps.folder import STEP, StepFolder
+from harness.steps.folder import STEP, StepFolder, SupersededError
+from harness.steps.lock import FolderLock, FolderTakenError
+from harness.steps.orders import announce
 from harness.steps.provenance import provenance_record
 from harness.steps.step import Step
 
@@ -39,9 +41,9 @@ class Ended:
 class Runner:
     """What becomes of the steps of one pass; the failures of those that it contains are kept."""
 
-    def __init__(self, registry: Registry | None, reporter: Reporter) -> None:
-        """``registry``: of the observers that hear of every step; None: nobody does."""
-        self.reporter, self._registry = reporter, registry
+    def __init__(self, observers: Observers | None, reporter: Reporter) -> None:
+        """``observers``: hear of every step, as a registry's do; None: nobody does."""
+        self.reporter, self._observers = reporter, observers
         self.failures: dict[str, str] = {}
         """Step folder name -> why it failed."""
         self.last_error: HarnessError | None = None
@@ -88,14 +90,35 @@ class Runner:
                 self.fail(step, folder, error, said=False)
             raise
 
+    @contextmanager
+    def holding(self, folder: StepFolder) -> Iterator[bool]:
+        """Hold a step's folder for this process; False, and said, where another holds it: the step is that one's."""
+        lock = FolderLock(folder.path, folder.name, keep=False)
+        try:
+            lock.take()
+        except FolderTakenError as error:
+            what, fix = f"another harness process (pid {error.owner}) is at this step", "Wait for it, or stop it."
+            taken = StepError(folder.name, what, f"{fix} Then the same command goes on.")
+            self.last_error = taken
+            self.failures[folder.name] = str(taken)
+            self.reporter.note(f"skipped: {taken}")
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
     def fail(self, step: Step, folder: StepFolder, error: Exception, *, said: bool = True) -> None:
-        """Record that a step failed."""
+        """Record that a step failed; of an attempt that is superseded, nothing is recorded."""
         kept = error if isinstance(error, HarnessError) else StepError(folder.name, _described(error))
         kept.__cause__ = None if kept is error else error
         self.last_error = kept
         self.failures[folder.name] = str(kept)
         if said:
             self.reporter.note(f"failed: {kept}")
+        if isinstance(kept, SupersededError):
+            return
         if not (folder.path / STEP).exists():
             folder.begin(step, {}, provenance_record({}))
         folder.log("failed", error=portable(str(kept)))
@@ -139,11 +162,9 @@ class Runner:
         self._announce("step_finished", step, folder, record=record)
 
     def _announce(self, hook: str, step: Step, folder: StepFolder, **more: Any) -> None:
-        if self._registry is not None:
-            self._registry.announce(hook, step=step.info(folder.known_as or folder.path), **more)
-            for warning in self._registry.warnings:
-                self.reporter.note(f"warning: {warning}")
-            self._registry.warnings.clear()
+        if self._observers is not None:
+            info = step.info(folder.known_as or folder.path)
+            announce(self._observers, self.reporter, hook, step=info, **more)
 
 
 def is_fatal(error: Exception, *, mistakes: bool = False) -> bool:

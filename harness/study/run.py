@@ -315,7 +315,7 @@ class StudyRun:
         self._write_index()
         self.reporter.note(f"{step.kind} {arm}")
         try:
-            with FolderLock(folder.path, folder.name):
+            with FolderLock(folder.path, folder.name, keep=False):
                 work(folder)
         except Exception as error:
             if is_fatal(error) and not isinstance(error, UserError):

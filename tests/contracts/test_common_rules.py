@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from harness import Config, Executor, Scorer
+from harness import (
+    Config,
+    Event,
+    Executor,
+    ExecutorContext,
+    InProcessPool,
+    Order,
+    Pool,
+    Scorer,
+    carry_out_order,
+)
 from harness.contracts.registry import load_plugins
 from harness.core.errors import UserError
+from harness.core.progress import Reporter
 from harness.testing import check_executor, check_plugin, registry_of
+from harness_plugins.executors.local import LocalExecutor
 
 
-class InOrder(Executor):
+class InOrder(Executor["InOrder.Config"]):
     name = "in-order"
     summary = "one after another"
 
     class Config(Config):
         pause: float = Field(0.0, description="pause (seconds)")
 
-    def carry_out(self, groups: Iterable[Any], work: Callable[[Any], None], options: Any) -> None:
-        for group in groups:
-            work(group)
+    def open(self, config: Config, context: ExecutorContext) -> Pool:
+        return InProcessPool(context)
 
 
 class Bare(Config):
@@ -56,37 +68,78 @@ def broken(**overrides: Any) -> Executor:
 
 def test_a_good_executor_passes() -> None:
     check_executor(InOrder())
-    check_executor(InOrder(), options={"pause": 1.5}, groups=2)
+    check_executor(InOrder(), options={"pause": 1.5})
     check_executor(broken(Config=Needy), options={"path": "x"})
 
 
-def swallow(self: Any, groups: Iterable[Any], work: Callable[[Any], None], options: Any) -> None:
-    for group in groups:
-        with contextlib.suppress(RuntimeError):
-            work(group)
+class Swallowing(InProcessPool):
+    def events(self) -> Iterator[Event]:
+        for event in super().events():
+            failed = event.outcome == "failed"
+            yield event.model_copy(update={"outcome": "done", "failure": None}) if failed else event
 
 
-def twice(self: Any, groups: Iterable[Any], work: Callable[[Any], None], options: Any) -> None:
-    for group in groups:
-        work(group)
-        work(group)
+class Twice(InProcessPool):
+    def events(self) -> Iterator[Event]:
+        for event in super().events():
+            yield event
+            if event.kind == "ended" and event.order == "b":
+                yield event
 
 
-def counts_first(self: Any, groups: Any, work: Callable[[Any], None], options: Any) -> None:
-    for index in range(len(list(groups))):
-        work(list(groups)[index])
+class WorkingTwice(InProcessPool):
+    def submit(self, order: Order) -> None:
+        super().submit(order)
+        if order.id == "fine":
+            carry_out_order(order, lambda event: None)
 
 
-def skips_last(self: Any, groups: Iterable[Any], work: Callable[[Any], None], options: Any) -> None:
-    for group in list(groups)[:-1]:
-        work(group)
+class Dropping(InProcessPool):
+    def submit(self, order: Order) -> None:
+        if order.id != "a":
+            super().submit(order)
 
 
-def never_empty(self: Any, groups: Iterable[Any], work: Callable[[Any], None], options: Any) -> None:
-    pending = list(groups)
-    work(pending.pop(0))
-    for group in pending:
-        work(group)
+class Silent(InProcessPool):
+    def __init__(self, context: ExecutorContext) -> None:
+        super().__init__(replace(context, reporter=Reporter()))
+
+
+class Raising(InProcessPool):
+    def events(self) -> Iterator[Event]:
+        for event in super().events():
+            if event.cause is not None:
+                raise event.cause
+            yield event
+
+
+class Backwards(InProcessPool):
+    def events(self) -> Iterator[Event]:
+        yield from sorted(super().events(), key=lambda event: event.kind)
+
+
+class Waiting(InProcessPool):
+    def events(self) -> Iterator[Event]:
+        yield from super().events()
+        time.sleep(30)
+
+
+class Deaf(InProcessPool):
+    def cancel(self, order: str) -> None: ...
+
+
+class Full(InProcessPool):
+    def capacity(self) -> int:
+        return 0
+
+
+class Rewriting(InProcessPool):
+    def submit(self, order: Order) -> None:
+        super().submit(order.model_copy(update={"keys": ()}))
+
+
+def opening(pool: type[InProcessPool]) -> Executor:
+    return broken(open=lambda self, config, context: pool(context))
 
 
 @pytest.mark.parametrize(
@@ -110,20 +163,37 @@ def never_empty(self: Any, groups: Iterable[Any], work: Callable[[Any], None], o
             broken(Config=Needy),
             "The kit is run with options that `Config` takes: pass `options=`.\n  seen: Field required",
         ),
-        (broken(carry_out=swallow), "An exception of `work` is not swallowed."),
-        (
-            broken(carry_out=twice),
-            "calls `work` once for every group, of a list or a generator.\n  seen: calls per group: {0: 2",
-        ),
-        (broken(carry_out=counts_first), "`carry_out` returns when every group is done.\n  seen: IndexError"),
-        (broken(carry_out=skips_last), "calls per group: {0: 1, 1: 1, 2: 1, 3: 1} of 5 groups"),
-        (broken(carry_out=never_empty), "`carry_out` returns when every group is done.\n  seen: IndexError"),
+        (opening(Swallowing), "raising ended as done, and not as failed"),
+        (opening(Twice), "Every order that was submitted ends once.\n  seen: b ended 2 times"),
+        (opening(WorkingTwice), "An order is carried out once.\n  seen: fine was, 2 times"),
+        (opening(Dropping), "Every order that was submitted ends once.\n  seen: a ended 0 times"),
+        (opening(Silent), "What a worker says reaches the reporter of the context, or comes as events"),
+        (opening(Raising), "`events` raises nothing: failures are events.\n  seen: [RuntimeError"),
+        (opening(Backwards), "Events of an order come in order: what its worker said, then how it ended"),
+        (opening(Waiting), "`events` ends when nothing is under way.\n  seen: after 3 s it waits; the last events:"),
+        (opening(Deaf), "An order that is cancelled ends as `stopped`, once.\n  seen: ['done']"),
+        (opening(Full), "`capacity` of a pool that does nothing is at least 1.\n  seen: 0"),
+        (opening(Rewriting), "The worker gets the order as it was submitted, and its result comes back."),
     ],
 )
 def test_a_broken_executor_fails(executor: Any, words: str) -> None:
     with pytest.raises(AssertionError) as caught:
-        check_executor(executor)
+        check_executor(executor, seconds=3)
     assert words in str(caught.value)
+
+
+def test_an_executor_that_leaves_its_processes_fails() -> None:
+    local, pools = LocalExecutor(), list[Pool]()
+
+    class Leaving(InOrder):
+        def open(self, config: Any, context: ExecutorContext) -> Pool:
+            pools.append(local.open(local.Config(workers=1), context))
+            pools[0].close = lambda: None  # type: ignore[method-assign]
+            return pools[0]
+
+    with pytest.raises(AssertionError, match=r"`close` ends every process of the pool\.\n  seen: processes \[\d+"):
+        check_executor(Leaving())
+    type(pools[0]).close(pools[0])
 
 
 def test_the_kind_must_fit() -> None:
@@ -133,15 +203,14 @@ def test_the_kind_must_fit() -> None:
 
 SOURCE = """
 {statement}
-from harness import Executor, hookimpl
+from harness import Executor, InProcessPool, hookimpl
 
 class Mine(Executor):
     name = "mine"
     summary = "mine"
 
-    def carry_out(self, groups, work, options):
-        for group in groups:
-            work(group)
+    def open(self, config, context):
+        return InProcessPool(context)
 
 @hookimpl
 def register_executors():

@@ -5,16 +5,28 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import harness
-from harness import AdapterInfo, ModelInfo, Output, Request, Session
+from harness import (
+    AdapterInfo,
+    Event,
+    Execution,
+    Executor,
+    ExecutorContext,
+    InProcessPool,
+    ModelInfo,
+    Order,
+    Output,
+    Pool,
+    Request,
+    Session,
+)
 from harness.contracts.engine import Availability, Capabilities, Engine
-from harness.contracts.executor import Executor
 from harness.contracts.registry import Origin, Registered, Registry, load_plugins
 from harness.contracts.scorer import Scorer
 from harness.core.errors import StepError, UserError
@@ -160,67 +172,96 @@ def test_more_adapters_than_the_engine_holds_are_taken_in_groups(tiny: Path, sum
     assert len(evaluation.rows) == 4 and evaluation.failures == {}
 
 
-def test_groups_go_through_the_registered_executor(tiny: Path, sums: Path, adapters: Path) -> None:
-    registry, _ = with_echo(most=1)
-    seen = []
-
-    class Watching(Executor):
-        name = "local"
-
-        def carry_out(self, groups: Any, work: Any, options: Any) -> None:
-            for group in groups:
-                seen.append(group)
-                work(group)
-
-    registry.entries["executor", "local"] = Registered(
-        "executor", "local", Watching(), Origin("x", "x", "1", loose=Path(__file__))
-    )
-    evaluation = evaluate(tiny, sums, "out", registry=registry, adapters=[adapters])
-    # Three groups of answers (base and a, b, c), and the scores.
-    assert len(seen) == 4 and len(evaluation.rows) == 4
-
-
 class Chosen(Executor):
-    """Carries out what ``order`` makes of the groups."""
+    """Carries out here what ``pool`` makes of the orders."""
 
     name = "local"
 
-    def __init__(self, order: Callable[[list[Any]], list[Any]]) -> None:
-        self._order = order
+    def __init__(self, pool: type[InProcessPool]) -> None:
+        self._pool = pool
 
-    def carry_out(self, groups: Any, work: Any, options: Any) -> None:
-        for group in self._order(list(groups)):
-            work(group)
+    def open(self, config: Any, context: ExecutorContext) -> Pool:
+        return self._pool(context)
 
 
-def with_executor(registry: Registry, order: Callable[[list[Any]], list[Any]]) -> Registry:
+def with_executor(registry: Registry, pool: type[InProcessPool]) -> Registry:
     origin = Origin("x", "x", "1", loose=Path(__file__))
-    registry.entries["executor", "local"] = Registered("executor", "local", Chosen(order), origin)
+    registry.entries["executor", "local"] = Registered("executor", "local", Chosen(pool), origin)
     return registry
 
 
-def test_groups_in_any_order_give_the_same_rows(tiny: Path, sums: Path, adapters: Path) -> None:
-    backwards = with_executor(with_echo(most=1)[0], lambda groups: groups[::-1])
+def test_orders_go_through_the_registered_executor(tiny: Path, sums: Path, adapters: Path) -> None:
+    seen: list[Order] = []
+
+    class Watching(InProcessPool):
+        def submit(self, order: Order) -> None:
+            seen.append(Order.model_validate_json(order.model_dump_json()))
+            super().submit(order)
+
+    registry = with_executor(with_echo(most=1)[0], Watching)
+    evaluation = evaluate(tiny, sums, "out", registry=registry, adapters=[adapters])
+    assert len(evaluation.rows) == 4
+    # Base and a, then b, c, are served one adapter at a time; then one scorer over all of them.
+    tasks = [arm.tasks[0] for arm in evaluation.plan.arms]
+    answers = [task.answers_id for task in tasks]
+    assert [(order.id, order.keys) for order in seen] == [
+        ("answers-1", (answers[0], answers[1])),
+        ("answers-2", (answers[2],)),
+        ("answers-3", (answers[3],)),
+        ("scores-exact_match", tuple(task.scores[0].id for task in tasks)),
+    ]
+    seen.clear()
+    sure = Execution("local", in_process=True)
+    evaluate(tiny, sums, "sure", registry=registry, adapters=[adapters], executor=sure)
+    assert seen == []
+
+
+def test_orders_in_any_order_give_the_same_rows(tiny: Path, sums: Path, adapters: Path) -> None:
+    class Backwards(InProcessPool):
+        def submit(self, order: Order) -> None:
+            self._waiting.appendleft(order)
+
+        def capacity(self) -> int:
+            return 9
+
+    # With room for nine, every arm is an order of its own.
+    backwards = with_executor(with_echo(most=1)[0], Backwards)
     found = [
         evaluate(tiny, sums, out, registry=registry, adapters=[adapters])
         for out, registry in (("a", with_echo(most=1)[0]), ("b", backwards))
     ]
     assert [row.model_dump() for row in found[0].rows] == [row.model_dump() for row in found[1].rows]
     assert len(found[1].rows) == 4 and not found[1].failures
+    one, two = (artifacts(evaluation.root, unpacked=True) for evaluation in found)
+    assert one == two
+
+
+class Dropping(InProcessPool):
+    def submit(self, order: Order) -> None:
+        if order.id != "answers-3":
+            super().submit(order)
+
+
+class Twice(InProcessPool):
+    def events(self) -> Iterator[Event]:
+        for event in super().events():
+            yield event
+            if event.order == "answers-2" and event.kind == "ended":
+                yield event
 
 
 @pytest.mark.parametrize(
-    ("order", "said"),
+    ("pool", "said"),
     [
-        (lambda groups: groups[1:], "carried out group 1 0 times, and each of 3 groups is to be carried out once"),
-        (lambda groups: [*groups, groups[-1]], "carried out group 3 2 times, and each of 3 groups"),
+        (Dropping, "executor Dropping: never ended answers-3\n  A fault of the executor: harness.testing.check_exec"),
+        (Twice, "executor Twice: ended twice: answers-2, which is not under way"),
     ],
 )
-def test_an_executor_that_leaves_a_group_out_leaves_no_hole(
-    tiny: Path, sums: Path, adapters: Path, order: Any, said: str
+def test_an_executor_that_leaves_an_order_out_leaves_no_hole(
+    tiny: Path, sums: Path, adapters: Path, pool: type[InProcessPool], said: str
 ) -> None:
     with pytest.raises(StepError) as caught:
-        evaluate(tiny, sums, "out", registry=with_executor(with_echo(most=1)[0], order), adapters=[adapters])
+        evaluate(tiny, sums, "out", registry=with_executor(with_echo(most=1)[0], pool), adapters=[adapters])
     assert said in str(caught.value)
 
 

@@ -24,8 +24,8 @@ class Mine(Executor):
     name = "mine"
     summary = "mine"
 
-    def carry_out(self, groups, work, options):
-        pass
+    def open(self, config, context):
+        raise NotImplementedError
 
 @hookimpl
 def register_executors():

@@ -140,6 +140,10 @@ class VllmEngine(Engine["VllmEngine.Config"]):
         """The build decides."""
         return "cpu" if is_cpu_build() else "cuda"
 
+    def devices(self, options: Config) -> int:
+        """As many as share one copy of the model."""
+        return 0 if is_cpu_build() else options.tensor_parallel_size
+
     def identity(self, options: Config) -> dict[str, Any]:
         """The version and whatever may change the order of additions or what fits."""
         found = distribution()
