@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from harness.cli.options import Json, PluginFiles
+from harness.cli.options import Json, PluginFiles, options_of
 from harness.cli.tables import print_json, print_table
 from harness.core.errors import ExitCode, UserError
 from harness.core.text import visible
@@ -116,6 +116,9 @@ def run(
     out: Out = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run folder holds and start over.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what failed.")] = False,
+    executor: Annotated[
+        str | None, typer.Option(help="Who carries it out, in processes of its own; --set executor.KEY=V.")
+    ] = None,
     model: Model = None,
     set_: Set = None,
     plugin: PluginFiles = None,
@@ -124,12 +127,17 @@ def run(
     from harness.cli.eval import print_report
     from harness.core.progress import for_terminal
     from harness.report.build import write_all
+    from harness.steps.execute import Execution
     from harness.study.run import run_study
+    from harness.study.workers import through
 
-    found = _planned(file, model, set_, plugin)
+    mine = [one for one in set_ or () if one.startswith("executor.")]
+    found = _planned(file, model, [one for one in set_ or () if one not in mine], plugin)
     root = _folder(found, out)
+    options = options_of(mine).get("executor", {})
+    elsewhere = through(Execution(executor or "local", options)) if executor is not None or mine else None
     with for_terminal() as reporter:
-        done = run_study(found, root, fresh=fresh, retry_failed=retry_failed, reporter=reporter)
+        done = run_study(found, root, fresh=fresh, retry_failed=retry_failed, reporter=reporter, execute=elsewhere)
         for name, reason in done.failures.items():
             reporter.note(f"failed: {name}: {reason.splitlines()[0]}")
     for page, report in write_all(root).items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from harness.contracts.executor import Observers
 from harness.contracts.registry import Registry
 from harness.core.progress import Reporter
 from harness.evaluation.answers import Answering
@@ -17,13 +18,16 @@ from harness.steps.store import RunStore
 class Evaluations:
     """Answers one plan after the other, and then scores them together."""
 
-    def __init__(self, registry: Registry, store: RunStore, reporter: Reporter) -> None:
-        self._registry, self._store, self._reporter = registry, store, reporter
+    def __init__(
+        self, registry: Registry, store: RunStore, reporter: Reporter, observers: Observers | None = None
+    ) -> None:
+        """``observers``: hear of the steps; those of the registry by default."""
+        self._registry, self._store, self._reporter, self._observers = registry, store, reporter, observers
         self._parts: list[tuple[Scoring, Sequence[Unit]]] = []
 
     def is_answered(self, plan: EvalPlan, only: Collection[str] | None = None) -> bool:
         """Whether all answers of a plan, or those whose ids are given, are there as far as their records say."""
-        run = EvalSession(plan, self._registry, self._store, self._reporter)
+        run = EvalSession(plan, self._registry, self._store, self._reporter, self._observers)
         records = [run.folder(unit).status() for unit in run.units if only is None or unit.id in only]
         return all(record is not None and record.status == "done" for record in records)
 
@@ -40,7 +44,7 @@ class Evaluations:
         Raises:
             UserError: a mistake that concerns every step: an engine that cannot be opened as asked, a full disk.
         """
-        run = EvalSession(plan, self._registry, self._store, self._reporter)
+        run = EvalSession(plan, self._registry, self._store, self._reporter, self._observers)
         pending = [unit for unit in run.units if not run.ended(unit)]
         meant = [unit for unit in pending if only is None or unit.id in only]
         unanswered = [unit for unit in meant if run.answered(unit) is None]

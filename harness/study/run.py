@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from harness.alignment.folder import intact as intact_adapter
 from harness.alignment.plan import AlignPlan
 from harness.alignment.run import carry_out_align
+from harness.contracts.executor import Observers
 from harness.core.errors import CorruptionError, UserError
 from harness.core.progress import Reporter
 from harness.core.records import AdapterInfo, ModelInfo
@@ -71,6 +73,7 @@ def run_study(
     fresh: bool = False,
     retry_failed: bool = False,
     reporter: Reporter | None = None,
+    execute: Callable[[StudyPlan, Path, Reporter, bool], Study] | None = None,
 ) -> Study:
     """Carry out a study; what its folder holds already is kept, and goes on from where it stopped.
 
@@ -80,6 +83,7 @@ def run_study(
         fresh: delete what it holds of an earlier study first.
         retry_failed: try again what failed; by default it is left, with all that builds on it.
         reporter: says what is going on; silent by default.
+        execute: carries it out elsewhere (:func:`harness.study.workers.through`); in this process by default.
 
     Raises:
         UserError: the folder holds something else, or a mistake that concerns every arm.
@@ -94,7 +98,10 @@ def run_study(
             RUN.clear(out)
         check_study(out, plan)
         write_json(store.plan_file, plan.to_json())
-        found = StudyRun(plan, store, reporter, retry_failed=retry_failed).carry_out()
+        if execute is not None:
+            found = execute(plan, out, reporter, retry_failed)
+        else:
+            found = StudyRun(plan, store, reporter, retry_failed=retry_failed).carry_out()
         plan.registry.announce("study_finished", run=out)
         return found
 
@@ -128,6 +135,24 @@ def read_index(root: Path) -> dict[str, str]:
     return {}
 
 
+def write_index(root: Path, ids: Mapping[str, str], left_out: Mapping[str, str] | None) -> None:
+    """Add to index.json; several processes may carry out steps of one study.
+
+    Args:
+        root: run folder.
+        ids: key -> id of steps.
+        left_out: arm -> why it is not there; None: as it was.
+    """
+    with (root / f".{INDEX}.0.tmp").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before: dict[str, Any] = {}
+        with contextlib.suppress(OSError, CorruptionError):
+            before = read_json(root / INDEX)
+        whole = {**read_index(root), **ids}
+        gone = before.get("left_out", {}) if left_out is None else dict(left_out)
+        write_json(root / INDEX, {"ids": whole, "left_out": gone})
+
+
 class StudyRun:
     """One pass over a study in this process."""
 
@@ -139,10 +164,21 @@ class StudyRun:
         *,
         retry_failed: bool = False,
         only: Collection[str] | None = None,
+        observers: Observers | None = None,
     ) -> None:
-        """``only``: keys of the steps to carry out, where not all are meant."""
+        """Prepare.
+
+        Args:
+            plan: of the study.
+            store: its run folder.
+            reporter: says what is going on.
+            retry_failed: try again what failed.
+            only: keys of the steps to carry out, where not all are meant.
+            observers: hear of the steps; those of the plan's registry by default.
+        """
         self.plan, self.store, self.reporter, self._again, self._only = plan, store, reporter, retry_failed, only
-        self.runner = Runner(plan.registry, reporter)
+        self.runner = Runner(observers or plan.registry, reporter)
+        self._observers = observers
         self.planner = Planner(plan.read, plan.registry)
         self.made: dict[str, Promise] = {}
         """Arm -> what it is made of, now that it is there."""
@@ -152,11 +188,14 @@ class StudyRun:
 
     def carry_out(self) -> Study:
         """Make the arms, answer, score."""
+        wanted = self._wanted()
         for promise in self.plan.promises.values():
-            self._make(promise)
+            if promise.arm.name in wanted:
+                self._make(promise)
         self._leave_out_twins()
-        evaluations = Evaluations(self.plan.registry, self.store, self.reporter)
-        plans = self.planner.evaluations(self.made)
+        evaluations = Evaluations(self.plan.registry, self.store, self.reporter, self._observers)
+        asked = self._only is None or any(key in self.plan.owners for key in self._only)
+        plans = self.planner.evaluations(self.made) if asked else []
         for plan in plans:
             self._index_evaluation(plan)
         self._write_index()
@@ -168,6 +207,24 @@ class StudyRun:
         evaluations.score(self._ids())
         failures = {**self.runner.failures, **self.left_out, **evaluations.failures}
         return Study(self.store.root, self.plan, failures)
+
+    def _wanted(self) -> set[str]:
+        """Arms that the steps in hand are about, with all that these are made from.
+
+        Of steps of evaluations all arms of the models that they open: which rows the base has depends on them.
+        """
+        if self._only is None:
+            return set(self.plan.promises)
+        loads = {self.plan.promises[self.plan.owners[key]].loads for key in self._only if key in self.plan.owners}
+        found = {
+            name
+            for name, one in self.plan.promises.items()
+            if one.loads in loads or (one.step is not None and one.step.id in self._only)
+        }
+        for promise in reversed(self.plan.promises.values()):
+            if promise.arm.name in found:
+                found.update(promise.arm.parents)
+        return found
 
     # ---------------------------------------------------------------------------------------------------------- arms
 
@@ -303,15 +360,15 @@ class StudyRun:
                 return folder
             self.reporter.note(f"{folder.name}: {problem}; it is done again")
             folder.reopen(problem)
+        elif self._only is not None and self._key(promise) not in self._only:
+            self.left_out[arm] = f"failed: {status.error}" if status is not None else "its step has not ended"
+            return None
         elif status is not None:
             if not self._again:
                 self.left_out[arm] = f"failed before, and is left (--retry-failed tries again): {status.error}"
                 self.reporter.note(f"{arm}: {self.left_out[arm]}")
                 return None
             folder.reopen("it had failed and is tried again")
-        if self._only is not None and self._key(promise) not in self._only:
-            self.left_out[arm] = "its step has not ended"
-            return None
         self._write_index()
         self.reporter.note(f"{step.kind} {arm}")
         try:
@@ -364,11 +421,7 @@ class StudyRun:
                     self.index[mine.id] = its.id
 
     def _write_index(self) -> None:
-        """Add to index.json; several processes may carry out steps of one study."""
-        with (self.store.root / f".{INDEX}.0.tmp").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            ids = {**read_index(self.store.root), **self.index}
-            write_json(self.store.root / INDEX, {"ids": ids, "left_out": self.left_out})
+        write_index(self.store.root, self.index, self.left_out if self._only is None else None)
 
 
 def _placed(plan: EvalPlan) -> Iterator[tuple[tuple[str, str | None, str | None, str, str], TaskPlan]]:

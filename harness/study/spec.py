@@ -182,14 +182,16 @@ def read_study(file: Path, *, models: Mapping[str, str] | None = None, changes: 
         name: base.model_copy(update={"model": models[name]}) if models and name in models else base
         for name, base in spec.bases.items()
     }
-    return Read(spec.model_copy(update={"bases": bases}), located)
+    source = {"file": str(file), "models": dict(models or {}), "changes": list(changes)}
+    return Read(spec.model_copy(update={"bases": bases}), located, source)
 
 
 class Read:
     """A study's spec and where each of its keys stands."""
 
-    def __init__(self, spec: StudySpec, located: Located) -> None:
-        self.spec, self.located = spec, located
+    def __init__(self, spec: StudySpec, located: Located, source: dict[str, Any]) -> None:
+        """``source``: what it was read from, as data: another process reads the same."""
+        self.spec, self.located, self.source = spec, located, source
 
     def where(self, *path: str | int) -> str:
         """``file:line, key``."""

@@ -23,6 +23,7 @@ from harness import (
     Scorer,
     carry_out_order,
 )
+from harness.contracts.plugin import CONTRACT_VERSION
 from harness.contracts.registry import load_plugins
 from harness.core.errors import UserError
 from harness.core.progress import Reporter
@@ -154,7 +155,7 @@ def opening(pool: type[InProcessPool]) -> Executor:
         (broken(name=None), "`name` is made of letters"),
         (broken(summary=" "), "`summary` is one line that `harness plugins` can print."),
         (broken(summary="two\nlines"), "`summary` is one line"),
-        (broken(contract=99), "`contract` is the version of the contract in force, 1.\n  seen: 99"),
+        (broken(contract=99), f"`contract` is the version of the contract in force, {CONTRACT_VERSION}.\n  seen: 99"),
         (broken(Config=Foreign), "`Config` is a subclass of harness.Config."),
         (broken(Config=Loose), "`Config` is frozen.\n  seen: frozen=False"),
         (broken(Config=Open), "`Config` forbids extra fields.\n  seen: extra='allow'"),

@@ -208,7 +208,7 @@ def test_orders_go_through_the_registered_executor(tiny: Path, sums: Path, adapt
         ("answers-1", (answers[0], answers[1])),
         ("answers-2", (answers[2],)),
         ("answers-3", (answers[3],)),
-        ("scores-exact_match", tuple(task.scores[0].id for task in tasks)),
+        ("scores-1-exact_match", tuple(task.scores[0].id for task in tasks)),
     ]
     seen.clear()
     sure = Execution("local", in_process=True)

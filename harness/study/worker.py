@@ -1,0 +1,126 @@
+"""Carries out one order of a study: makes one arm, asks one model's arms, or scores with one scorer.
+
+Where it is carried out the study is planned again from its file, and refused if that gives other steps. What an order
+builds on is found by its records; everything is left on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from harness.contracts.executor import Needs, Order, WorkerContext
+from harness.contracts.registry import load_plugins
+from harness.core.errors import UserError
+from harness.core.machine import torch_device
+from harness.core.records import digest_of
+from harness.evaluation.plan import ScorerPlan
+from harness.steps.execute import Job, refuse_unplanned
+from harness.steps.folder import StepFolder
+from harness.steps.step import Step
+from harness.steps.store import RunStore
+from harness.study.plan import StudyPlan, plan_study
+from harness.study.run import StudyRun, read_index
+
+_OPEN: dict[str, StudyPlan] = {}
+"""What this process has planned last: the orders of one study share it."""
+
+
+def jobs_of(plan: StudyPlan, root: Path) -> Iterator[Job]:
+    """What is to be carried out, and after what: arms, then what each opened model is asked, then scorer by scorer."""
+    common = {
+        "worker": "harness.study.worker",
+        "run": str(root.absolute()),
+        "plugins": plan.registry.loose_files,
+        "folder": str(Path.cwd()),
+        "spec": plan.read.source,
+    }
+    cuda = torch_device() == "cuda"
+    makes: dict[str, str] = {}
+    for promise in plan.promises.values():
+        step = promise.step
+        if step is None or step.id in makes:
+            continue
+        makes[step.id] = order = f"{step.kind}-{promise.arm.name}"
+        needs = Needs(devices=int(cuda and step.kind == "align"), memory=promise.model.size_bytes)
+        after = frozenset(makes[parent] for parent in step.parents)
+        yield Job(Order(id=order, keys=(step.id,), needs=needs, **common), after)
+    answered: dict[str, str] = {}
+    for number, evaluation in enumerate(plan.evaluations, start=1):
+        keys = tuple(dict.fromkeys(task.answers.id for task in evaluation.tasks))
+        order = f"answers-{number}-{evaluation.model.name}"
+        after = frozenset(makes[parent] for key in keys for parent in plan.graph.steps[key].parents)
+        devices = evaluation.engine.devices(evaluation.engine_options)
+        needs = Needs(devices=devices, memory=evaluation.model.size_bytes)
+        answered |= dict.fromkeys(keys, order)
+        yield Job(Order(id=order, keys=keys, needs=needs, **common), after)
+    yield from _scores(plan, answered, common, cuda)
+
+
+def _scores(plan: StudyPlan, answered: dict[str, str], common: dict[str, Any], cuda: bool) -> Iterator[Job]:
+    found: dict[str, tuple[ScorerPlan, dict[str, str]]] = {}
+    for evaluation in plan.evaluations:
+        for task in evaluation.tasks:
+            for scores in task.scores:
+                found.setdefault(scores.scorer.key, (scores.scorer, {}))[1][scores.id] = answered[task.answers.id]
+    for number, (scorer, keys) in enumerate(found.values(), start=1):
+        opens = scorer.plugin.needs(scorer.config) in ("classifier", "engine")
+        order = Order(
+            id=f"scores-{number}-{scorer.plugin.name}",
+            keys=tuple(keys),
+            needs=Needs(devices=int(opens and cuda)),
+            **common,
+        )
+        yield Job(order, frozenset(keys.values()))
+
+
+def unfinished(plan: StudyPlan, root: Path, order: Order) -> Iterator[tuple[Step, StepFolder]]:
+    """The steps of an order that began and have not ended: its worker crashed."""
+    ids = read_index(root)
+    for key in order.keys:
+        planned = plan.graph.steps[key]
+        if key not in ids:
+            continue
+        for path in (root / "steps").glob(f"{planned.kind}-*-{ids[key][:12]}"):
+            folder = StepFolder(path, ids[key], planned.kind, path / "artifact")
+            if folder.status() is None:
+                yield Step(planned.kind, ids[key], planned.arm, planned.identity, planned.factors), folder
+
+
+def carry_out(order: Order, context: WorkerContext) -> dict[str, Any]:
+    """Carry out an order in a worker's process; returns what failed, and which arms were left out.
+
+    Raises:
+        UserError: other steps are planned here than were asked for, or none can be.
+    """
+    try:
+        plan = _planned(order)
+    except UserError as error:
+        what = f"cannot be planned where it is carried out: {error.where}: {error.what}"
+        raise UserError(f"executor, order {order.id}", what, error.fix) from None
+    refuse_unplanned(order, plan.graph.steps)
+    run = StudyRun(
+        plan,
+        RunStore(Path(order.run)),
+        context.reporter,
+        observers=context.observers,
+        retry_failed=bool(order.spec.get("retry_failed")),
+        only=order.keys,
+    )
+    done = run.carry_out()
+    return {"failures": done.failures, "left_out": run.left_out}
+
+
+def _planned(order: Order) -> StudyPlan:
+    key = digest_of([order.run, order.plugins, order.spec])
+    if key not in _OPEN:
+        _OPEN.clear()
+        registry = load_plugins([Path(file) for file in order.plugins])
+        _OPEN[key] = plan_study(
+            Path(order.spec["file"]),
+            registry=registry,
+            models=order.spec["models"],
+            changes=tuple(order.spec["changes"]),
+        )
+    return _OPEN[key]
