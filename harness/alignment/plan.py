@@ -13,12 +13,14 @@ from harness.alignment.checks import (
     check_method,
     check_processes,
     find_start,
+    recipe_of,
+    rows_of,
     take_group,
     template_of,
 )
 from harness.contracts.adapter import Adapter
-from harness.contracts.aligner import Aligner
-from harness.contracts.dataset import Dataset
+from harness.contracts.aligner import Aligner, Stage
+from harness.contracts.dataset import Dataset, RowSchema, TrainingRow
 from harness.contracts.recipe import Recipe
 from harness.contracts.registry import Registry
 from harness.core.config import parse_options
@@ -37,6 +39,20 @@ from harness.steps.step import Step, make_step
 
 
 @dataclass(frozen=True)
+class StagePlan:
+    """One stage of an alignment, resolved."""
+
+    stage: Stage
+    recipe: Recipe
+    """With the stage's own settings laid over."""
+    schema: RowSchema | type[TrainingRow]
+    data: dict[str, Any]
+    """What pins its rows."""
+    step: Step
+    """Of the last stage: the alignment's own."""
+
+
+@dataclass(frozen=True)
 class AlignPlan:
     """Everything one alignment will do, and the id that names it."""
 
@@ -48,11 +64,16 @@ class AlignPlan:
     adapter: Adapter
     adapter_options: Any
     template: ChatTemplate
-    data: dict[str, Any]
     data_options: dict[str, Any]
-    step: Step
+    stages: tuple[StagePlan, ...]
+    """In order. Each step's id holds that of the step before it, so that all are known before anything has run."""
     dataset: str
     """The expression as records have it: files by name alone."""
+
+    @property
+    def step(self) -> Step:
+        """The step of the whole alignment, which is that of its last stage."""
+        return self.stages[-1].step
 
     @property
     def id(self) -> str:
@@ -93,7 +114,8 @@ def plan_align(
     defaults = {k: v for k, v in recipe.adapter_defaults.items() if k in adapter.Config.model_fields}
     adapter_options = parse_options(adapter.Config, {**defaults, **adapter_given}, "--set adapter")
     adapter.quantization(adapter_options)
-    check_method(aligner, recipe)
+    stages = check_method(aligner, recipe)
+    recipes = [recipe_of(recipe, stage) for stage in stages]
     # From here on the expression names the commits, and so do the arm, its rows and every record.
     spec = spec.model_copy(update={"dataset": once(at_revisions, spec.dataset, registry, spec.data_revisions)})
     parts = once(parse_expression, spec.dataset, registry)
@@ -105,28 +127,34 @@ def plan_align(
         dtype = "bfloat16" if torch_device() == "cuda" else "float32"
         spec = spec.model_copy(update={"model": spec.model.model_copy(update={"dtype": dtype})})
     start = find_start(spec, model, adapter_options, made or {})
-    check_checkpoints(spec.checkpoints, recipe.steps)
+    check_checkpoints(spec.checkpoints, recipes[-1].steps)
     template = once(template_of, spec.template, model, start)
     data_entries = [registry.registered(Dataset, part.name, "--dataset") for part in parts]
-    order = (spec.data_seed, spec.samples, recipe.eval_rows)
-    data = once(identity_of, parts, aligner.consumes, registry, data_given, order)
     identity = {
         "method": spec.method,
-        "recipe": recipe.model_dump(mode="json"),
         "adapter": {"name": spec.adapter, **adapter_options.model_dump(mode="json")},
         "model": {k: v for k, v in once(model.identity).items() if k != "template"},
         "dtype": spec.model.dtype,
         "template": template.digest,
         "from": start.digest if start is not None else None,
-        "data": data,
-        "checkpoints": sorted(spec.checkpoints),
         "seed": spec.seed,
         "code": [once(code_digest, entry) for entry in (aligner_entry, adapter_entry, *data_entries)],
     }
     if spec.processes > 1:
-        check_processes(spec.processes, recipe.batch_size)
+        for own in recipes:
+            check_processes(spec.processes, own.batch_size)
         # Sums are taken in another order, and every process draws its own dropout.
         identity["processes"] = spec.processes
+    planned: list[StagePlan] = []
+    for stage, own in zip(stages, recipes, strict=True):
+        schema, last = rows_of(aligner, stage), stage is stages[-1]
+        data = once(identity_of, parts, schema, registry, data_given, (spec.data_seed, spec.samples, own.eval_rows))
+        kept = sorted(spec.checkpoints) if last else []
+        whole = {**identity, "recipe": own.model_dump(mode="json"), "data": data, "checkpoints": kept}
+        if len(stages) > 1:
+            whole |= {"stage": stage.name, "earlier": planned[-1].step.id if planned else None}
+        step = _step(spec, model, start, whole, None if last else stage.name)
+        planned.append(StagePlan(stage, own, schema, data, step))
     return AlignPlan(
         spec,
         model,
@@ -136,14 +164,17 @@ def plan_align(
         adapter,
         adapter_options,
         template,
-        data,
         data_given,
-        _step(spec, model, start, identity, portable(spec.dataset)),
+        tuple(planned),
         portable(spec.dataset),
     )
 
 
-def _step(spec: AlignSpec, model: ModelInfo, start: AdapterInfo | None, identity: dict[str, Any], dataset: str) -> Step:
+def _step(
+    spec: AlignSpec, model: ModelInfo, start: AdapterInfo | None, identity: dict[str, Any], stage: str | None
+) -> Step:
+    """The step of a stage; ``stage`` is its name, and None for the last."""
+    dataset = portable(spec.dataset)
     data = slug(COMMIT.sub(lambda found: found[0][:12], dataset).replace("&", " and "))
     factors = {
         "method": spec.method,
@@ -152,6 +183,7 @@ def _step(spec: AlignSpec, model: ModelInfo, start: AdapterInfo | None, identity
         "adapter": spec.adapter,
         "seed": spec.seed,
         "samples": spec.samples,
+        **({"stage": stage} if stage is not None else {}),
     }
     return make_step(
         "align",

@@ -14,6 +14,7 @@ from typing import IO, Any
 from harness.alignment.ranks import OPTION, MuteStep, Rank
 from harness.core.errors import StepError, UserError
 from harness.core.progress import Reporter
+from harness.core.records import AdapterInfo
 from harness.core.specs import AlignSpec
 from harness.steps.folder import StepFolder
 
@@ -98,12 +99,14 @@ def _ending(error: BaseException) -> dict[str, Any]:
 
 def _train(payload: dict[str, Any], relay: _Relay) -> None:
     from harness.alignment.plan import plan_align
-    from harness.alignment.run import train_in_rank
+    from harness.alignment.stage import RankShare, train_in_rank
     from harness.contracts.registry import load_plugins
 
     rank = Rank(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     registry = load_plugins(payload["plugins"])
-    plan = plan_align(AlignSpec.model_validate(payload["spec"]), registry)
+    spec, start = AlignSpec.model_validate(payload["spec"]), payload["start"]
+    made = {str(spec.start): AdapterInfo.model_validate(start)} if start is not None else {}
+    plan = plan_align(spec, registry, made=made)
     if plan.id != payload["id"]:
         raise UserError(
             OPTION,
@@ -112,7 +115,8 @@ def _train(payload: dict[str, Any], relay: _Relay) -> None:
         )
     kind = StepFolder if rank.first else MuteStep
     work = kind(Path(payload["folder"]), plan.id, "align", Path(payload["out"]))
-    train_in_rank(plan, registry, relay if rank.first else Reporter(), work, (rank, payload["micro"]))
+    share = RankShare(rank, payload["stage"], payload["earlier"] and Path(payload["earlier"]), payload["micro"])
+    train_in_rank(plan, registry, relay if rank.first else Reporter(), work, share)
     import torch.distributed
 
     torch.distributed.destroy_process_group()
