@@ -29,6 +29,7 @@ from harness.core.records import AdapterInfo, ModelInfo
 from harness.core.specs import AlignSpec
 from harness.data.expression import at_revisions, parse_expression, portable
 from harness.data.hub import COMMIT
+from harness.data.row_schema import form_of
 from harness.data.selection import identity_of
 from harness.models.chat_templates import ChatTemplate
 from harness.models.inspect import inspect_model
@@ -86,6 +87,11 @@ class AlignPlan:
         return self.step.arm
 
 
+def needs_reference(plan: AlignPlan, stage: StagePlan) -> bool:
+    """Whether the rows of a stage carry log-probabilities under the policy that it begins with."""
+    return plan.aligner.needs_reference and form_of(stage.schema) == "pairs"
+
+
 def plan_align(
     spec: AlignSpec, registry: Registry, *, made: Mapping[str, AdapterInfo] | None = None, once: Once | None = None
 ) -> AlignPlan:
@@ -137,6 +143,7 @@ def plan_align(
         "dtype": spec.model.dtype,
         "template": template.digest,
         "from": start.digest if start is not None else None,
+        "checkpoints": sorted(spec.checkpoints),
         "seed": spec.seed,
         "code": [once(code_digest, entry) for entry in (aligner_entry, adapter_entry, *data_entries)],
     }
@@ -145,16 +152,13 @@ def plan_align(
             check_processes(spec.processes, own.batch_size)
         # Sums are taken in another order, and every process draws its own dropout.
         identity["processes"] = spec.processes
-    planned: list[StagePlan] = []
+    chain: list[StagePlan] = []
     for stage, own in zip(stages, recipes, strict=True):
-        schema, last = rows_of(aligner, stage), stage is stages[-1]
-        data = once(identity_of, parts, schema, registry, data_given, (spec.data_seed, spec.samples, own.eval_rows))
-        kept = sorted(spec.checkpoints) if last else []
-        whole = {**identity, "recipe": own.model_dump(mode="json"), "data": data, "checkpoints": kept}
-        if len(stages) > 1:
-            whole |= {"stage": stage.name, "earlier": planned[-1].step.id if planned else None}
-        step = _step(spec, model, start, whole, None if last else stage.name)
-        planned.append(StagePlan(stage, own, schema, data, step))
+        schema, order = rows_of(aligner, stage), (spec.data_seed, spec.samples, own.eval_rows)
+        rows = once(identity_of, parts, schema, registry, data_given, order)
+        whole = {**identity, "recipe": own.model_dump(mode="json"), "data": rows, **_place(stages, stage, chain)}
+        step = _step(spec, model, start, whole, stage.name if stage is not stages[-1] else None)
+        chain.append(StagePlan(stage, own, schema, rows, step))
     return AlignPlan(
         spec,
         model,
@@ -165,9 +169,15 @@ def plan_align(
         adapter_options,
         template,
         data_given,
-        tuple(planned),
+        tuple(chain),
         portable(spec.dataset),
     )
+
+
+def _place(stages: tuple[Stage, ...], stage: Stage, before: list[StagePlan]) -> dict[str, Any]:
+    """What the id of a stage holds of where it stands; of the only one nothing."""
+    place = {} if len(stages) == 1 else {"stage": stage.name, "earlier": before[-1].step.id if before else None}
+    return place if stage is stages[-1] else {**place, "checkpoints": []}
 
 
 def _step(

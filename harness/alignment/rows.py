@@ -53,7 +53,7 @@ def prepare_rows(plan: AlignPlan, stage: StagePlan, registry: Registry, tokenize
         return Tokeniser(tokenizer, plan.template, max_length=length, schema=stage.schema, loss_on=loss_on)
 
     codes = [code_digest(registry.registered(Dataset, name, "--dataset")) for name in _data_sets(plan, registry)]
-    cache = TokenCache({"data": stage.data, "code": codes} if pinned(stage.data) else {}, tokens(plan, stage, registry))
+    cache = TokenCache({"data": stage.data, "code": codes} if pinned(stage.data) else {}, _how(plan, stage, registry))
     return cache.prepare(selected, tokeniser)
 
 
@@ -64,15 +64,19 @@ def open_tokenizer_of(plan: AlignPlan) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def tokens(plan: AlignPlan, stage: StagePlan, registry: Registry) -> dict[str, Any]:
-    """All that token ids hang on, besides the rows."""
-    how = {
+def tokens(plan: AlignPlan, stage: StagePlan) -> dict[str, Any]:
+    """All that token ids hang on, besides the rows and the code of a class of rows."""
+    return {
         "tokenizer": plan.model.tokenizer_digest,
         "template": plan.template.digest,
         "max_length": min(stage.recipe.max_length, plan.model.max_length),
         "loss_on": stage.recipe.loss_on,
         "schema": schema_name(stage.schema),
     }
+
+
+def _how(plan: AlignPlan, stage: StagePlan, registry: Registry) -> dict[str, Any]:
+    how = tokens(plan, stage)
     if not isinstance(stage.schema, str):
         # Its `render` decides what is tokenised.
         how["code"] = code_digest(registry.registered(Aligner, plan.spec.method, "METHOD"))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from harness.alignment.export import Target, export
 from harness.alignment.folder import TRAINED
 from harness.alignment.heldout import HELDOUT
-from harness.alignment.plan import AlignPlan, StagePlan
+from harness.alignment.plan import AlignPlan, StagePlan, needs_reference
 from harness.alignment.policy import described_policy, open_policy, release, starting_policy
 from harness.alignment.ranks import ALONE, Children, Rank, plugin_files, train_apart
 from harness.alignment.rows import open_tokenizer_of, prepare_rows, row_length, row_tokens
@@ -22,7 +22,6 @@ from harness.contracts.aligner import TrainerCall, TrainingJob
 from harness.contracts.registry import Registry
 from harness.core.errors import StepError
 from harness.core.progress import Reporter
-from harness.data.row_schema import form_of
 from harness.data.token_cache import Prepared
 from harness.steps.files import read_json, write_json, writing
 from harness.steps.folder import PROVENANCE, StepFolder
@@ -146,7 +145,7 @@ class StageTraining:
         # Rows that no step will see need no reference.
         seen = sorted({i for step in steps for i in step})
         found, held_rows = [train.rows[i] for i in seen], held.rows if held is not None else []
-        if plan.aligner.needs_reference and form_of(self.stage.schema) == "pairs":
+        if needs_reference(plan, self.stage):
             full = self.with_reference(model, [*found, *held_rows], bf16)
             found, held_rows = full[: len(found)], full[len(found) :]
         # By length: less padding. Every row weighs the same, whatever batch it is in.
