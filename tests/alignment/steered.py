@@ -61,8 +61,8 @@ class Steered(Aligner["Steered.Config"]):
         class SteeredTrainer(Trainer):
             def row_values(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
                 places_BK = inputs["values"][:, None] * tokens + torch.arange(tokens, device=inputs["values"].device)
-                words_BTD = model.get_input_embeddings()(inputs["ids"])
-                whole_BSD = torch.cat([model.control(places_BK).to(words_BTD.dtype), words_BTD], dim=1)
+                words_BTD = job.model.get_input_embeddings()(inputs["ids"])
+                whole_BSD = torch.cat([job.model.control(places_BK).to(words_BTD.dtype), words_BTD], dim=1)
                 logits_BTV = model(inputs_embeds=whole_BSD).logits[:, tokens:-1].float()
                 labels_BT = inputs["labels"][:, 1:]
                 losses_BT = torch.nn.functional.cross_entropy(logits_BTV.transpose(1, 2), labels_BT, reduction="none")
