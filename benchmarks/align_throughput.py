@@ -205,10 +205,10 @@ def asked(spec: dict[str, Any]) -> dict[str, Any]:
 def harness_arm(spec: dict[str, Any], meter: Meter) -> None:
     """`harness align`, timed from when its rows are tokenised, as the TRL arm's are."""
     from harness.alignment import run as alignment
+    from harness.alignment.stage import StageTraining
 
-    run = alignment._Run
-    run._train_all = meter.around("train", run._train_all)  # type: ignore[method-assign]
-    run._open_model = meter.around("open", run._open_model)  # type: ignore[method-assign]
+    StageTraining.run = meter.around("train", StageTraining.run)  # type: ignore[method-assign]
+    StageTraining.open_model = meter.around("open", StageTraining.open_model)  # type: ignore[method-assign]
     made = alignment.align(
         spec["method"], spec["model"], spec["dataset"], out=spec["out"], seed=spec["seed"], **asked(spec)
     )

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from harness.contracts.aligner import (
         Aligner as Aligner,
+        ArtifactFiles as ArtifactFiles,
         PairLogps as PairLogps,
         Stage as Stage,
         TrainerCall as TrainerCall,
@@ -216,7 +217,7 @@ _HOME = {
     "harness.alignment.pairwise": "PairwiseLoss PairwiseRecipe",
     "harness.alignment.run": "Alignment align",
     "harness.contracts.adapter": "Adapter ParameterGroup",
-    "harness.contracts.aligner": "Aligner PairLogps Stage TrainerCall TrainingJob",
+    "harness.contracts.aligner": "Aligner ArtifactFiles PairLogps Stage TrainerCall TrainingJob",
     "harness.contracts.converter": "Converter",
     "harness.contracts.dataset": "Dataset DatasetJob DatasetRow RowSchema TrainingRow",
     "harness.contracts.engine": "Availability Capabilities Engine ServerCommand Serving Session",

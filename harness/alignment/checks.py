@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from harness.contracts.aligner import Aligner, Stage
 from harness.contracts.dataset import RowSchema, TrainingRow, schema_name
+from harness.contracts.recipe import Recipe
+from harness.core.config import parse_options
 from harness.core.errors import UserError, unknown
 from harness.core.records import AdapterInfo, ModelInfo
 from harness.core.specs import AlignSpec
@@ -15,6 +17,7 @@ from harness.models import lineage
 from harness.models.chat_templates import ChatTemplate, resolve_template, with_template_of
 from harness.models.inspect import inspect_adapter
 from harness.models.locate import is_url
+from harness.steps.files import slug
 
 TAKEN = (
     *("id", "prompt_ids", "completion_ids", "labels_mask", "chosen_ids", "rejected_ids"),
@@ -23,13 +26,13 @@ TAKEN = (
 """Columns of tokenised rows, which no class of rows can have as its own."""
 
 
-def check_method(aligner: Aligner, recipe: Any) -> None:
-    """What an aligner says of itself must be something that can be trained.
+def check_method(aligner: Aligner, recipe: Recipe) -> tuple[Stage, ...]:
+    """What an aligner says of itself must be something that can be trained; returns its stages.
 
     Raises:
-        UserError: rows that hold nothing to train on, a reference for rows that are no pairs, or other stages than one.
+        UserError: rows that hold nothing to train on, a reference for rows that are no pairs, or stages that are none.
     """
-    schema = _rows_of(aligner)
+    schema = _trainable(aligner.name, getattr(aligner, "consumes", None))
     name = schema_name(schema)
     if aligner.needs_reference and form_of(schema) != "pairs":
         what = f"{aligner.name} needs a reference and consumes {name}: only pairs have one"
@@ -38,30 +41,57 @@ def check_method(aligner: Aligner, recipe: Any) -> None:
     if not isinstance(stages, tuple) or not stages or not all(isinstance(stage, Stage) for stage in stages):
         what = f"`stages` of {aligner.name} returned {stages!r}"
         raise UserError("METHOD", what, "Return a tuple of one or more harness.Stage.")
-    if len(stages) != 1:
-        # Training the first alone would look like success.
-        raise UserError("METHOD", f"{aligner.name} has {len(stages)} stages", "Only methods of one stage can be run.")
-    if stages[0].consumes != name:
-        what = f"stage {stages[0].name} of {aligner.name} consumes {stages[0].consumes}, and {aligner.name} {name}"
+    names = [stage.name for stage in stages]
+    if len(set(names)) < len(names) or any(slug(one) != one for one in names):
+        what = f"stages of {aligner.name} are named {', '.join(map(repr, names))}"
+        raise UserError("METHOD", what, "Give each a name of its own, of letters, digits and . _ @ + -.")
+    for stage in stages:
+        rows_of(aligner, stage)
+        recipe_of(recipe, stage)
+    if len(stages) == 1 and rows_of(aligner, stages[0]) != schema:
+        consumed = schema_name(rows_of(aligner, stages[0]))
+        what = f"stage {stages[0].name} of {aligner.name} consumes {consumed}, and {aligner.name} {name}"
         raise UserError("METHOD", what, "Let both name the same rows.")
+    return stages
 
 
-def _rows_of(aligner: Aligner) -> RowSchema | type[TrainingRow]:
-    """What an aligner consumes, where that can be trained on."""
-    # Of a class that says nothing there is no such attribute.
-    schema: RowSchema | type[TrainingRow] | None = getattr(aligner, "consumes", None)
+def rows_of(aligner: Aligner, stage: Stage) -> RowSchema | type[TrainingRow]:
+    """The schema of a stage's rows.
+
+    Raises:
+        UserError: it is none that can be trained on.
+    """
+    if stage.consumes == schema_name(aligner.consumes):
+        return aligner.consumes
+    return _trainable(f"stage {stage.name} of {aligner.name}", stage.consumes)
+
+
+def recipe_of(recipe: Recipe, stage: Stage) -> Recipe:
+    """A recipe with a stage's own settings laid over it.
+
+    Raises:
+        UserError: it has no such setting, or not with such a value.
+    """
+    own = {**stage.recipe, **({"steps": stage.steps} if stage.steps is not None else {})}
+    if not own:
+        return recipe
+    return parse_options(type(recipe), {**recipe.model_dump(), **own}, f"METHOD: stage {stage.name}")
+
+
+def _trainable(who: str, schema: Any) -> RowSchema | type[TrainingRow]:
+    """A schema, where rows of it can be trained on."""
     if isinstance(schema, type) and issubclass(schema, TrainingRow):
         for column in schema.columns:
             if column not in schema.model_fields or column in TAKEN:
-                what = f"{schema.__name__}.columns of {aligner.name} names {column!r}, which is "
+                what = f"{schema.__name__}.columns of {who} names {column!r}, which is "
                 what += "a column of the harness's own" if column in TAKEN else "no field of the class"
                 raise UserError("METHOD", what, f"Fields: {', '.join(schema.model_fields)}.")
         return schema
     if not isinstance(schema, str) or schema not in FIELDS or schema == "prompts":
         known = ", ".join(name for name in FIELDS if name != "prompts")
-        what = f"{aligner.name} consumes {schema!r}, which are no rows to train on"
+        what = f"{who} consumes {schema!r}, which are no rows to train on"
         raise UserError("METHOD", what, f"Consume {known}, or a subclass of harness.TrainingRow.")
-    return schema
+    return cast("RowSchema", schema)
 
 
 def take_group(options: dict[str, Any], name: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Heavy: imported when training starts.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from harness.alignment.labels import project_labels_alone
 from harness.contracts.adapter import ParameterGroup
 from harness.contracts.aligner import TrainerCall, TrainingJob
 from harness.core.errors import StepError
-from harness.steps.files import writing
+from harness.steps.files import fsync_folder, writing
 
 TRAINABLE = "trainable.safetensors"
 IN_ORDER = "sequential"
@@ -172,3 +173,44 @@ def restore(model: Any, file: Path) -> None:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(stored[name])
+
+
+def save_for_next(model: Any, file: Path, earlier: Path | None) -> None:
+    """Write what a stage leaves to the next: its trained weights, and those that stages before it have trained.
+
+    Args:
+        model: the job's.
+        file: written atomically.
+        earlier: the same of the stage before; None: there was none.
+    """
+    kept = set(load_file(earlier)) if earlier is not None else set[str]()
+    weights = {
+        name: parameter.detach().to("cpu", copy=True).contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or name in kept
+    }
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    with writing(file):
+        save_file(weights, temporary)
+        # A file or a folder, it is the same call.
+        fsync_folder(temporary)
+        temporary.replace(file)
+        fsync_folder(file.parent)
+
+
+def hand_on(model: Any, file: Path, stage: str) -> None:
+    """Put the weights into a model that the stage before has left.
+
+    Raises:
+        StepError: it has no such weight, or one of another shape.
+    """
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, weight in load_file(file).items():
+            found = parameters.get(name)
+            if found is None or found.shape != weight.shape:
+                seen = "has none of that name" if found is None else f"has it as {list(found.shape)}"
+                what = f"an earlier stage has trained {name} {list(weight.shape)}, and the model {seen}"
+                fix = "This is a fault of the method: its `attach` adds the same modules before every stage."
+                raise StepError(f"stage {stage}", what, fix)
+            found.copy_(weight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from harness.alignment.checks import (
@@ -13,12 +13,14 @@ from harness.alignment.checks import (
     check_method,
     check_processes,
     find_start,
+    recipe_of,
+    rows_of,
     take_group,
     template_of,
 )
 from harness.contracts.adapter import Adapter
-from harness.contracts.aligner import Aligner
-from harness.contracts.dataset import Dataset
+from harness.contracts.aligner import Aligner, Stage
+from harness.contracts.dataset import Dataset, RowSchema, TrainingRow
 from harness.contracts.recipe import Recipe
 from harness.contracts.registry import Registry
 from harness.core.config import parse_options
@@ -27,6 +29,7 @@ from harness.core.records import AdapterInfo, ModelInfo
 from harness.core.specs import AlignSpec
 from harness.data.expression import at_revisions, parse_expression, portable
 from harness.data.hub import COMMIT
+from harness.data.row_schema import form_of
 from harness.data.selection import identity_of
 from harness.models.chat_templates import ChatTemplate
 from harness.models.inspect import inspect_model
@@ -34,6 +37,20 @@ from harness.steps.files import slug
 from harness.steps.once import Once
 from harness.steps.provenance import code_digest
 from harness.steps.step import Step, make_step
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of an alignment, resolved."""
+
+    stage: Stage
+    recipe: Recipe
+    """With the stage's own settings laid over."""
+    schema: RowSchema | type[TrainingRow]
+    data: dict[str, Any]
+    """What pins its rows."""
+    step: Step
+    """Of the last stage: the alignment's own."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +65,22 @@ class AlignPlan:
     adapter: Adapter
     adapter_options: Any
     template: ChatTemplate
-    data: dict[str, Any]
     data_options: dict[str, Any]
-    step: Step
+    stages: tuple[StagePlan, ...]
+    """In order. Each step's id holds that of the step before it, so that all are known before anything has run."""
     dataset: str
     """The expression as records have it: files by name alone."""
+
+    @property
+    def step(self) -> Step:
+        """The step of the whole alignment, which is that of its last stage."""
+        return self.stages[-1].step
+
+    def of_arm(self, name: str, factors: Mapping[str, Any]) -> AlignPlan:
+        """The same alignment under the name that a study gives its arm; ids do not change."""
+        last = self.stages[-1]
+        step = replace(last.step, arm=name, factors=dict(factors))
+        return replace(self, stages=(*self.stages[:-1], replace(last, step=step)))
 
     @property
     def id(self) -> str:
@@ -63,6 +91,11 @@ class AlignPlan:
     def arm(self) -> str:
         """Short name of the arm; commits are shortened in it."""
         return self.step.arm
+
+
+def needs_reference(plan: AlignPlan, stage: StagePlan) -> bool:
+    """Whether the rows of a stage carry log-probabilities under the policy that it begins with."""
+    return plan.aligner.needs_reference and form_of(stage.schema) == "pairs"
 
 
 def plan_align(
@@ -93,7 +126,8 @@ def plan_align(
     defaults = {k: v for k, v in recipe.adapter_defaults.items() if k in adapter.Config.model_fields}
     adapter_options = parse_options(adapter.Config, {**defaults, **adapter_given}, "--set adapter")
     adapter.quantization(adapter_options)
-    check_method(aligner, recipe)
+    stages = check_method(aligner, recipe)
+    recipes = [recipe_of(recipe, stage) for stage in stages]
     # From here on the expression names the commits, and so do the arm, its rows and every record.
     spec = spec.model_copy(update={"dataset": once(at_revisions, spec.dataset, registry, spec.data_revisions)})
     parts = once(parse_expression, spec.dataset, registry)
@@ -105,28 +139,32 @@ def plan_align(
         dtype = "bfloat16" if torch_device() == "cuda" else "float32"
         spec = spec.model_copy(update={"model": spec.model.model_copy(update={"dtype": dtype})})
     start = find_start(spec, model, adapter_options, made or {})
-    check_checkpoints(spec.checkpoints, recipe.steps)
+    check_checkpoints(spec.checkpoints, recipes[-1].steps)
     template = once(template_of, spec.template, model, start)
     data_entries = [registry.registered(Dataset, part.name, "--dataset") for part in parts]
-    order = (spec.data_seed, spec.samples, recipe.eval_rows)
-    data = once(identity_of, parts, aligner.consumes, registry, data_given, order)
     identity = {
         "method": spec.method,
-        "recipe": recipe.model_dump(mode="json"),
         "adapter": {"name": spec.adapter, **adapter_options.model_dump(mode="json")},
         "model": {k: v for k, v in once(model.identity).items() if k != "template"},
         "dtype": spec.model.dtype,
         "template": template.digest,
         "from": start.digest if start is not None else None,
-        "data": data,
         "checkpoints": sorted(spec.checkpoints),
         "seed": spec.seed,
         "code": [once(code_digest, entry) for entry in (aligner_entry, adapter_entry, *data_entries)],
     }
     if spec.processes > 1:
-        check_processes(spec.processes, recipe.batch_size)
+        for own in recipes:
+            check_processes(spec.processes, own.batch_size)
         # Sums are taken in another order, and every process draws its own dropout.
         identity["processes"] = spec.processes
+    chain: list[StagePlan] = []
+    for stage, own in zip(stages, recipes, strict=True):
+        schema, order = rows_of(aligner, stage), (spec.data_seed, spec.samples, own.eval_rows)
+        rows = once(identity_of, parts, schema, registry, data_given, order)
+        whole = {**identity, "recipe": own.model_dump(mode="json"), "data": rows, **_place(stages, stage, chain)}
+        step = _step(spec, model, start, whole, stage.name if stage is not stages[-1] else None)
+        chain.append(StagePlan(stage, own, schema, rows, step))
     return AlignPlan(
         spec,
         model,
@@ -136,14 +174,23 @@ def plan_align(
         adapter,
         adapter_options,
         template,
-        data,
         data_given,
-        _step(spec, model, start, identity, portable(spec.dataset)),
+        tuple(chain),
         portable(spec.dataset),
     )
 
 
-def _step(spec: AlignSpec, model: ModelInfo, start: AdapterInfo | None, identity: dict[str, Any], dataset: str) -> Step:
+def _place(stages: tuple[Stage, ...], stage: Stage, before: list[StagePlan]) -> dict[str, Any]:
+    """What the id of a stage holds of where it stands; of the only one nothing."""
+    place = {} if len(stages) == 1 else {"stage": stage.name, "earlier": before[-1].step.id if before else None}
+    return place if stage is stages[-1] else {**place, "checkpoints": []}
+
+
+def _step(
+    spec: AlignSpec, model: ModelInfo, start: AdapterInfo | None, identity: dict[str, Any], stage: str | None
+) -> Step:
+    """The step of a stage; ``stage`` is its name, and None for the last."""
+    dataset = portable(spec.dataset)
     data = slug(COMMIT.sub(lambda found: found[0][:12], dataset).replace("&", " and "))
     factors = {
         "method": spec.method,
@@ -152,6 +199,7 @@ def _step(spec: AlignSpec, model: ModelInfo, start: AdapterInfo | None, identity
         "adapter": spec.adapter,
         "seed": spec.seed,
         "samples": spec.samples,
+        **({"stage": stage} if stage is not None else {}),
     }
     return make_step(
         "align",

@@ -10,6 +10,7 @@ from harness.alignment.plan import AlignPlan
 from harness.core.errors import UserError
 from harness.core.machine import torch_device
 from harness.models.attaching import attach_adapter
+from harness.steps.provenance import NUMERICS
 
 
 def open_policy(plan: AlignPlan, device: int) -> tuple[Any, bool, bool]:
@@ -63,6 +64,23 @@ def starting_policy(model: Any, continued: bool) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def described_policy(plan: AlignPlan, model: Any, bf16: bool) -> dict[str, Any]:
+    """All that the starting policy's log-probabilities hang on, besides the rows."""
+    import torch
+
+    return {
+        "model": plan.model.identity()["weights"],
+        "from": plan.start.digest if plan.start is not None else None,
+        "quantization": described_quantization(plan.adapter.quantization(plan.adapter_options)),
+        "dtype": str(getattr(torch, plan.spec.model.dtype)),
+        # Full fine-tuning computes in fp32 whatever the weights were opened in.
+        "computes": sorted({str(p.dtype) for n, p in model.named_parameters() if ".default." not in n}),
+        "autocast": bf16,
+        "device": str(next(model.parameters()).device.type),
+        "numerics": NUMERICS,
+    }
 
 
 def without_dropout(model: Any) -> None:

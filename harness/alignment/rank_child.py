@@ -11,6 +11,7 @@ from harness.alignment.ranks import OPTION, MuteStep, Rank
 from harness.contracts.executor import Order, WorkerContext
 from harness.core.errors import Requeue, UserError
 from harness.core.progress import Reporter
+from harness.core.records import AdapterInfo
 from harness.core.specs import AlignSpec
 from harness.steps.folder import StepFolder
 
@@ -39,12 +40,14 @@ def carry_out(order: Order, context: WorkerContext) -> None:
 
 def _train(payload: dict[str, Any], reporter: Reporter) -> None:
     from harness.alignment.plan import plan_align
-    from harness.alignment.run import train_in_rank
+    from harness.alignment.stage import RankShare, train_in_rank
     from harness.contracts.registry import load_plugins
 
     rank = Rank(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     registry = load_plugins(payload["plugins"])
-    plan = plan_align(AlignSpec.model_validate(payload["spec"]), registry)
+    spec, start = AlignSpec.model_validate(payload["spec"]), payload["start"]
+    made = {str(spec.start): AdapterInfo.model_validate(start)} if start is not None else {}
+    plan = plan_align(spec, registry, made=made)
     if plan.id != payload["id"]:
         raise UserError(
             OPTION,
@@ -53,7 +56,8 @@ def _train(payload: dict[str, Any], reporter: Reporter) -> None:
         )
     kind = StepFolder if rank.first else MuteStep
     work = kind(Path(payload["folder"]), plan.id, "align", Path(payload["out"]))
-    train_in_rank(plan, registry, reporter if rank.first else Reporter(), work, (rank, payload["micro"]))
+    share = RankShare(rank, payload["stage"], payload["earlier"] and Path(payload["earlier"]), payload["micro"])
+    train_in_rank(plan, registry, reporter if rank.first else Reporter(), work, share)
     import torch.distributed
 
     torch.distributed.destroy_process_group()

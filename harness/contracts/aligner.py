@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol
 
 from harness.contracts.dataset import RowSchema, TrainingRow, schema_name
 from harness.contracts.plugin import C, Plugin
@@ -18,29 +18,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stage:
-    """One pass of training within an aligner."""
+    """One pass of training within an aligner.
+
+    Stages of one method are a chain: each begins with the weights that those before it trained, is resumed where it was
+    interrupted, and has a record and a log of its own.
+    """
 
     name: str
-    consumes: str
-    """Name of the rows' schema; of a row class its own name."""
+    """Letters, digits and . _ @ + -; different from those of the method's other stages."""
+    consumes: str | type[TrainingRow]
+    """Schema of its rows: a name, or a class of rows (whose name will do where the aligner consumes that class)."""
+    steps: int | None = None
+    """Optimiser steps; None: as many as the recipe says."""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that are others in this stage: key of the method's Config -> value."""
 
 
 @dataclass
 class TrainingJob(Generic[C]):
-    """What an aligner's ``trainer`` gets: everything open, everything tokenised.
+    """What an aligner's ``trainer`` gets, once per stage: everything open, everything tokenised.
 
     ``rows`` carry ``id``, ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (pairs) or ``id``, ``prompt_ids``,
     ``completion_ids``, ``labels_mask`` (demonstrations); ``ratings`` beside that where they are rated; the ``columns``
     of a :class:`harness.TrainingRow` of the aligner's own; and ``ref_chosen_logps``, ``ref_rejected_logps`` (nats,
-    summed) if the aligner needs a reference.
+    summed) for pairs if the aligner needs a reference, which is the policy that the stage begins with.
     """
 
     stage: Stage
     model: PreTrainedModel
+    """With its adapter, the modules of the method's own, and the weights that earlier stages trained."""
     tokenizer: PreTrainedTokenizerBase
     rows: Any
     """A ``datasets.Dataset`` in the order in which steps see them."""
     config: C
+    """With the stage's own settings laid over."""
     seed: int
     arguments: Callable[..., Any]
     """``arguments(SFTConfig, **overrides)`` builds the trainer's own configuration class."""
@@ -59,6 +70,23 @@ class TrainerCall:
     """A subclass of ``transformers.Trainer``."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments: ``model``, ``args``, ``train_dataset``, ``eval_dataset`` and whatever else the class takes."""
+
+
+class ArtifactFiles(Protocol):
+    """Writes into the folder of an adapter, atomically, and nowhere else; names are relative, with ``/``.
+
+    What is written enters ``checksums.json``. Files named ``conditioning*`` change what evaluation sends, and so enter
+    the digest by which other steps know the adapter.
+    """
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file as it is."""
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write an object as JSON, with a schema version and a checksum."""
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors as safetensors."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +118,14 @@ class Aligner(Plugin[C]):
         """The passes of training, in order; one by default."""
         return (Stage("train", schema_name(self.consumes)),)
 
+    def attach(self, model: Any, tokenizer: PreTrainedTokenizerBase, config: C) -> None:
+        """Add modules of the method's own to a model that carries its adapter; none by default.
+
+        Called before every stage, and then the weights that earlier stages trained are put back by name: what one has
+        trained must be there again. ``trainer`` says by ``requires_grad`` which weights a stage trains; those of the
+        adapter are trained unless it freezes them. The modules are no part of what is saved: see ``export``.
+        """
+
     @abstractmethod
     def trainer(self, job: TrainingJob[C]) -> TrainerCall:
         """The trainer of one stage, not yet built; the harness drives it (progress, checkpoints, resume, log, record).
@@ -97,4 +133,13 @@ class Aligner(Plugin[C]):
         Its rows are ``job.rows`` and ``job.heldout``, in that order and none left out, and its arguments are made by
         ``job.arguments``. A method ``row_values(model, inputs)`` of the trainer says what each held-out row is worth
         (named tensors of shape (B,), ``loss`` among them); without one that is its loss.
+        """
+
+    def export(self, job: TrainingJob[C], model: Any, files: ArtifactFiles) -> None:
+        """Write what the method leaves beside the adapter; nothing by default.
+
+        Args:
+            job: of the last stage.
+            model: the trainer's, with the weights that are exported: the final ones, or those of a kept checkpoint.
+            files: of the folder that the adapter lies in; called once for each such folder.
         """

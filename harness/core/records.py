@@ -262,7 +262,8 @@ class AdapterInfo(Config):
 
 
 Status = Literal["done", "failed"]
-ArtifactKind = Literal["adapter", "model", "answers", "scores"]
+ArtifactKind = Literal["adapter", "model", "answers", "scores", "weights", "rows"]
+"""What a step leaves: an adapter, a model, answers, scores; weights for the next stage; rows that are prepared."""
 
 
 class StepInfo(Config):

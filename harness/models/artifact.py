@@ -35,8 +35,9 @@ def read_artifact(folder: Path) -> Artifact:
 
 
 def adapter_digest(folder: Path) -> str:
-    """SHA-256 over the weights and the configuration of a peft adapter."""
-    return files_digest([*sorted(folder.glob("adapter_model*.safetensors")), folder / CONFIG], folder)
+    """SHA-256 over the weights and the configuration of a peft adapter, and over what conditions its prompts."""
+    weights = sorted(folder.glob("adapter_model*.safetensors"))
+    return files_digest([*weights, folder / CONFIG, *sorted(folder.glob("conditioning*"))], folder)
 
 
 def largest_rank(config: dict[str, object]) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.core.errors import UserError
+from harness.core.errors import CorruptionError, UserError
 from harness.steps.checksums import is_recorded
+from harness.steps.files import read_json
 from harness.steps.lock import LOCK
 
 _TEMPORARY = r"\.lock|\..+\.\d+\.tmp"
@@ -26,6 +28,8 @@ class Guard:
     sign: str
     """Relative name of the file that shows whose it is; without it, the names are somebody else's."""
     option: str = "--out"
+    listed: str = ""
+    """Relative name of a file whose ``files`` name what else belongs there."""
 
     def where(self, root: Path) -> str:
         """What messages call the folder."""
@@ -62,11 +66,19 @@ class Guard:
         """Return the names that do not belong there, in order."""
         if not root.is_dir():
             return []
-        ours = self.is_ours(root)
-        return sorted(child.name for child in root.iterdir() if not self._belongs(child, ours, hidden))
+        ours, more = self.is_ours(root), self._more(root)
+        return sorted(child.name for child in root.iterdir() if not self._belongs(child, ours, more, hidden))
 
-    def _belongs(self, child: Path, ours: bool, hidden: bool) -> bool:
+    def _more(self, root: Path) -> set[str]:
+        """First parts of the names that the list has; they were written down before the files were made."""
+        with contextlib.suppress(OSError, CorruptionError, KeyError, TypeError):
+            return {str(name).partition("/")[0] for name in read_json(root / self.listed)["files"]}
+        return set()
+
+    def _belongs(self, child: Path, ours: bool, more: set[str], hidden: bool) -> bool:
         if re.fullmatch(_TEMPORARY, child.name):
+            return True
+        if ours and child.name in more:
             return True
         if re.fullmatch(self.own, child.name) and (ours or _hollow(child)):
             return True

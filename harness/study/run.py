@@ -259,14 +259,12 @@ class StudyRun:
     def _align(self, promise: Promise) -> None:
         arm = promise.arm
         starts = {name: info for name in arm.parents if (info := self.made[name].adapter) is not None}
-        plan = self.planner.align(arm, starts)
-        step = replace(plan.step, arm=arm.name, factors=dict(arm.factors))
-        plan = replace(plan, step=step)
+        plan = self.planner.align(arm, starts).of_arm(arm.name, arm.factors)
 
         def work(folder: StepFolder) -> None:
             carry_out_align(plan, self.plan.registry, self.runner, folder)
 
-        folder = self._carry_out(promise, step, work, intact_adapter)
+        folder = self._carry_out(promise, plan.step, work, intact_adapter)
         if folder is not None:
             self.made[arm.name] = self._aligned(promise, plan, folder)
 

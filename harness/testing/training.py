@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from harness.alignment.checks import check_method
+from harness.alignment.checks import check_method, recipe_of, rows_of
 from harness.alignment.pairwise import PairwiseLoss
 from harness.contracts.adapter import Adapter, ParameterGroup
 from harness.contracts.aligner import Aligner, PairLogps, Stage, TrainingJob
@@ -17,7 +17,7 @@ from harness.contracts.dataset import DatasetRow
 from harness.contracts.recipe import Recipe
 from harness.core.errors import HarnessError, StepError, UserError
 from harness.core.specs import ModelSpec
-from harness.data.row_schema import settled
+from harness.data.row_schema import form_of, settled
 from harness.testing.common import check_plugin, demand, options_of
 from harness.testing.tiny import SENTENCES, tiny_model
 
@@ -96,7 +96,9 @@ def check_aligner(
     steps: int = 4,
     loss_falls: bool = True,
 ) -> None:
-    """Try an aligner against its contract: every stage trains an adapter, reproducibly, and leaves the base alone.
+    """Try an aligner against its contract: every stage trains, reproducibly, and leaves the base alone.
+
+    Stages are a chain, as in `harness align`; after each the method's ``export`` is tried, too.
 
     The kit builds the training job by hand: a tiny model with a LoRA adapter, four tokenised rows in one batch, three
     of them held out too, constant learning rate 1e-2, CPU.
@@ -105,7 +107,8 @@ def check_aligner(
         aligner: the instance that the hook yields.
         options: for the aligner's Config.
         rows: of a :class:`harness.TrainingRow` of the aligner's own, as a data set gives them; otherwise tokenised
-            rows (as :class:`harness.TrainingJob` has them), which are made up for pairs and demonstrations.
+            rows (as :class:`harness.TrainingJob` has them), which are made up for pairs and demonstrations. The same
+            for every stage.
         steps: optimizer steps of each stage.
         loss_falls: whether the last loss must be below the first (all steps see the same batch).
 
@@ -123,19 +126,23 @@ def check_aligner(
     if isinstance(aligner, PairwiseLoss):
         for count in (3, 1):
             _check_loss(aligner, config, count)
-    stages = aligner.stages(config)
-    for stage in stages:
-        first, losses, held = _train(aligner, stage, config, rows, steps)
-        finite = len(losses) == steps and all(math.isfinite(loss) for loss in losses)
-        demand(finite, f"The trainer logs a finite loss at each of {steps} steps.", f"stage {stage.name}: {losses}")
-        if loss_falls:
-            lower = losses[-1] < losses[0]
-            demand(lower, "On one batch, repeated, the loss falls.", f"stage {stage.name}: {losses}")
-        finite = bool(held) and all(math.isfinite(loss) for loss in held)
-        demand(finite, "Each held-out row has a finite loss.", f"stage {stage.name}: {held}")
-        second, repeated, _ = _train(aligner, stage, config, rows, steps)
-        same = losses == repeated and first == second
-        demand(same, "On a CPU the same seed gives the same bytes.", f"stage {stage.name}: {losses} and {repeated}")
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = _Bench(aligner, config, rows, steps, Path(scratch))
+        earlier: Path | None = None
+        for number, stage in enumerate(aligner.stages(config)):
+            own, after = recipe_of(config, stage), Path(scratch) / f"after-{number}.safetensors"
+            first, losses, held = bench.train(stage, own, earlier, after)
+            finite = len(losses) == steps and all(math.isfinite(loss) for loss in losses)
+            demand(finite, f"The trainer logs a finite loss at each of {steps} steps.", f"stage {stage.name}: {losses}")
+            if loss_falls:
+                lower = losses[-1] < losses[0]
+                demand(lower, "On one batch, repeated, the loss falls.", f"stage {stage.name}: {losses}")
+            finite = bool(held) and all(math.isfinite(loss) for loss in held)
+            demand(finite, "Each held-out row has a finite loss.", f"stage {stage.name}: {held}")
+            second, repeated, _ = bench.train(stage, own, earlier, after)
+            same = losses == repeated and first == second
+            demand(same, "On a CPU the same seed gives the same bytes.", f"stage {stage.name}: {losses} and {repeated}")
+            earlier = after
 
 
 def _check_loss(aligner: PairwiseLoss, config: Any, count: int) -> None:
@@ -157,29 +164,94 @@ def _check_loss(aligner: PairwiseLoss, config: Any, count: int) -> None:
         raise AssertionError(f"{rule}\n  seen: {error.what}") from None
 
 
-def _train(
-    aligner: Aligner, stage: Stage, config: Any, rows: Sequence[Mapping[str, Any]] | None, steps: int
-) -> tuple[dict[str, bytes], list[float], list[float]]:
-    """Train one stage from scratch; returns the adapter's bytes, the logged losses, and those of held-out rows."""
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+@dataclass(frozen=True)
+class _Bench:
+    """What every stage of an aligner is tried with."""
 
-    from harness.alignment import driven
+    aligner: Aligner
+    config: Recipe
+    rows: Sequence[Mapping[str, Any]] | None
+    steps: int
+    scratch: Path
 
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = tiny_model(Path(scratch) / "tiny")
+    def train(
+        self, stage: Stage, config: Recipe, earlier: Path | None, after: Path
+    ) -> tuple[dict[str, bytes], list[float], list[float]]:
+        """Train one stage from what the one before has left, and let the method export.
+
+        Returns:
+            bytes by name (weights and exported files), the logged losses, and those of held-out rows.
+        """
+        import torch
+        from datasets import Dataset
+
+        from harness.alignment import driven
+
+        seen = f"stage {stage.name}"
+        model, before, tokenizer = self._model(stage, config, earlier)
+        given = _given(self.aligner, stage, tokenizer, self.rows)
+        held = given[:3]
+        job = TrainingJob(
+            stage=stage,
+            model=model,
+            tokenizer=tokenizer,
+            rows=Dataset.from_list(given),
+            config=config,
+            seed=0,
+            arguments=self._arguments(len(given)),
+            heldout=Dataset.from_list(held),
+        )
+        rule = "`trainer` returns a harness.TrainerCall of a transformers.Trainer on the rows of the job."
+        try:
+            trainer = driven.build(self.aligner.trainer(job), job)
+            rule = f"The trainer logs a finite loss at each of {self.steps} steps."
+            began = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+            trainer.train()
+        except HarnessError as error:
+            what = error.what if isinstance(error, StepError | UserError) else error
+            raise AssertionError(f"{rule}\n  seen: {seen}: {what}") from None
+        losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+        # A trainer may wrap the model or add to it, but what it trains must be what it was given.
+        now = dict(model.named_parameters())
+        moved = [n for n, old in before.items() if "lora_" not in n and not torch.equal(old, now[n])]
+        demand(not moved, "Training leaves the base's weights alone.", f"{seen} changed {', '.join(moved[:2])}")
+        changed = [n for n, old in began.items() if not torch.equal(old, now[n])]
+        demand(bool(changed), "Training changes the adapter that the job's model carries.", f"{seen} changed nothing")
+        driven.save_for_next(model, after, earlier)
+        made = {name: now[name].detach().numpy().tobytes() for name in now.keys() - (before.keys() - _lora(before))}
+        measured = _held_losses(trainer, held)
+        return {**made, **self._exported(job, trainer.model, seen)}, losses, measured
+
+    def _model(self, stage: Stage, config: Recipe, earlier: Path | None) -> tuple[Any, dict[str, Any], Any]:
+        """A tiny model with a LoRA adapter and the method's own modules; its weights before those; its tokenizer."""
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from harness.alignment import driven
+
+        folder = tiny_model(self.scratch / "tiny")
         tokenizer = AutoTokenizer.from_pretrained(folder)
         torch.manual_seed(0)
         base = AutoModelForCausalLM.from_pretrained(folder)
         model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        given = _given(aligner, stage, tokenizer, rows)
+        self.aligner.attach(model, tokenizer, config)
+        if earlier is not None:
+            try:
+                driven.hand_on(model, earlier, stage.name)
+            except StepError as error:
+                rule = "`attach` adds the same modules before every stage."
+                raise AssertionError(f"{rule}\n  seen: stage {stage.name}: {error.what}") from None
+        return model, before, tokenizer
+
+    def _arguments(self, count: int) -> Callable[..., Any]:
+        from harness.alignment import driven
+
         fixed = {
-            "output_dir": scratch,
-            "max_steps": steps,
-            "per_device_train_batch_size": len(given),
+            "output_dir": str(self.scratch),
+            "max_steps": self.steps,
+            "per_device_train_batch_size": count,
             "learning_rate": 1e-2,
             "lr_scheduler_type": "constant",
             "logging_steps": 1,
@@ -196,42 +268,24 @@ def _train(
             "data_seed": 0,
             "train_sampling_strategy": driven.IN_ORDER,
         }
+        return lambda cls, **overrides: cls(**{**fixed, **overrides})
 
-        def arguments(cls: Any, **overrides: Any) -> Any:
-            return cls(**{**fixed, **overrides})
+    def _exported(self, job: TrainingJob, model: Any, seen: str) -> dict[str, bytes]:
+        """What the method's ``export`` writes, by name."""
+        from harness.alignment.export import FilesBeside
 
-        held = given[:3]
-        job = TrainingJob(
-            stage=stage,
-            model=model,
-            tokenizer=tokenizer,
-            rows=Dataset.from_list(given),
-            config=config,
-            seed=0,
-            arguments=arguments,
-            heldout=Dataset.from_list(held),
-        )
-        rule = "`trainer` returns a harness.TrainerCall of a transformers.Trainer on the rows of the job."
-        try:
-            trainer = driven.build(aligner.trainer(job), job)
-            rule = f"The trainer logs a finite loss at each of {steps} steps."
-            trainer.train()
-        except HarnessError as error:
-            seen = error.what if isinstance(error, StepError | UserError) else error
-            raise AssertionError(f"{rule}\n  seen: stage {stage.name}: {seen}") from None
-        losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-        # A trainer may wrap the model or add to it, but what it trains must be what it was given.
-        after = dict(model.named_parameters())
-        moved = [n for n, old in before.items() if "lora_" not in n and not torch.equal(old, after[n])]
-        demand(
-            not moved, "Training leaves the base's weights alone.", f"stage {stage.name} changed {', '.join(moved[:2])}"
-        )
-        adapter = {n: after[n].detach() for n in before if "lora_" in n}
-        changed = any(not torch.equal(before[n], tensor) for n, tensor in adapter.items())
-        demand(
-            changed, "Training changes the adapter that the job's model carries.", f"stage {stage.name} changed nothing"
-        )
-        return {name: tensor.numpy().tobytes() for name, tensor in adapter.items()}, losses, _held_losses(trainer, held)
+        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
+            try:
+                self.aligner.export(job, model, FilesBeside(Path(folder), self.aligner.name))
+            except StepError as error:
+                rule = "`export` writes into the folder that it is given, under names that nothing else has."
+                raise AssertionError(f"{rule}\n  seen: {seen}: {error.what}") from None
+            files = [file for file in Path(folder).rglob("*") if file.is_file()]
+            return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+
+
+def _lora(names: Iterable[str]) -> set[str]:
+    return {name for name in names if "lora_" in name}
 
 
 def _held_losses(trainer: Any, held: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -246,9 +300,10 @@ def _given(
     aligner: Aligner, stage: Stage, tokenizer: Any, rows: Sequence[Mapping[str, Any]] | None
 ) -> list[dict[str, Any]]:
     """The rows of the job: tokenised from the author's own, handed in, or made up."""
-    schema = aligner.consumes
+    schema = rows_of(aligner, stage)
+    needs_reference = aligner.needs_reference and form_of(schema) == "pairs"
     if isinstance(schema, str):
-        return [dict(row) for row in rows] if rows is not None else _rows(stage, tokenizer, aligner.needs_reference)
+        return [dict(row) for row in rows] if rows is not None else _rows(stage, tokenizer, needs_reference)
     from harness.data.tokenise import Tokeniser
     from harness.models.chat_templates import resolve_template
     from harness.models.inspect import inspect_model
@@ -263,7 +318,7 @@ def _given(
         found = tokeniser.finish().rows
     except UserError as error:
         raise AssertionError(f"Rows follow {schema.__name__} and render.\n  seen: {error.what}") from None
-    if aligner.needs_reference:
+    if needs_reference:
         return [_referenced(row) for row in found]
     return found
 
@@ -276,12 +331,14 @@ def _referenced(row: dict[str, Any]) -> dict[str, Any]:
 
 def _rows(stage: Stage, tokenizer: Any, needs_reference: bool) -> list[dict[str, Any]]:
     """Four tokenised rows of the stage's schema; other schemas must be handed in."""
-    columns = {
+    columns: dict[Any, tuple[str, ...]] = {
         "pairs": ("prompt_ids", "chosen_ids", "rejected_ids"),
         "demonstrations": ("prompt_ids", "completion_ids"),
     }
     demand(
-        stage.consumes in columns, "The kit makes rows of pairs and demonstrations only: pass `rows`.", stage.consumes
+        stage.consumes in columns,
+        "The kit makes rows of pairs and demonstrations only: pass `rows`.",
+        str(stage.consumes),
     )
     names = columns[stage.consumes]
     texts = [[SENTENCES[(3 * i + j) % len(SENTENCES)][: 20 + 5 * j] for j in range(len(names))] for i in range(4)]

@@ -104,20 +104,20 @@ def test_sft_then_dpo(align: Align, tiny: Path, sft: Path, monkeypatch: pytest.M
     """A is frozen and active, the reference is base + A, and one adapter comes out that is the sum."""
     before = {path.name: path.read_bytes() for path in sft.iterdir() if path.is_file()}
     two: list[torch.Tensor] = []
-    from harness.alignment import run as alignment
+    from harness.alignment.stage import StageTraining
 
-    export = alignment._Run._export
+    leave = StageTraining.leave
 
-    def watch(run: Any, model: Any) -> None:
+    def watch(training: Any, job: Any, model: Any) -> None:
         two.append(logits(model))
         frozen = {n: p for n, p in model.named_parameters() if ".start." in n}
         stored = load_file(sft / "adapter_model.safetensors")
         assert len(frozen) == len(stored)
         assert all(torch.equal(p, stored[n.replace(".start", "")]) for n, p in frozen.items())
         assert model.active_adapters == ["start", "default"]
-        export(run, model)
+        leave(training, job, model)
 
-    monkeypatch.setattr(alignment._Run, "_export", watch)
+    monkeypatch.setattr(StageTraining, "leave", watch)
     made = align("dpo", "dpo", start="sft", lora={"rank": 2, "targets": ["q_proj", "down_proj"], "dropout": 0.1})
     # -log sigmoid(0): policy and reference are the same before the first step, the dropout of A included.
     assert made.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)

@@ -60,8 +60,18 @@ def method(**overrides: Any) -> Aligner:
             "  Consume pairs, or set needs_reference = False.",
         ),
         (
-            {"stages": lambda self, config: (Stage("one", "demonstrations"), Stage("two", "demonstrations"))},
-            "METHOD: made has 2 stages\n  Only methods of one stage can be run.",
+            {"stages": lambda self, config: (Stage("one", "demonstrations"), Stage("one", "demonstrations"))},
+            "METHOD: stages of made are named 'one', 'one'\n"
+            "  Give each a name of its own, of letters, digits and . _ @ + -.",
+        ),
+        (
+            {"stages": lambda self, config: (Stage("a/b", "demonstrations"),)},
+            "METHOD: stages of made are named 'a/b'\n  Give each a name of its own, of letters, digits and . _ @ + -.",
+        ),
+        (
+            {"stages": lambda self, config: (Stage("one", "pairs"), Stage("two", "prompts"))},
+            "METHOD: stage two of made consumes 'prompts', which are no rows to train on\n"
+            "  Consume demonstrations, pairs, rated, or a subclass of harness.TrainingRow.",
         ),
         (
             {"stages": lambda self, config: ()},

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from harness.alignment import driver as training, export as align_export, run as alignment
+from harness.alignment import driven, driver as training, export as align_export, run as alignment
 from harness.alignment.heldout import ACCURACY, LOSS, summaries
 from harness.alignment.run import AlignPlan
 from harness.cli import app as cli
@@ -217,7 +217,7 @@ def two_cells(tiny: Path, alone: Path) -> Search:
     ("module", "name", "number"),
     [
         (training._Callback, "on_step_end", signal.SIGTERM),
-        (training, "measure", signal.SIGUSR1),
+        (driven, "measure", signal.SIGUSR1),
         (align_export, "lineage_of", signal.SIGINT),
         (alignment, "tidy", signal.SIGTERM),
     ],
@@ -255,7 +255,7 @@ def test_a_signal_in_a_cell_that_fails_stops_the_search(
         os.kill(os.getpid(), signal.SIGTERM)
         raise StepError("step 1", "the loss is nan")
 
-    monkeypatch.setattr(training, "measure", failing)
+    monkeypatch.setattr(driven, "measure", failing)
     with pytest.raises(Requeue):
         two_cells(tiny, alone)
     assert len([path for path in (alone / "s").iterdir() if path.is_dir()]) == 1

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from harness.alignment import run as alignment
 from harness.alignment.driver import micro_batch_size, order_rows, out_of_memory
 from harness.alignment.run import Alignment
+from harness.alignment.stage import StageTraining
 from harness.core.errors import StepError
 from harness.core.progress import Reporter
 from harness.steps.journal import read_rows
@@ -176,7 +176,7 @@ def test_what_did_not_fit_is_let_go(align: Align, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("ROWS_THAT_FIT", "1")
     opened: list[weakref.ref[Any]] = []
     alive: list[int] = []
-    real = alignment._Run._open_model
+    real = StageTraining.open_model
 
     def open_model(run: Any) -> Any:
         gc.collect()
@@ -185,7 +185,7 @@ def test_what_did_not_fit_is_let_go(align: Align, monkeypatch: pytest.MonkeyPatc
         opened.append(weakref.ref(found[0]))
         return found
 
-    monkeypatch.setattr(alignment._Run, "_open_model", open_model)
+    monkeypatch.setattr(StageTraining, "open_model", open_model)
     align("hungry", "out", plugins=[FRAGILE])
     assert alive == [0, 0]
 

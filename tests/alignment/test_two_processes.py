@@ -195,7 +195,7 @@ def test_out_of_memory_goes_back_to_the_parent(monkeypatch: pytest.MonkeyPatch, 
         asked.append(payload["micro"])
         return {"kind": "memory", "text": "out of memory: 1 GiB"}
 
-    monkeypatch.setattr("harness.alignment.run.train_apart", ended)
+    monkeypatch.setattr("harness.alignment.stage.train_apart", ended)
     with pytest.raises(StepError, match="out of memory with one row at a time: out of memory: 1 GiB"):
         recipe = options(batch_size=16, micro_batch_size=8)
         align("sft", str(tiny), write_pairs(alone), out=alone / "o", processes=2, options=recipe)

@@ -414,7 +414,7 @@ def test_the_rules_of_aligners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         calls.append(1)
         return value + len(calls)
 
-    stages = (Stage("one", "pairs"), Stage("two", "pairs"))
+    stages = (Stage("one", "pairs"), Stage("one", "pairs"))
     for overrides, words in (
         (
             {"consumes": "triples"},
@@ -427,7 +427,10 @@ def test_the_rules_of_aligners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ({"consumes": Wrong}, "Wrong.columns of kit-aligner names 'weight', which is no field of the class"),
         ({"consumes": Taken}, "Taken.columns of kit-aligner names 'id', which is a column of the harness's own"),
         ({"stages": lambda self, config: []}, "`stages` of kit-aligner returned []"),
-        ({"stages": lambda self, config: stages}, "kit-aligner has 2 stages\n  Only methods of one stage can be run."),
+        (
+            {"stages": lambda self, config: stages},
+            "stages of kit-aligner are named 'one', 'one'\n  Give each a name of its own",
+        ),
         ({"stages": lambda self, config: (Stage("one", "rated"),)}, "consumes rated, and kit-aligner pairs"),
         ({"trainer": lambda self, job: job}, "`trainer` returned TrainingJob, not a harness.TrainerCall"),
         (

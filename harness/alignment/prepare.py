@@ -1,0 +1,107 @@
+"""What arms that differ in their seed share, made once before they start: token ids and reference log-probabilities.
+
+It fills the caches that every alignment reads (:mod:`harness.data.token_cache`, :mod:`harness.alignment.reference`):
+five seeds started together would otherwise be four loaded models that wait on a lock. `harness align` needs none of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from harness.alignment.plan import AlignPlan, StagePlan, needs_reference
+from harness.alignment.policy import described_quantization, release
+from harness.alignment.rows import described, open_tokenizer_of, prepare_rows, row_length, tokens
+from harness.alignment.say import say_counts
+from harness.alignment.stage import StageTraining
+from harness.alignment.stopping import Stopping
+from harness.contracts.registry import Registry
+from harness.core.records import StepRecord, digest_of
+from harness.data.token_cache import Prepared
+from harness.steps.files import writing
+from harness.steps.folder import StepFolder
+from harness.steps.journal import rows_digest
+from harness.steps.runner import Ended, Runner
+from harness.steps.step import Step, make_step
+
+
+def prepare_step(plan: AlignPlan) -> Step:
+    """What is prepared for an alignment: one step for all arms that differ in their seed alone.
+
+    It holds what token ids and the starting policy hang on, so that arms of other ranks or learning rates share it too.
+    """
+    stages = [{"data": stage.data, "tokens": tokens(plan, stage)} for stage in plan.stages]
+    reference = None
+    if needs_reference(plan, plan.stages[0]):
+        reference = {
+            "model": plan.model.identity()["weights"],
+            "from": plan.start.digest if plan.start is not None else None,
+            "quantization": described_quantization(plan.adapter.quantization(plan.adapter_options)),
+            "whole": plan.spec.adapter == "none",
+            "dtype": plan.spec.model.dtype,
+        }
+    identity = {"stages": stages, "reference": reference, "code": plan.step.identity["code"]}
+    factors = {name: plan.step.factors[name] for name in ("data", "base", "samples")}
+    arm = f"rows-{plan.arm.removesuffix(f'-{plan.spec.adapter}-s{plan.spec.seed}')}"
+    return make_step("prepare", identity, arm=arm, factors=factors, made_from=plan.stages[0].step.made_from)
+
+
+def carry_out_prepare(
+    plan: AlignPlan, registry: Registry, runner: Runner, work: StepFolder, *, seeds: Sequence[int] = ()
+) -> StepRecord:
+    """Tokenise the rows of all stages, and score those of the first under the starting policy; what is known is kept.
+
+    Args:
+        plan: of any of the arms.
+        registry: that it was planned with.
+        runner: records the step, and tells its observers.
+        work: the folder of the record; there is no artifact beside it. The caller has locked it.
+        seeds: of the arms: rows that none of them sees are not scored; none given: all rows are.
+
+    Raises:
+        UserError: a mistake of the user's.
+        Requeue: a signal has stopped it; what is scored is kept.
+    """
+    step, stopping = prepare_step(plan), Stopping(runner.reporter.note)
+    if work.status() is not None:
+        work.reopen("it had failed")
+    with runner.recorded(step, work), writing(work.path), stopping.handled():
+        begun = time.perf_counter()
+        tokenizer = open_tokenizer_of(plan)
+        stages = [(stage, prepare_rows(plan, stage, registry, tokenizer)) for stage in plan.stages]
+        first, data = stages[0]
+        say_counts(runner.reporter, data, plan.template.name)
+        runner.begin(step, work, described(plan, data))
+        files: dict[str, str] = {}
+        for stage, found in stages:
+            name = stage.stage.name
+            work.log("data", stage=name, read=found.read, tokenised=found.tokenised)
+            files[f"{name}/train"] = rows_digest(found.train.rows)
+            if found.heldout is not None:
+                files[f"{name}/heldout"] = rows_digest(found.heldout.rows)
+        tokenised = time.perf_counter()
+        counts = {"rows": len(data.train.rows)}
+        if needs_reference(plan, first):
+            training = StageTraining(plan, first, registry, runner.reporter, tokenizer, work, stopping)
+            model, _, bf16 = training.open_model()
+            scored = training.with_reference(model, _seen(data, first, seeds), bf16)
+            values = [{key: row[key] for key in ("id", "ref_chosen_logps", "ref_rejected_logps")} for row in scored]
+            counts["scored"], files["reference"] = len(values), rows_digest(values)
+            del training, model
+            release()
+        seconds = {"tokenise": tokenised - begun, "reference": time.perf_counter() - tokenised}
+        return runner.finish(step, work, Ended("rows", digest_of(files), files, counts=counts, seconds=seconds))
+
+
+def _seen(data: Prepared, stage: StagePlan, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """The rows that arms of these seeds see (all where there is none), and those that are held out."""
+    from harness.alignment.driver import order_rows
+
+    rows, recipe = data.train.rows, stage.recipe
+    places = set(range(len(rows))) if not seeds else set[int]()
+    lengths = [row_length(row) for row in rows]
+    for seed in seeds:
+        steps = order_rows(lengths, batch_size=recipe.batch_size, steps=recipe.steps, seed=seed)
+        places.update(place for step in steps for place in step)
+    return [rows[place] for place in sorted(places)] + (data.heldout.rows if data.heldout is not None else [])
