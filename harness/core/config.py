@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from yaml import MappingNode, Node, SequenceNode, YAMLError
 
 from harness.core.errors import UserError, nearest
-from harness.core.plain_yaml import NotPlain, nodes_of, read_yaml
+from harness.core.plain_yaml import NotPlain, document_of, read_yaml
 
 KeyPath = tuple[str | int, ...]
 
@@ -59,7 +59,7 @@ def load_yaml(path: Path) -> Located:
     """
     text = text_of(path)
     try:
-        node, data = nodes_of(text), read_yaml(text)
+        node, data = document_of(text)
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark is not None else str(path)
