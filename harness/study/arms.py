@@ -181,6 +181,9 @@ def _settled(arm: Arm, by_name: Mapping[str, Arm]) -> Arm:
 def _merges(block: MergeBlock, read: Read, number: int, arms: Sequence[Arm]) -> Iterator[Arm]:
     """One merge for every value of the joined factors for which each input is exactly one arm."""
     where = read.where("merges", number)
+    for base in block.base or ():
+        _known_base(base, read, read.where("merges", number, "base"))
+    arms = [arm for arm in arms if block.base is None or arm.base in block.base]
     chosen = [_selected(one, read, (number, n), arms) for n, one in enumerate(block.inputs)]
     keys = [list(dict.fromkeys(tuple(arm.factors.get(key) for key in block.join) for arm in some)) for some in chosen]
     shared = [key for key in keys[0] if all(key in others for others in keys[1:])]

@@ -97,6 +97,7 @@ class MergeBlock(Config):
         min_length=1, description="each a pattern of arm names, or factors: {method: dpo, data: safe}"
     )
     weights: tuple[float, ...] = Field((), description="one for each input; equal when absent")
+    base: Names | None = Field(None, description="names of `bases` to merge on; all that the inputs have when absent")
     join: Names = Field(("base", "seed"), description="factors that the inputs of one merge share")
     form: Literal["model", "adapter"] = Field("model", alias="as", description="what is written")
     rank: int | None = Field(None, ge=1, description="rank of a truncated adapter")
