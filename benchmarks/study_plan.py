@@ -2,8 +2,9 @@
 
     python benchmarks/study_plan.py [--steps 10000] [--profile]
 
-Tiny random bases; two methods, two data sets, LoRA and QLoRA, as many seeds as it takes, a merge for every seed; five tasks.
-The first plan of a process hashes the bases' weights and reads plugins; the second has only the arms to think of.
+Tiny random bases; two methods, two data sets, LoRA and QLoRA, as many seeds as it takes, a merge for every
+seed; five tasks. The first plan of a process hashes the bases' weights and reads plugins; the second has only the arms
+to think of.
 """
 
 from __future__ import annotations

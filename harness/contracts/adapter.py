@@ -28,7 +28,7 @@ class Adapter(Plugin[C]):
 
     kind = "adapter"
 
-    def check(self, config: C) -> None:  # noqa: B027 - an adapter need not refuse anything
+    def check(self, config: C) -> None:
         """Raise a UserError before anything runs if the adapter cannot work; asked of every plan: imports no torch."""
 
     def quantization(self, config: C) -> Any | None:

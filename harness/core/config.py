@@ -40,6 +40,10 @@ class Located:
     def __init__(self, data: Any, source: str, lines: Mapping[KeyPath, int]) -> None:
         self.data, self.source, self._lines = data, source, dict(lines)
 
+    def has(self, path: Sequence[str | int]) -> bool:
+        """Whether the file has such a key."""
+        return tuple(path) in self._lines
+
     def where(self, path: Sequence[str | int]) -> str:
         """``file:line, key`` of a key, or of its nearest parent that is in the file."""
         key = tuple(path)
