@@ -125,7 +125,7 @@ def plan_align(
     assert isinstance(adapter, Adapter)
     defaults = {k: v for k, v in recipe.adapter_defaults.items() if k in adapter.Config.model_fields}
     adapter_options = parse_options(adapter.Config, {**defaults, **adapter_given}, "--set adapter")
-    adapter.quantization(adapter_options)
+    adapter.check(adapter_options)
     stages = check_method(aligner, recipe)
     recipes = [recipe_of(recipe, stage) for stage in stages]
     # From here on the expression names the commits, and so do the arm, its rows and every record.
@@ -136,7 +136,7 @@ def plan_align(
     model = once(inspect_model, spec.model)
     if spec.model.dtype == "auto":
         # On a CPU fp32 is exact and repeatable; on CUDA bf16 is what the recipe's memory is counted in.
-        dtype = "bfloat16" if torch_device() == "cuda" else "float32"
+        dtype = "bfloat16" if once(torch_device) == "cuda" else "float32"
         spec = spec.model_copy(update={"model": spec.model.model_copy(update={"dtype": dtype})})
     start = find_start(spec, model, adapter_options, made or {})
     check_checkpoints(spec.checkpoints, recipes[-1].steps)

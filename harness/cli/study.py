@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from harness.cli.options import Json, PluginFiles, options_of
+from harness.cli.options import DataRevisions, Json, PluginFiles, options_of
 from harness.cli.tables import print_json, print_table
 from harness.core.errors import ExitCode, UserError
 from harness.core.text import visible
@@ -29,8 +29,15 @@ Model = Annotated[
 Set = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over a key of the file (repeatable).")]
 
 
-def _planned(file: Path, model: list[str] | None, changes: list[str] | None, plugin: list[str] | None) -> StudyPlan:
+def _planned(
+    file: Path,
+    model: list[str] | None,
+    changes: list[str] | None,
+    revisions: list[str] | None,
+    plugin: list[str] | None,
+) -> StudyPlan:
     from harness.cli.options import with_defaults
+    from harness.data.hub import parse_revisions
     from harness.study.plan import plan_study
     from harness.study.spec import find_study, read_study
 
@@ -42,9 +49,10 @@ def _planned(file: Path, model: list[str] | None, changes: list[str] | None, plu
         models[name] = path
     found = find_study(file)
     # Read twice, as its plugins must be loaded before it can be planned; it is small.
-    named = read_study(found, models=models, changes=tuple(changes or ())).spec.plugins
-    registry = with_defaults([*named, *(plugin or ())])[1]
-    return plan_study(found, registry=registry, models=models, changes=tuple(changes or ()))
+    named = read_study(found, models=models, changes=tuple(changes or ())).spec
+    defaults, registry = with_defaults([*named.plugins, *(plugin or ())])
+    commits = {**defaults.data_revisions, **named.data_revisions, **parse_revisions(revisions or ())}
+    return plan_study(found, registry=registry, models=models, changes=tuple(changes or ()), revisions=commits)
 
 
 def _folder(plan: StudyPlan, out: Path | None) -> Path:
@@ -55,30 +63,37 @@ def _folder(plan: StudyPlan, out: Path | None) -> Path:
 def plan(
     file: File,
     out: Out = None,
+    arms: Annotated[bool, typer.Option("--arms", help="List every arm, with the key of its step.")] = False,
     why: Annotated[str | None, typer.Option(help="Key of a step: show all that its id is made of.")] = None,
     model: Model = None,
     set_: Set = None,
+    data_revision: DataRevisions = None,
     plugin: PluginFiles = None,
     as_json: Json = False,
 ) -> None:
     """Say what a study would do: arms, steps by kind, and what is done already; loads no model."""
+    from harness.study.outline import counted, data_rows, families
     from harness.study.status import states_of, summary
 
-    found = _planned(file, model, set_, plugin)
+    found = _planned(file, model, set_, data_revision, plugin)
     if why is not None:
         _say_why(found, why, _folder(found, out))
         return
     if as_json:
         print_json(found.to_json())
         return
-    spec = found.read.spec
-    print(visible(f"{spec.study}: {len(found.arms)} arms on {len(spec.bases)} bases, {len(found.graph)} steps"))
-    arms = [
-        {"arm": arm.name, "kind": arm.kind, "from": ", ".join(arm.parents), "key": _key(found, arm.name)}
-        for arm in found.arms
-    ]
-    print_table("Arms", ["arm", "kind", "from", "key"], arms)
-    root = _folder(found, out)
+    spec, root = found.read.spec, _folder(found, out)
+    print(visible(f"{spec.study}: {counted(found.arms)}, {len(found.graph)} steps"))
+    if arms:
+        every = [
+            {"arm": arm.name, "kind": arm.kind, "from": ", ".join(arm.parents), "key": _key(found, arm.name)}
+            for arm in found.arms
+        ]
+        print_table("Arms", ["arm", "kind", "from", "key"], every)
+    else:
+        print_table("Arms", ["kind", "arm", "bases", "seeds", "arms", "from"], families(found.arms))
+    if spec.data:
+        print_table("Data", ["data", "is", "rows stated", "rows here"], data_rows(spec, root))
     if (root / "plan.json").is_file():
         print_table("Steps", ["kind", "steps", "done", "failed", "begun", "ready", "waiting"], summary(states_of(root)))
         return
@@ -100,7 +115,8 @@ def _say_why(plan: StudyPlan, key: str, root: Path) -> None:
 
     found = [step for step in plan.graph if step.id.startswith(key)]
     if len(found) != 1:
-        raise UserError(f"--why {key}", f"{len(found)} steps have such a key", "Give one from `harness study plan`.")
+        fix = "Give one from `harness study steps FILE`."
+        raise UserError(f"--why {key}", f"{len(found)} steps have such a key", fix)
     step = found[0]
     print_json({"kind": step.kind, "arm": step.arm, "key": step.id, "identity": step.identity})
     # Another step of this kind and arm, as an earlier version of the study had it.
@@ -121,6 +137,7 @@ def run(
     ] = None,
     model: Model = None,
     set_: Set = None,
+    data_revision: DataRevisions = None,
     plugin: PluginFiles = None,
 ) -> int:
     """Train, merge, answer and score all arms of a study; the same command goes on where it stopped."""
@@ -132,7 +149,7 @@ def run(
     from harness.study.workers import through
 
     mine = [one for one in set_ or () if one.startswith("executor.")]
-    found = _planned(file, model, [one for one in set_ or () if one not in mine], plugin)
+    found = _planned(file, model, [one for one in set_ or () if one not in mine], data_revision, plugin)
     root = _folder(found, out)
     options = options_of(mine).get("executor", {})
     elsewhere = through(Execution(executor or "local", options)) if executor is not None or mine else None
@@ -181,13 +198,14 @@ def steps(
     ready: Annotated[bool, typer.Option("--ready", help="Only those that could begin now.")] = False,
     model: Model = None,
     set_: Set = None,
+    data_revision: DataRevisions = None,
     plugin: PluginFiles = None,
     as_json: Json = False,
 ) -> None:
     """List a study's steps with their keys, for a scheduler that carries them out with `harness study step`."""
     from harness.study.status import states_of
 
-    found = _planned(file, model, set_, plugin)
+    found = _planned(file, model, set_, data_revision, plugin)
     root = _folder(found, out)
     known = {one.key: one.state for one in states_of(root)} if (root / "plan.json").is_file() else {}
     ended = {key for key, state in known.items() if state == "done"}
@@ -209,6 +227,7 @@ def step(
     out: Out = None,
     model: Model = None,
     set_: Set = None,
+    data_revision: DataRevisions = None,
     plugin: PluginFiles = None,
 ) -> int:
     """Carry out single steps, while other processes may carry out others: for Slurm arrays, Airflow, Snakemake."""
@@ -216,7 +235,7 @@ def step(
     from harness.study.run import carry_out_steps
     from harness.study.status import states_of
 
-    found = _planned(file, model, set_, plugin)
+    found = _planned(file, model, set_, data_revision, plugin)
     root = _folder(found, out)
     with for_terminal() as reporter:
         carry_out_steps(found, root, key, reporter=reporter)

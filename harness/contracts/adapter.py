@@ -28,6 +28,9 @@ class Adapter(Plugin[C]):
 
     kind = "adapter"
 
+    def check(self, config: C) -> None:
+        """Raise a UserError before anything runs if the adapter cannot work; asked of every plan: imports no torch."""
+
     def quantization(self, config: C) -> Any | None:
         """How the base is opened: None, or a transformers quantisation config."""
         return None

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from yaml import MappingNode, Node, SequenceNode, YAMLError
 
 from harness.core.errors import UserError, nearest
-from harness.core.plain_yaml import NotPlain, nodes_of, read_yaml
+from harness.core.plain_yaml import NotPlain, document_of, read_yaml
 
 KeyPath = tuple[str | int, ...]
 
@@ -40,6 +40,10 @@ class Located:
     def __init__(self, data: Any, source: str, lines: Mapping[KeyPath, int]) -> None:
         self.data, self.source, self._lines = data, source, dict(lines)
 
+    def has(self, path: Sequence[str | int]) -> bool:
+        """Whether the file has such a key."""
+        return tuple(path) in self._lines
+
     def where(self, path: Sequence[str | int]) -> str:
         """``file:line, key`` of a key, or of its nearest parent that is in the file."""
         key = tuple(path)
@@ -59,7 +63,7 @@ def load_yaml(path: Path) -> Located:
     """
     text = text_of(path)
     try:
-        node, data = nodes_of(text), read_yaml(text)
+        node, data = document_of(text)
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark is not None else str(path)

@@ -54,25 +54,28 @@ def read_yaml(text: str, loader: type[PlainLoader] = PlainLoader) -> Any:
     Raises:
         yaml.YAMLError: no YAML; ``NotPlain`` for what is more than bounded plain data.
     """
-    nodes_of(text, loader)
-    return yaml.load(text, Loader=loader)
+    return document_of(text, loader)[1]
 
 
-def nodes_of(text: str, loader: type[PlainLoader] = PlainLoader) -> yaml.Node | None:
-    """The nodes of one document, so many that all that is done with them ends soon.
+def document_of(text: str, loader: type[PlainLoader] = PlainLoader) -> tuple[yaml.Node | None, Any]:
+    """The nodes of one document, so many that all that is done with them ends soon, and its data.
 
     Raises:
         yaml.YAMLError: as :func:`read_yaml`.
     """
     if len(text) > MOST_CHARACTERS:
         raise NotPlain(f"{len(text):,} characters, and no more than {MOST_CHARACTERS:,} are read")
+    reader = loader(text)
     try:
-        node = yaml.compose(text, Loader=loader)
+        node = reader.get_single_node()
+        if node is None:
+            return None, None
+        check_size(node)
+        return node, reader.construct_document(node)
     except RecursionError:
         raise NotPlain(f"more than {MOST_DEPTH} levels within each other") from None
-    if node is not None:
-        check_size(node)
-    return node
+    finally:
+        reader.dispose()
 
 
 def check_size(node: yaml.Node) -> None:

@@ -257,6 +257,7 @@ class _Planner:
         once: Once,
     ) -> None:
         self._spec, self._registry, self._engine, self._options, self._once = spec, registry, engine, options, once
+        self._settings: dict[tuple[str, bool], dict[str, Any]] = {}
         self._chosen = once(_pinned, chosen, spec.data_revisions, registry)
         self._shared = {
             "engine": engine.identity(options),
@@ -322,7 +323,7 @@ class _Planner:
         variant = self._variant(chosen, model)
         identity = {**base, "task": task, "variant": variant, "limit": chosen.limit, "data": data}
         if not self._engine.remote and "generate" in needs_of([chosen]):
-            identity |= generation_identity(model, sampling=chosen.spec.decoding_of == "model")
+            identity |= self._decoded_as(model, sampling=chosen.spec.decoding_of == "model")
         factors = {"base": model.name, "adapter": candidate.label, "control": candidate.control}
         factors |= {"task": chosen.spec.name, "variant": variant}
         answers = make_step(
@@ -338,6 +339,13 @@ class _Planner:
         scores = tuple(self._score(chosen.spec.name, ref, answers) for ref in refs)
         template = model.template_digest if variant == "chat" else None
         return TaskPlan(chosen, variant, template, answers, scores)
+
+    def _decoded_as(self, model: ModelInfo, *, sampling: bool) -> dict[str, Any]:
+        """What the model's own settings add to the id of generated answers; its file is read once for all tasks."""
+        key = model.path, sampling
+        if key not in self._settings:
+            self._settings[key] = generation_identity(model, sampling=sampling)
+        return self._settings[key]
 
     def _variant(self, chosen: Chosen, model: ModelInfo) -> PromptKind:
         chat_only = self._engine.capabilities(model, self._options).chat_only

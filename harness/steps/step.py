@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,20 @@ class Step:
     kind: str
     id: str
     arm: str
-    identity: Mapping[str, Any]
-    """All that can move a number, as step.json has it: contents by digest, no path."""
+    whole: Mapping[str, Any]
+    """All that can move a number: what the id is the digest of."""
     factors: Mapping[str, Any] = field(default_factory=dict)
     """What sets its arm apart: method, data, base, seed."""
     parents: tuple[str, ...] = ()
     """Ids of the steps that it needs ended."""
     made_from: Mapping[str, str] = field(default_factory=dict)
     """Part (base, from, input 1) -> digest of what it is made from; held against the record of an ended step."""
+
+    @cached_property
+    def identity(self) -> Mapping[str, Any]:
+        """The same as step.json has it: contents by digest, no path; a plan of thousands of steps needs few of them."""
+        cut: Mapping[str, Any] = without_paths(self.whole)
+        return cut
 
     def info(self, folder: Path) -> StepInfo:
         """Return what observers are told."""
@@ -53,7 +60,7 @@ def make_step(
         made_from: part -> digest of what it is made from.
     """
     whole = {"kind": kind, **identity, "numerics": NUMERICS}
-    return Step(kind, digest_of(whole), arm, without_paths(whole), dict(factors or {}), parents, dict(made_from or {}))
+    return Step(kind, digest_of(whole), arm, whole, dict(factors or {}), parents, dict(made_from or {}))
 
 
 def without_paths(value: Any) -> Any:

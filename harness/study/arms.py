@@ -26,6 +26,8 @@ class Arm:
     """Name of its base in the study."""
     where: str
     """``file:line, key`` of what asks for it."""
+    place: tuple[str | int, ...] = ()
+    """Path of the block of the file that asks for it."""
     factors: Mapping[str, Any] = field(default_factory=dict)
     align: AlignSpec | None = None
     merge: MergeSpec | None = None
@@ -53,10 +55,13 @@ def arms_of(read: Read) -> list[Arm]:
     """
     spec = read.spec
     found: dict[str, Arm] = {}
-    bases = [Arm(name, name, read.where("bases", name), {"base": name, "method": "base"}) for name in spec.bases]
+    bases = [
+        Arm(name, name, read.where("bases", name), ("bases", name), {"base": name, "method": "base"})
+        for name in spec.bases
+    ]
     trained = [arm for n, block in enumerate(spec.grid) for arm in _grid(block, read, n)]
     trained += [arm for n, one in enumerate(spec.arms) for arm in _named(one, read, n)]
-    for arm in [*bases, *_in_order(trained)]:
+    for arm in [*bases, *_in_order(trained, read)]:
         _add(found, arm)
     for n, block in enumerate(spec.merges):
         for arm in _merges(block, read, n, list(found.values())):
@@ -71,7 +76,6 @@ def _add(found: dict[str, Arm], arm: Arm) -> None:
 
 
 def _grid(block: GridBlock, read: Read, number: int) -> Iterator[Arm]:
-    where = read.where("grid", number)
     bases = block.base or tuple(read.spec.bases)
     for base in bases:
         _known_base(base, read, read.where("grid", number, "base"))
@@ -87,7 +91,7 @@ def _grid(block: GridBlock, read: Read, number: int) -> Iterator[Arm]:
         # What is started from is of the same base and seed, unless it is named in full.
         yield from _trained(
             slug("-".join([*parts, base, f"s{seed}"])),
-            where,
+            ("grid", number),
             read,
             {"base": base, "method": method, "data": data, "adapter": adapter, "seed": seed, "samples": samples},
             block.set,
@@ -101,7 +105,7 @@ def _named(one: ArmSpec, read: Read, number: int) -> Iterator[Arm]:
     _known_base(one.base, read, read.where("arms", number, "base"))
     if one.method is None or one.data is None:
         given = {"base": one.base, "method": "given", "adapter": one.adapter}
-        yield Arm(one.name, one.base, where, given, adapter=one.adapter)
+        yield Arm(one.name, one.base, where, ("arms", number), given, adapter=one.adapter)
         return
     factors: dict[str, Any] = {
         "base": one.base,
@@ -111,12 +115,12 @@ def _named(one: ArmSpec, read: Read, number: int) -> Iterator[Arm]:
         "seed": one.seed,
         "samples": one.samples,
     }
-    yield from _trained(one.name, where, read, factors, one.set, (one.start, None), one.checkpoints)
+    yield from _trained(one.name, ("arms", number), read, factors, one.set, (one.start, None), one.checkpoints)
 
 
 def _trained(
     name: str,
-    where: str,
+    place: tuple[str | int, ...],
     read: Read,
     factors: Mapping[str, Any],
     options: Mapping[str, Any],
@@ -138,7 +142,7 @@ def _trained(
         data_revisions=dict(spec.data_revisions),
     )
     parents = tuple(one for one in start if one is not None)
-    arm = Arm(name, str(factors["base"]), where, dict(factors), align=align, parents=parents)
+    arm = Arm(name, str(factors["base"]), read.where(*place), place, dict(factors), align=align, parents=parents)
     yield arm
     for step in checkpoints:
         yield replace(
@@ -146,17 +150,18 @@ def _trained(
         )
 
 
-def _in_order(arms: Sequence[Arm]) -> list[Arm]:
+def _in_order(arms: Sequence[Arm], read: Read) -> list[Arm]:
     """Arms after those that they go on from, whose names are settled."""
     by_name = {arm.name: arm for arm in arms}
     done: dict[str, Arm] = {}
-    settled = [_settled(arm, by_name) for arm in arms]
+    settled = [_settled(arm, by_name, read) for arm in arms]
     waiting = {id(arm): arm for arm in settled}
     while waiting:
         ready = [arm for arm in waiting.values() if all(parent in done for parent in arm.parents)]
         if not ready:
             stuck = next(iter(waiting.values()))
-            raise UserError(stuck.where, "waits for itself: its `from` leads back to it", "Take one `from` away.")
+            what = "waits for itself: its `from` leads back to it"
+            raise UserError(_from(stuck, read), what, "Take one `from` away.")
         for arm in ready:
             done.setdefault(arm.name, arm)
             del waiting[id(arm)]
@@ -165,22 +170,29 @@ def _in_order(arms: Sequence[Arm]) -> list[Arm]:
     return sorted(settled, key=lambda arm: order[arm.name])
 
 
-def _settled(arm: Arm, by_name: Mapping[str, Arm]) -> Arm:
+def _settled(arm: Arm, by_name: Mapping[str, Arm], read: Read) -> Arm:
     if arm.checkpoint is not None or not arm.parents:
         return arm
     found = next((name for name in arm.parents if name in by_name), None)
     if found is None:
-        raise unknown(f"{arm.where}, from", "arm", arm.parents[0], by_name, "harness study plan FILE")
+        raise unknown(_from(arm, read), "arm", arm.parents[0], by_name, "harness study plan FILE")
     if by_name[found].base != arm.base:
         what = f"{arm.name} is of base {arm.base}, and {found} of {by_name[found].base}"
-        raise UserError(f"{arm.where}, from", what, "Go on from an arm of the same base.")
+        raise UserError(_from(arm, read), what, "Go on from an arm of the same base.")
     assert arm.align is not None
     return replace(arm, align=arm.align.model_copy(update={"start": f"{ARM}{found}"}), parents=(found,))
+
+
+def _from(arm: Arm, read: Read) -> str:
+    return read.where(*arm.place, "from")
 
 
 def _merges(block: MergeBlock, read: Read, number: int, arms: Sequence[Arm]) -> Iterator[Arm]:
     """One merge for every value of the joined factors for which each input is exactly one arm."""
     where = read.where("merges", number)
+    for base in block.base or ():
+        _known_base(base, read, read.where("merges", number, "base"))
+    arms = [arm for arm in arms if block.base is None or arm.base in block.base]
     chosen = [_selected(one, read, (number, n), arms) for n, one in enumerate(block.inputs)]
     keys = [list(dict.fromkeys(tuple(arm.factors.get(key) for key in block.join) for arm in some)) for some in chosen]
     shared = [key for key in keys[0] if all(key in others for others in keys[1:])]
@@ -201,14 +213,20 @@ def _merges(block: MergeBlock, read: Read, number: int, arms: Sequence[Arm]) -> 
                     "Say more factors of it, or add some to `join`.",
                 )
             inputs.append(fitting[0])
-        yield _merge(block, where, read, inputs, dict(zip(block.join, key, strict=True)))
+        yield _merge(block, ("merges", number), read, inputs, dict(zip(block.join, key, strict=True)))
 
 
-def _merge(block: MergeBlock, where: str, read: Read, inputs: Sequence[Arm], joined: Mapping[str, Any]) -> Arm:
+def _merge(
+    block: MergeBlock,
+    place: tuple[str | int, ...],
+    read: Read,
+    inputs: Sequence[Arm],
+    joined: Mapping[str, Any],
+) -> Arm:
     base = inputs[0].base
     if strange := [arm for arm in inputs if arm.base != base]:
         what = f"{inputs[0].name} is of base {base}, and {strange[0].name} of {strange[0].base}"
-        raise UserError(where, what, "Join by base.")
+        raise UserError(read.where(*place, "join"), what, "Join by base.")
     short = [_short(arm, inputs) for arm in inputs]
     parts = [block.name] if block.name is not None else [block.method, "+".join(short)]
     parts += [f"s{value}" if key == "seed" else str(value) for key, value in joined.items() if value is not None]
@@ -228,7 +246,7 @@ def _merge(block: MergeBlock, where: str, read: Read, inputs: Sequence[Arm], joi
     )
     factors = {"method": block.method, "inputs": "+".join(short), **joined, "base": base}
     names = tuple(arm.name for arm in inputs)
-    return Arm(slug("-".join(parts)), base, where, factors, merge=spec, parents=names)
+    return Arm(slug("-".join(parts)), base, read.where(*place), place, factors, merge=spec, parents=names)
 
 
 def _short(arm: Arm, among: Sequence[Arm]) -> str:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from harness.alignment.plan import AlignPlan, plan_align
+from harness.contracts.adapter import Adapter
+from harness.contracts.aligner import Aligner
 from harness.contracts.merger import Merger
 from harness.contracts.registry import Registry, load_plugins
 from harness.core.config import parse_options
-from harness.core.errors import UserError
 from harness.core.records import AdapterInfo, ModelInfo
 from harness.core.specs import EvalSpec, ModelSpec
 from harness.evaluation.arms import Candidate
@@ -24,6 +24,7 @@ from harness.steps.once import Once
 from harness.steps.provenance import code_digest, digest_of_bytes
 from harness.steps.step import Step, make_step
 from harness.study.arms import ARM, Arm, arms_of
+from harness.study.said import said_at
 from harness.study.spec import Read, read_study
 from harness.tasks.catalog import Catalog, load_catalog
 
@@ -113,6 +114,7 @@ def plan_study(
     registry: Registry | None = None,
     models: Mapping[str, str] | None = None,
     changes: tuple[str, ...] = (),
+    revisions: Mapping[str, str] | None = None,
 ) -> StudyPlan:
     """Plan a study: what `harness study plan` does.
 
@@ -121,11 +123,12 @@ def plan_study(
         registry: from ``load_plugins``; by default all installed plugins and those that the study names.
         models: base name -> folder or hub id to take in place of the file's.
         changes: ``KEY=VALUE`` over keys of the file.
+        revisions: hub id of a data set -> commit, over the file's.
 
     Raises:
         UserError: with file, line and key, whatever must be mended before anything runs.
     """
-    read = read_study(file, models=models, changes=changes)
+    read = read_study(file, models=models, changes=changes, revisions=revisions)
     registry = registry or load_plugins(read.spec.plugins)
     return Planner(read, registry).plan()
 
@@ -142,9 +145,10 @@ class Planner:
 
     def plan(self) -> StudyPlan:
         """Every arm, every evaluation, one graph."""
+        self._check_names()
         promises: dict[str, Promise] = {}
         for arm in arms_of(self.read):
-            with self._at(arm.where):
+            with said_at(self.read, arm.place, arm.base):
                 promises[arm.name] = self.promise(arm, promises)
         evaluations = self.evaluations(promises)
         graph = Graph(one.step for one in promises.values() if one.step is not None)
@@ -161,6 +165,15 @@ class Planner:
                         graph.add(scores.step)
                         owned[scores.id] = owned[task.answers.id]
         return StudyPlan(self.read, self.registry, promises, evaluations, graph, owned)
+
+    def _check_names(self) -> None:
+        """Methods and adapters of grids, before merges are found to have no inputs because of one misspelt."""
+        for n, block in enumerate(self.read.spec.grid):
+            with said_at(self.read, ("grid", n)):
+                for name in block.method:
+                    self.registry.registered(Aligner, name, "METHOD")
+                for name in block.adapter:
+                    self.registry.registered(Adapter, name, "--adapter")
 
     def base(self, arm: Arm) -> ModelInfo:
         """The base of an arm, under the name that the study gives it."""
@@ -263,20 +276,10 @@ class Planner:
             options=asked.set,
             **asked.model_dump(exclude={"set"}),
         )
-        with self._at(self.read.where("evaluation")):
+        with said_at(self.read, ("evaluation",), group[0].arm.base):
             return plan_arms(
                 spec, group[0].model, lambda _: [one.candidate for one in group], self.registry, self.catalog, self.once
             )
-
-    @contextmanager
-    def _at(self, where: str) -> Iterator[None]:
-        """What is wrong within is said with the line of the study's file."""
-        try:
-            yield
-        except UserError as error:
-            if error.where.startswith(where.partition(":")[0]):
-                raise
-            raise UserError(f"{where} ({error.where})", error.what, error.fix) from None
 
 
 def _template_digest(template: str) -> str:

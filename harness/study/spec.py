@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,6 +37,8 @@ def _nested(value: Any) -> Any:
     return found
 
 
+Natural = Annotated[int, Field(ge=0, strict=True)]
+Count = Annotated[int, Field(ge=1, strict=True)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Options = Annotated[dict[str, Any], BeforeValidator(_nested)]
 _NAME = r"^[A-Za-z0-9][\w.@+-]*$"
@@ -56,14 +58,14 @@ class GridBlock(Config):
     data: Names = Field(description="short names of `data`, or expressions over data sets")
     base: Names | None = Field(None, description="names of `bases`; all of them when absent")
     adapter: Names = Field(("lora",), description="registered adapters")
-    seed: Annotated[tuple[int, ...], BeforeValidator(_listed)] = Field((0,), description="training seeds")
-    samples: Annotated[tuple[int | None, ...], BeforeValidator(_listed)] = Field(
+    seed: Annotated[tuple[Natural, ...], BeforeValidator(_listed)] = Field((0,), description="training seeds")
+    samples: Annotated[tuple[Count | None, ...], BeforeValidator(_listed)] = Field(
         (None,), description="rows to train on; all when absent"
     )
     start: str | None = Field(
         None, alias="from", description="an arm to go on from: its name, or its name without base and seed"
     )
-    checkpoints: tuple[int, ...] = Field((), description="optimiser steps whose adapter is an arm too")
+    checkpoints: tuple[Count, ...] = Field((), description="optimiser steps whose adapter is an arm too")
     set: Options = Field(default_factory=dict, description="the method's own options, and `adapter`, `dataset` groups")
 
 
@@ -78,7 +80,7 @@ class ArmSpec(Config):
     seed: int = Field(0, ge=0)
     samples: int | None = Field(None, ge=1)
     start: str | None = Field(None, alias="from", description="an arm to go on from")
-    checkpoints: tuple[int, ...] = ()
+    checkpoints: tuple[Count, ...] = ()
     set: Options = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -97,6 +99,7 @@ class MergeBlock(Config):
         min_length=1, description="each a pattern of arm names, or factors: {method: dpo, data: safe}"
     )
     weights: tuple[float, ...] = Field((), description="one for each input; equal when absent")
+    base: Names | None = Field(None, description="names of `bases` to merge on; all that the inputs have when absent")
     join: Names = Field(("base", "seed"), description="factors that the inputs of one merge share")
     form: Literal["model", "adapter"] = Field("model", alias="as", description="what is written")
     rank: int | None = Field(None, ge=1, description="rank of a truncated adapter")
@@ -160,13 +163,20 @@ def find_study(file: Path) -> Path:
     raise unknown(str(file), "study", str(file), shipped, "harness study --help")
 
 
-def read_study(file: Path, *, models: Mapping[str, str] | None = None, changes: tuple[str, ...] = ()) -> Read:
+def read_study(
+    file: Path,
+    *,
+    models: Mapping[str, str] | None = None,
+    changes: tuple[str, ...] = (),
+    revisions: Mapping[str, str] | None = None,
+) -> Read:
     """Read a study's file.
 
     Args:
         file: YAML.
         models: base name -> folder or hub id to take in place of the file's.
         changes: ``KEY=VALUE`` over keys of the file, as ``--set`` gives them.
+        revisions: hub id of a data set -> commit, over the file's.
 
     Raises:
         UserError: with file, line and key.
@@ -182,8 +192,9 @@ def read_study(file: Path, *, models: Mapping[str, str] | None = None, changes: 
         name: base.model_copy(update={"model": models[name]}) if models and name in models else base
         for name, base in spec.bases.items()
     }
-    source = {"file": str(file), "models": dict(models or {}), "changes": list(changes)}
-    return Read(spec.model_copy(update={"bases": bases}), located, source)
+    commits = {**spec.data_revisions, **(revisions or {})}
+    source = {"file": str(file), "models": dict(models or {}), "changes": list(changes), "revisions": commits}
+    return Read(spec.model_copy(update={"bases": bases, "data_revisions": commits}), located, source)
 
 
 class Read:
@@ -196,3 +207,12 @@ class Read:
     def where(self, *path: str | int) -> str:
         """``file:line, key``."""
         return self.located.where(path)
+
+    def where_set(self, block: tuple[str | int, ...], keys: Sequence[str]) -> str:
+        """``file:line, key`` of an option of a block, written as ``adapter: {rank: 8}`` or ``adapter.rank: 8``."""
+        keys = [key for key in keys if key]
+        for cut in range(len(keys)):
+            written = (*block, "set", *keys[:cut], ".".join(keys[cut:]))
+            if self.located.has(written):
+                return self.where(*written)
+        return self.where(*block, "set", *keys)

@@ -122,5 +122,6 @@ def _planned(order: Order) -> StudyPlan:
             registry=registry,
             models=order.spec["models"],
             changes=tuple(order.spec["changes"]),
+            revisions=order.spec["revisions"],
         )
     return _OPEN[key]

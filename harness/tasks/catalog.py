@@ -88,8 +88,8 @@ class Catalog:
             entry = Entry(parse(TaskSpec, load_yaml(file)), file, owner)
         elif isinstance(peek.get("task"), str) or "group" in peek:
             entry = _lm_eval_entry(file, peek, owner)
-        elif {"dataset_path", "output_type", "include"} & set(peek):
-            return None
+        elif {"dataset_path", "output_type", "include", "study"} & set(peek):
+            return None  # a part of other files, or what `harness study` reads
         else:
             raise UserError(
                 str(file),

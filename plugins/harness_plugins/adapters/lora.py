@@ -114,16 +114,15 @@ class Qlora(Lora):
 
         compute_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="type of matrix products")
 
-    def quantization(self, config: Any) -> Any:
-        """NF4 with double quantisation.
-
-        Raises:
-            UserError: bitsandbytes is not installed.
-        """
+    def check(self, config: Any) -> None:
+        """Refuse where bitsandbytes is not installed."""
         from importlib.util import find_spec
 
         if find_spec("bitsandbytes") is None:
             raise UserError("--adapter qlora", "bitsandbytes is not installed", "pip install bitsandbytes")
+
+    def quantization(self, config: Any) -> Any:
+        """NF4 with double quantisation."""
         import torch
         from transformers import BitsAndBytesConfig
 

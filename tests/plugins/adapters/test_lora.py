@@ -76,7 +76,7 @@ def test_a_target_that_the_model_has_not_is_refused(base: Any) -> None:
 def test_qlora_without_bitsandbytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
     with pytest.raises(UserError) as caught:
-        Qlora().quantization(Qlora.Config())
+        Qlora().check(Qlora.Config())
     assert str(caught.value).split(": ")[0] == "--adapter qlora"
     assert "bitsandbytes is not installed" in str(caught.value)
     assert "pip install bitsandbytes" in str(caught.value)
