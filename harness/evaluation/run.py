@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.contracts.executor import Failure
+from harness.contracts.executor import Failure, Pool
 from harness.contracts.registry import Registry, load_plugins
 from harness.core.config import parse_options
 from harness.core.errors import HarnessError, StepError
@@ -159,7 +160,6 @@ class _Run:
     def __init__(self, plan: EvalPlan, registry: Registry, store: RunStore, reporter: Reporter) -> None:
         self.plan, self.store, self.reporter = plan, store, reporter
         self.run = EvalSession(plan, registry, store, reporter)
-        self._worker: EvalWorker | None = None
         # What is wrong with a second engine is said before anything runs.
         second_plan(plan, registry)
 
@@ -178,17 +178,21 @@ class _Run:
         others = [other_run(folder, self.store.root) for folder in stores]
         pending = [unit for unit in run.units if fresh or not run.ended(unit)]
         broken = {unit.id: error for unit in pending if (error := run.unopenable(unit)) is not None}
-        if fresh:
-            RUN.clear(self.store.root)
-            run.forget_folders()
-        claim(self.store, self.plan, self.reporter)
-        remove_scratch(self.store.scratch)
-        for other in others:
-            take_steps(run, [unit for unit in pending if unit.id not in broken], other)
-            pending = [unit for unit in pending if not run.ended(unit)]
-        self._worker = EvalWorker(run, broken)
-        if pending or self.plan.spec.parity is not None:
-            self._execute(pending, how)
+        worker = EvalWorker(run, broken)
+        with ExitStack() as opened:
+            pool = None
+            if pending or self.plan.spec.parity is not None:
+                pool = opened.enter_context(open_pool(how, run.registry, self.reporter, worker.carry_out))
+            if fresh:
+                RUN.clear(self.store.root)
+                run.forget_folders()
+            claim(self.store, self.plan, self.reporter)
+            remove_scratch(self.store.scratch)
+            for other in others:
+                take_steps(run, [unit for unit in pending if unit.id not in broken], other)
+                pending = [unit for unit in pending if not run.ended(unit)]
+            if pool is not None:
+                self._execute(pool, pending)
         if not pending:
             self.reporter.note("everything was done before")
         rows, leaves = self._collect()
@@ -196,12 +200,10 @@ class _Run:
             raise error
         return Evaluation(self.store.root, self.plan, rows, leaves, run.runner.failures, dict(run.seconds))
 
-    def _execute(self, pending: Sequence[Unit], how: Execution) -> None:
+    def _execute(self, pool: Pool, pending: Sequence[Unit]) -> None:
         run = self.run
-        assert self._worker is not None
-        with open_pool(how, run.registry, self.reporter, self._worker.carry_out) as pool:
-            execute = Execute(pool, run.runner, run.registry, lambda order: unfinished(run, order, execute.finished))
-            execute.carry_out(list(jobs_of(run, pending, pool.capacity())))
+        execute = Execute(pool, run.runner, run.registry, lambda order: unfinished(run, order, execute.finished))
+        execute.carry_out(list(jobs_of(run, pending, pool.capacity())))
         for result in execute.results.values():
             self._add(result)
 

@@ -78,9 +78,10 @@ class EvalWorker:
             session.runner.failures[PARITY] = str(error)
             session.reporter.note(f"failed: parity: {error}")
 
-    def close(self) -> None:
-        """Close what scorers have opened."""
-        for scorer in self.session.scorers:
+    def close(self, keys: Sequence[str]) -> None:
+        """Close what the scorers of some steps have opened."""
+        steps = [step for unit in units_of(self.session, keys) for step in unit.task.scores]
+        for scorer in {id(step.scorer): step.scorer for step in steps}.values():
             scorer.close()
 
 
@@ -108,7 +109,9 @@ def jobs_of(session: EvalSession, pending: Sequence[Unit], workers: int) -> Iter
         "folder": str(Path.cwd()),
     }
     engine, options = session.plan.engine, session.plan.engine_options
-    needs = Needs(devices=engine.devices(options), memory=session.plan.model.size_bytes or 0)
+    devices = engine.devices(options)
+    # On an accelerator weights take little of the machine's own memory.
+    needs = Needs(devices=devices, memory=0 if devices or engine.remote else session.plan.model.size_bytes)
     answered_by: dict[str, str] = {}
     for number, group in enumerate(groups_of(session.plan, pending, workers), start=1):
         keys = tuple(unit.id for unit in group.units)
@@ -179,7 +182,7 @@ def carry_out(order: Order, context: WorkerContext) -> dict[str, Any]:
         worker.carry_out(order, context)
     finally:
         if order.spec["part"] == "scores":
-            worker.close()
+            worker.close(order.keys)
     last = session.runner.last_error
     return {
         "failures": dict(session.runner.failures),
