@@ -63,11 +63,12 @@ def _refuse_code(located: Located, own: Path) -> None:
 
 
 def _refuse_servers(located: Located, own: Path) -> None:
-    """A key of the user's would be sent to wherever the folder says."""
+    """A key of the user's, and with an executor all that is evaluated, would be sent to wherever the folder says."""
     for path, value in _leaves(located.data.get("options") or {}, ("options",)):
-        if path[-1].endswith("_env") or (isinstance(value, str) and value.lower().startswith(("http://", "https://"))):
+        address = isinstance(value, str) and value.lower().startswith(("http://", "https://"))
+        if path[-1].endswith("_env") or address or path[1] == "executor":
             fix = f"Pass --set {'.'.join(path[1:])}=... if you mean it, or write it into {own}."
-            raise UserError(located.where(path), "a working folder's file names no server and no key", fix)
+            raise UserError(located.where(path), "a working folder's file names no server, no key and no executor", fix)
 
 
 def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.contracts.executor import Failure
+from harness.contracts.executor import Failure, Pool
 from harness.contracts.registry import Registry, load_plugins
 from harness.core.config import parse_options
 from harness.core.errors import HarnessError, StepError
@@ -156,7 +157,6 @@ class _Run:
     def __init__(self, plan: EvalPlan, registry: Registry, store: RunStore, reporter: Reporter) -> None:
         self.plan, self.store, self.reporter = plan, store, reporter
         self.run = EvalSession(plan, registry, store, reporter)
-        self._worker: EvalWorker | None = None
         self._answered: dict[str, Answered] = {}
         # What is wrong with a second engine is said before anything runs.
         second_plan(plan, registry)
@@ -177,18 +177,22 @@ class _Run:
         pending = [unit for unit in run.units if fresh or not run.ended(unit)]
         unanswered = [unit for unit in pending if fresh or not self._is_answered(unit)]
         broken = {unit.id: error for unit in unanswered if (error := run.unopenable(unit)) is not None}
-        if fresh:
-            RUN.clear(self.store.root)
-            run.forget_folders()
-        claim(self.store, self.plan, self.reporter)
-        remove_scratch(self.store.scratch)
-        for other in others:
-            take_steps(run, [unit for unit in pending if unit.id not in broken], other)
-            pending = [unit for unit in pending if not run.ended(unit)]
-            unanswered = [unit for unit in unanswered if unit in pending and not self._is_answered(unit)]
-        self._worker = EvalWorker(run, broken, self._answered)
-        if pending or self.plan.spec.parity is not None:
-            self._execute(pending, unanswered, how)
+        worker = EvalWorker(run, broken, self._answered)
+        with ExitStack() as opened:
+            pool = None
+            if pending or self.plan.spec.parity is not None:
+                pool = opened.enter_context(open_pool(how, run.registry, self.reporter, worker.carry_out))
+            if fresh:
+                RUN.clear(self.store.root)
+                run.forget_folders()
+            claim(self.store, self.plan, self.reporter)
+            remove_scratch(self.store.scratch)
+            for other in others:
+                take_steps(run, [unit for unit in pending if unit.id not in broken], other)
+                pending = [unit for unit in pending if not run.ended(unit)]
+                unanswered = [unit for unit in unanswered if unit in pending and not self._is_answered(unit)]
+            if pool is not None:
+                self._execute(pool, pending, unanswered)
         if not pending:
             self.reporter.note("everything was done before")
         rows, leaves = self._collect()
@@ -202,12 +206,10 @@ class _Run:
             self._answered[unit.id] = found
         return found is not None
 
-    def _execute(self, pending: Sequence[Unit], unanswered: Sequence[Unit], how: Execution) -> None:
+    def _execute(self, pool: Pool, pending: Sequence[Unit], unanswered: Sequence[Unit]) -> None:
         run = self.run
-        assert self._worker is not None
-        with open_pool(how, run.registry, self.reporter, self._worker.carry_out) as pool:
-            execute = Execute(pool, run.runner, run.registry, lambda order: unfinished(run, order, execute.finished))
-            execute.carry_out(list(jobs_of(run, pending, unanswered, pool.capacity())))
+        execute = Execute(pool, run.runner, run.registry, lambda order: unfinished(run, order, execute.finished))
+        execute.carry_out(list(jobs_of(run, pending, unanswered, pool.capacity())))
         for result in execute.results.values():
             self._add(result)
 

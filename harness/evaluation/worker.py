@@ -42,7 +42,7 @@ class EvalWorker:
         self,
         session: EvalSession,
         broken: Mapping[str, Exception] | None = None,
-        answered: Mapping[str, Answered] | None = None,
+        answered: dict[str, Answered] | None = None,
     ) -> None:
         """Prepare.
 
@@ -52,7 +52,7 @@ class EvalWorker:
             answered: answers of before that are at hand, by the id of their step.
         """
         self.session, self._broken = session, broken
-        self._answered: dict[str, Answered] = dict(answered or {})
+        self._answered: dict[str, Answered] = answered if answered is not None else {}
 
     def carry_out(self, order: Order, context: WorkerContext) -> None:
         """Carry out an order; what fails of it is in the session's runner, and on disk."""
@@ -114,7 +114,9 @@ def jobs_of(session: EvalSession, pending: Sequence[Unit], unanswered: Sequence[
         "folder": str(Path.cwd()),
     }
     engine, options = session.plan.engine, session.plan.engine_options
-    needs = Needs(devices=engine.devices(options), memory=session.plan.model.size_bytes or 0)
+    devices = engine.devices(options)
+    # On an accelerator weights take little of the machine's own memory.
+    needs = Needs(devices=devices, memory=0 if devices or engine.remote else session.plan.model.size_bytes)
     answered_by: dict[str, str] = {}
     for number, group in enumerate(groups_of(session.plan, unanswered, workers), start=1):
         keys = tuple(unit.id for unit in group.units)

@@ -140,21 +140,27 @@ class Execute:
         failure = event.failure
         if event.outcome == "failed" and failure is not None and failure.kind in ("user", "damage"):
             raise error_of(failure)
-        if failure is not None:
-            reason = failure.text
-        elif event.outcome == "stopped":
-            reason = "was stopped by a signal"
-        else:
-            reason = said_of(event.code)
-        for step, folder in self._unfinished(order):
+        what = f"its worker {_reason(event)}"
+        steps = list(self._unfinished(order))
+        for step, folder in steps:
             # Should that worker live on somewhere, it must not end what is recorded here.
             folder.supersede()
-            what = f"its worker {reason}" if failure is None else f"its worker failed: {reason}"
             self._runner.fail(step, folder, StepError(folder.name, what, "The same command goes on."))
+        if not order.keys:
+            self._runner.failures[order.id] = f"{order.id}: {what}"
+        if not steps:
+            ended = "; its steps had ended" if order.keys else ""
+            self._runner.reporter.note(f"failed: {order.id}: {what}{ended}")
 
     def _fault(self, what: str) -> StepError:
         fix = "A fault of the executor: harness.testing.check_executor finds such."
         return StepError(f"executor {type(self._pool).__name__}", what, fix)
+
+
+def _reason(event: Event) -> str:
+    if event.failure is not None:
+        return f"failed: {event.failure.text}"
+    return "was stopped by a signal" if event.outcome == "stopped" else said_of(event.code)
 
 
 def refuse_unplanned(order: Order, planned: Iterable[str]) -> None:

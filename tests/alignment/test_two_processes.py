@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from harness import align
+from harness import Event, Failure, align
 from harness.alignment.checks import check_processes
 from harness.alignment.ranks import Children, train_apart
 from harness.core.errors import Requeue, StepError, UserError
@@ -158,22 +158,33 @@ def test_a_batch_that_cannot_be_shared_is_refused() -> None:
     )
 
 
+def failed(kind: str, *parts: str, text: str = "") -> Event:
+    failure = Failure.model_validate({"kind": kind, "parts": parts, "text": text})
+    return Event(order="rank 0", kind="ended", outcome="failed", failure=failure)
+
+
+KILLED = Event(order="rank 1", kind="ended", outcome="crashed", code=-9)
+
+
 @pytest.mark.parametrize(
     ("endings", "raised", "text"),
     [
         # A peer of the process that failed reports a broken connection, perhaps first.
-        ([{"kind": "bug", "text": "peer closed"}, {"kind": "step", "parts": ["s", "nan", ""]}], StepError, "s: nan"),
-        ([{"kind": "bug", "text": "x"}, {"kind": "user", "parts": ["a", "b", "c"]}], UserError, "a: b\n  c"),
-        ([{"kind": "bug", "text": "why"}], RuntimeError, "one of 2 processes failed:\nwhy"),
-        ([], RuntimeError, "one of 2 processes failed:\na process ended with -9 and said nothing"),
+        ([failed("bug", text="peer closed"), failed("step", "s", "nan", ""), KILLED], StepError, "s: nan"),
+        ([failed("bug", text="x"), failed("user", "a", "b", "c")], UserError, "a: b\n  c"),
+        ([failed("memory", text="of 1 GiB"), KILLED], MemoryError, "of 1 GiB"),
+        ([failed("bug", text="why"), KILLED], RuntimeError, "one of 2 processes failed:\nwhy"),
+        (
+            [KILLED, KILLED],
+            RuntimeError,
+            "one of 2 processes failed:\na process was killed by SIGKILL, as when memory runs out",
+        ),
     ],
 )
 def test_the_cause_is_told_not_its_consequence(
-    monkeypatch: pytest.MonkeyPatch, endings: list[dict[str, Any]], raised: type[Exception], text: str
+    monkeypatch: pytest.MonkeyPatch, endings: list[Event], raised: type[Exception], text: str
 ) -> None:
     class Ended(Children):
-        codes = property(lambda self: [0, -9])
-
         def __init__(self, *_: Any) -> None:
             self.endings = endings
 
@@ -191,9 +202,9 @@ def test_out_of_memory_goes_back_to_the_parent(monkeypatch: pytest.MonkeyPatch, 
     """The parent halves the micro batch and starts them again."""
     asked = list[int]()
 
-    def ended(payload: dict[str, Any], *_: Any) -> dict[str, Any]:
+    def ended(payload: dict[str, Any], *_: Any) -> Event | None:
         asked.append(payload["micro"])
-        return {"kind": "memory", "text": "out of memory: 1 GiB"}
+        raise MemoryError("out of memory: 1 GiB")
 
     monkeypatch.setattr("harness.alignment.stage.train_apart", ended)
     with pytest.raises(StepError, match="out of memory with one row at a time: out of memory: 1 GiB"):

@@ -17,7 +17,6 @@ import pytest
 from harness.contracts.registry import KINDS as CONTRACTS
 from harness.contracts.scaffold import KINDS, write_package
 from harness.core.errors import UserError
-from harness.evaluation import run as execute
 from tests.alignment.rows import write_pairs
 
 ROOT = Path(__file__).parents[2]
@@ -150,7 +149,7 @@ def put_to_use(kind: str, tiny: Path, sums: Path, pairs: str) -> list[str | Path
         "scorer": [*evaluate, "--task", "sums", "--engine", "transformers"],
         "engine": [*evaluate, "--task", "sums", "--engine", "made"],
         "observer": [*evaluate, "--task", "sums", "--engine", "transformers"],
-        "executor": [*evaluate, "--task", "sums", "--engine", "transformers"],
+        "executor": [*evaluate, "--task", "sums", "--engine", "transformers", "--executor", "made"],
         "task": [*evaluate, "--task", "made", "--engine", "transformers"],
     }[kind]
 
@@ -163,13 +162,8 @@ def write_rated(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_written_is_trained_or_evaluated_with(
-    kind: str, cli: Any, tiny: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_written_is_trained_or_evaluated_with(kind: str, cli: Any, tiny: Path, sums: Path) -> None:
     """Not by its own kit alone: by the command that its author will type next."""
-    if kind == "executor":
-        # There is no option for it yet.
-        monkeypatch.setattr(execute, "EXECUTOR", "made")
     write_package(kind, "made", "package")
     pairs = write_pairs(Path(), count=12)
     ran = cli(*put_to_use(kind, tiny, sums, pairs), "--plugin", "package/harness_made/__init__.py")

@@ -37,6 +37,7 @@ def test_a_working_folder_brings_no_code(own: Path, alone: Path, key: str, optio
     [
         ("t: {scorer: {llm: {model: 'HTTP://evil.example/v1'}}}", "options.t.scorer.llm.model", "t.scorer.llm.model"),
         ("engine: {api_key_env: BANK_TOKEN}", "options.engine.api_key_env", "engine.api_key_env"),
+        ("executor: {address: 'ray://evil:10001'}", "options.executor.address", "executor.address"),
     ],
 )
 def test_a_working_folder_sends_no_key_anywhere(own: Path, alone: Path, line: str, where: str, option: str) -> None:
@@ -44,7 +45,7 @@ def test_a_working_folder_sends_no_key_anywhere(own: Path, alone: Path, line: st
     with pytest.raises(UserError) as caught:
         load_user_defaults()
     assert str(caught.value) == (
-        f"harness.yaml:2, {where}: a working folder's file names no server and no key\n"
+        f"harness.yaml:2, {where}: a working folder's file names no server, no key and no executor\n"
         f"  Pass --set {option}=... if you mean it, or write it into {own / 'config.yaml'}."
     )
     (own / "config.yaml").write_text((alone / "harness.yaml").read_text(), encoding="utf-8")

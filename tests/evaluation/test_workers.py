@@ -17,14 +17,16 @@ from typing import Any
 import pytest
 
 import harness
-from harness import Execution, Order, WorkerContext
+from harness import Event, Execution, ExecutorContext, InProcessPool, Order, WorkerContext
 from harness.contracts.registry import load_plugins
 from harness.core.errors import UserError
 from harness.core.progress import Reporter
 from harness.evaluation import worker
 from harness.report.build import write_reports
+from harness.steps.execute import Execute, Job
 from harness.steps.lock import FolderLock
 from harness.steps.orders import RelayObservers
+from harness.steps.runner import Runner
 from harness.testing import tiny_adapter
 from tests.e2e.test_killed import start, wait_for
 
@@ -171,6 +173,51 @@ def test_a_crash_takes_its_own_order_alone(tiny: Path, sums: Path, adapters: Pat
     assert rows(again) == rows(whole) and made(again.root) == made(whole.root)
 
 
+def test_parity_is_measured_by_a_worker_too(cli: Any, tiny: Path, sums: Path, frail: Path, alone: Path) -> None:
+    command = ["eval", "--model", tiny, "--tasks", sums, "--task", "sums", "--limit", "2", "--plugin", frail]
+    command += ["--engine", "frail", "--parity", "2", "--set", "executor.workers=1", "--out", "out"]
+    ran = cli(*command, "--parity-engine", "transformers")
+    assert ran.code == 0, ran.err
+    assert "loading tiny (transformers)" in ran.err and (alone / "out" / "parity.json").is_file()
+
+
+def test_an_order_without_steps_that_crashes_is_told(tiny: Path, sums: Path, frail: Path) -> None:
+    """Of parity, say: every score is there, and the run says that something is not."""
+    run = Runner(None, said := Saying())
+    execute = Execute(Crashing(), run, None, lambda order: [])
+    execute.carry_out([Job(Order(id="parity", worker="x")), Job(Order(id="late", worker="x", keys=("a",)))])
+    assert run.failures == {"parity": "parity: its worker was killed by SIGSEGV"}
+    assert said.notes == [
+        "failed: parity: its worker was killed by SIGSEGV",
+        "failed: late: its worker was killed by SIGSEGV; its steps had ended",
+    ]
+
+
+class Crashing(InProcessPool):
+    def __init__(self) -> None:
+        super().__init__(ExecutorContext(Reporter(), RelayObservers("", lambda event: None)))
+
+    def submit(self, order: Order) -> None:
+        self._said.append(Event(order=order.id, kind="ended", outcome="crashed", code=-11))
+
+
+def test_an_executor_that_takes_nothing_is_at_fault() -> None:
+    pool = Crashing()
+    pool.capacity = lambda: 0  # type: ignore[method-assign]
+    with pytest.raises(harness.StepError, match="executor Crashing: takes no order, and 1 wait"):
+        Execute(pool, Runner(None, Reporter()), None, lambda order: []).carry_out([Job(Order(id="a", worker="x"))])
+
+
+def test_the_command_line_names_an_executor(cli: Any, slow_eval: list[str], alone: Path) -> None:
+    command = [*slow_eval, "--out", "out", "--executor"]
+    ran = cli(*command, "loacl")
+    assert ran.code == 2 and "error: --executor: unknown executor 'loacl'\n  Did you mean 'local'?" in ran.err
+    ran = cli(*command, "local", "--set", "executor.wokers=2")
+    assert ran.code == 2 and "error: --set executor, wokers: unknown key 'wokers'" in ran.err
+    # Nothing was written before that was known.
+    assert not (alone / "out").exists()
+
+
 def children_of(pid: int) -> list[int]:
     tasks = Path(f"/proc/{pid}/task").iterdir()
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
@@ -288,6 +335,7 @@ def test_a_plugin_that_is_an_object_here_is_not_there(tiny: Path, sums: Path, fr
 HOLD = """
 import sys, time
 from pathlib import Path
+from harness.steps.execute import Execute, Job
 from harness.steps.lock import FolderLock
 with FolderLock(Path(sys.argv[1]), "a step"):
     print("held", flush=True)
