@@ -109,21 +109,29 @@ def _key(plan: StudyPlan, arm: str) -> str:
 
 
 def _say_why(plan: StudyPlan, key: str, root: Path) -> None:
-    """Print what a step's id is made of, and where its record differs."""
+    """Print what a step's id is made of, and in what other records of its arm differ from it."""
     from harness.steps.files import read_json
     from harness.steps.step import unequal
+    from harness.study.plan import STEP
+    from harness.study.run import read_index
 
     found = [step for step in plan.graph if step.id.startswith(key)]
     if len(found) != 1:
         fix = "Give one from `harness study steps FILE`."
         raise UserError(f"--why {key}", f"{len(found)} steps have such a key", fix)
     step = found[0]
-    print_json({"kind": step.kind, "arm": step.arm, "key": step.id, "identity": step.identity})
+    id_ = read_index(root).get(step.id, step.id)
+    was = {}
     # Another step of this kind and arm, as an earlier version of the study had it.
     for folder in sorted((root / "steps").glob(f"{step.kind}-{step.arm}-*")):
-        before = read_json(folder / "step.json")
-        for line in unequal(before.get("identity"), dict(step.identity)):
-            print(visible(f"{folder.name}: {line}"))
+        if not folder.name.endswith(id_[:12]):
+            before = read_json(folder / "step.json").get("identity") or {}
+            now = {key: value for key, value in step.identity.items() if key in before}
+            lines = unequal({key: before[key] for key in now}, now)
+            # What an input will be is known by its own step alone.
+            was[folder.name] = [line for line in lines if f"is '{STEP}" not in line]
+    told = {"kind": step.kind, "arm": step.arm, "key": step.id, "identity": step.identity}
+    print_json({**told, "differs_from": was})
 
 
 @study_app.command("run")

@@ -10,7 +10,9 @@ from typing import Any
 
 from harness.core.errors import UserError, unknown
 from harness.core.specs import AlignSpec, MergeInput, MergeSpec, ModelSpec
+from harness.data.expression import portable
 from harness.steps.files import slug
+from harness.steps.step import without_paths
 from harness.study.spec import ArmSpec, GridBlock, MergeBlock, Read
 
 ARM = "arm:"
@@ -82,8 +84,9 @@ def _grid(block: GridBlock, read: Read, number: int) -> Iterator[Arm]:
     for base, method, data, adapter, seed, samples in itertools.product(
         bases, block.method, block.data, block.adapter, block.seed, block.samples
     ):
-        parts = [block.name] if block.name is not None else [method, data, adapter]
-        for values, value in ((block.method, method), (block.data, data), (block.adapter, adapter)):
+        called = _called(data, read)
+        parts = [block.name] if block.name is not None else [method, called, adapter]
+        for values, value in ((block.method, method), (block.data, called), (block.adapter, adapter)):
             if block.name is not None and len(values) > 1:
                 parts.append(value)
         if samples is not None and len(block.samples) > 1:
@@ -104,7 +107,7 @@ def _named(one: ArmSpec, read: Read, number: int) -> Iterator[Arm]:
     where = read.where("arms", number, "name")
     _known_base(one.base, read, read.where("arms", number, "base"))
     if one.method is None or one.data is None:
-        given = {"base": one.base, "method": "given", "adapter": one.adapter}
+        given = {"base": one.base, "method": "given", "adapter": without_paths(one.adapter)}
         yield Arm(one.name, one.base, where, ("arms", number), given, adapter=one.adapter)
         return
     factors: dict[str, Any] = {
@@ -142,12 +145,16 @@ def _trained(
         data_revisions=dict(spec.data_revisions),
     )
     parents = tuple(one for one in start if one is not None)
-    arm = Arm(name, str(factors["base"]), read.where(*place), place, dict(factors), align=align, parents=parents)
+    told = {**factors, "data": _called(factors["data"], read)}
+    arm = Arm(name, str(factors["base"]), read.where(*place), place, told, align=align, parents=parents)
     yield arm
     for step in checkpoints:
-        yield replace(
-            arm, name=f"{name}-step{step}", factors={**factors, "step": step}, checkpoint=step, parents=(name,)
-        )
+        yield replace(arm, name=f"{name}-step{step}", factors={**told, "step": step}, checkpoint=step, parents=(name,))
+
+
+def _called(data: str, read: Read) -> str:
+    """The short name of data, or the expression without the folders of its files."""
+    return data if data in read.spec.data else portable(data)
 
 
 def _in_order(arms: Sequence[Arm], read: Read) -> list[Arm]:

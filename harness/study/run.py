@@ -379,8 +379,9 @@ class StudyRun:
             if folder.status() is None:
                 self.runner.fail(step, folder, error)
             else:
-                self.runner.failures[folder.name] = str(error)
-                self.reporter.note(f"failed: {error}")
+                # Recorded where it happened, with type and place.
+                why = self.runner.failures.setdefault(folder.name, str(error))
+                self.reporter.note(f"failed: {why}")
             return None
         return folder
 

@@ -1,0 +1,165 @@
+"""Nothing is lost: killed at any moment, or with a file torn, the same command ends with an uninterrupted run's digests."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.alignment.processes import Child, Zygote
+from tests.study.conftest import Write, records
+
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+AT_STEP = f"""
+import os, signal, harness.alignment.driver as t
+real = t.Driven.training_step
+def training_step(self, *a, **k):
+    loss = real(self, *a, **k)
+    if self.state.global_step == 3:
+        {KILL}
+    return loss
+t.Driven.training_step = training_step
+"""
+AT_FILE = f"""
+import os, signal, harness.{{module}} as m
+real = m.write_json
+def write_json(path, value):
+    if {{before}} and path.name == "{{file}}" and "{{within}}" in str(path):
+        {KILL}
+    real(path, value)
+    if path.name == "{{file}}" and "{{within}}" in str(path):
+        {KILL}
+m.write_json = write_json
+"""
+IN_ANSWERS = f"""
+import os, signal, harness_plugins.engines.transformers.session as s
+real, calls = s.TransformersSession.run, []
+def run(self, requests):
+    calls.append(1)
+    if len(calls) == {{call}}:
+        {KILL}
+    return real(self, requests)
+s.TransformersSession.run = run
+"""
+IN_SCORES = f"""
+import os, signal, harness.evaluation.many as m
+m.score_all = lambda *a: {KILL}
+"""
+
+
+def at_file(module: str, file: str, within: str, *, before: bool = True) -> str:
+    """Killed at a write of this file of a step whose folder begins so."""
+    return AT_FILE.format(module=module, file=file, within=within, before=before)
+
+
+MOMENTS = {
+    "in training": AT_STEP,
+    "before the record of an adapter": at_file("steps.folder", "status.json", "align-dpo"),
+    "after the record of an adapter": at_file("steps.folder", "status.json", "align-dpo", before=False),
+    "before a merge begins": at_file("steps.folder", "step.json", "merge-"),
+    "before the record of a merge": at_file("steps.folder", "status.json", "merge-"),
+    "before it is known what a merge is": at_file("study.run", "model.json", "merge-"),
+    "before weights go": at_file("study.run", "gone.json", "merge-"),
+    "after it is said that weights go": at_file("study.run", "gone.json", "merge-", before=False),
+    "before the index": at_file("study.run", "index.json", "index"),
+    "after the index": at_file("study.run", "index.json", "index", before=False),
+    "before answers": IN_ANSWERS.format(call=1),
+    "in answers": IN_ANSWERS.format(call=2),
+    "before the record of answers": at_file("steps.folder", "status.json", "answers-"),
+    "before scores": IN_SCORES,
+    "after the first scores": at_file("steps.folder", "status.json", "scores-", before=False),
+    "before the plan": at_file("study.run", "plan.json", "plan"),
+}
+
+
+@pytest.fixture
+def study(small: dict[str, Any], write: Write, alone: Path) -> list[str]:
+    """The command that carries out `small` into the folder `run`."""
+    return ["study", "run", str(write(small)), "--out", "run"]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at(moment: str, study: list[str], alone: Path, zygote: Zygote, small_run: Path) -> None:
+    code, said = zygote.run(study, cwd=alone, patch=MOMENTS[moment])
+    assert code == -9, said
+    code, said = zygote.run(study, cwd=alone)
+    assert code == 0, said
+    assert records(Path("run")) == records(small_run)
+    assert not list(Path("run").glob("steps/merge-*/artifact/*.safetensors"))
+    assert Path("run/report/tiny/report.json").is_file()
+
+
+def test_killed_again_and_again(study: list[str], alone: Path, zygote: Zygote, small_run: Path) -> None:
+    """At moments that nobody has chosen: each pass gets a little further, or no further, and none does harm."""
+    draw = random.Random(20240604)
+    for _ in range(6):
+        child = zygote.start(study, cwd=alone)
+        time.sleep(draw.uniform(0.2, 3.0))
+        os.kill(child.pid, 9)
+        child.wait()
+    code, said = zygote.run(study, cwd=alone)
+    assert code == 0, said
+    assert records(Path("run")) == records(small_run)
+
+
+TORN = (
+    *("plan.json", "index.json", "steps/align-dpo-*/status.json", "steps/align-sft-*/step.json"),
+    *("steps/align-dpo-*/artifact/adapter_model.safetensors", "steps/align-sft-*/artifact/adapter_config.json"),
+    *("steps/merge-*/status.json", "steps/merge-*/model.json", "steps/merge-*/gone.json"),
+    *("steps/merge-*/artifact/config.json", "steps/answers-tiny-sums-*/artifact/answers.jsonl.gz"),
+    *("steps/answers-tiny+dpo-*/status.json", "steps/scores-tiny+sft-*/artifact/scores.json"),
+    *("steps/scores-tiny+merged-*/status.json", "requests/*.jsonl.gz"),
+)
+
+
+@pytest.mark.parametrize("name", TORN)
+def test_a_torn_file_is_mended_or_named(
+    name: str, study: list[str], alone: Path, zygote: Zygote, small_run: Path
+) -> None:
+    shutil.copytree(small_run, "run")
+    (file,) = Path("run").glob(name)
+    os.truncate(file, random.Random(name).randrange(file.stat().st_size))
+    code, said = zygote.run(study, cwd=alone)
+    assert "Traceback" not in said
+    if code == 0:
+        assert records(Path("run")) == records(small_run)
+        return
+    assert code == 2, said
+    message = said[said.index("error: ") :]
+    assert file.name in message or file.parent.name in message, message
+    assert "\n  " in message
+
+
+def test_steps_driven_from_outside_two_at_a_time(
+    study: list[str], alone: Path, zygote: Zygote, small_run: Path
+) -> None:
+    """As a Slurm array, Airflow or Snakemake would: list what is ready, carry out two at once, until nothing is left."""
+    file = study[2]
+    rounds, order = 0, []
+    while rounds < 20:
+        code, said = zygote.run(["study", "steps", file, "--out", "run", "--ready", "--json"], cwd=alone)
+        assert code == 0, said
+        ready = json.loads(said)
+        if not ready:
+            break
+        for start in range(0, len(ready), 2):
+            two: list[Child] = [
+                zygote.start(["study", "step", file, row["key"], "--out", "run"], cwd=alone)
+                for row in ready[start : start + 2]
+            ]
+            for child in two:
+                assert child.wait() == 0, child.said()
+        order.append([row["kind"] for row in ready])
+        rounds += 1
+    # Both adapters, and the base's answers; then the merge and what is asked of adapters; then what is asked of the merge.
+    assert set(order[0]) == {"align", "answers"}
+    assert records(Path("run")) == records(small_run)
+    code, said = zygote.run(study, cwd=alone)
+    assert code == 0, said
+    assert "align " not in said
