@@ -128,7 +128,8 @@ def jobs_of(session: EvalSession, pending: Sequence[Unit], unanswered: Sequence[
     for unit in pending:
         for plan in unit.task.scores:
             scorers.setdefault(plan.scorer.key, (plan.scorer, []))[1].append((unit, plan.id))
-    scored = []
+    scored: list[str] = []
+    before_it: dict[str, str] = {}
     for number, (scorer, steps) in enumerate(sorted(scorers.values(), key=lambda one: _opens(one[0])), start=1):
         order = Order(
             id=f"scores-{number}-{scorer.plugin.name}",
@@ -138,7 +139,11 @@ def jobs_of(session: EvalSession, pending: Sequence[Unit], unanswered: Sequence[
             **common,
         )
         scored.append(order.id)
-        yield Job(order, frozenset(answered_by[unit.id] for unit, _ in steps if unit.id in answered_by))
+        # Scorers of one plugin may share a judge's journal, which two processes must not write.
+        last = before_it.get(scorer.plugin.name)
+        before_it[scorer.plugin.name] = order.id
+        after = {answered_by[unit.id] for unit, _ in steps if unit.id in answered_by}
+        yield Job(order, frozenset(after | ({last} if last is not None else set())))
     if session.plan.spec.parity is not None:
         before = frozenset(answered_by.values()).union(scored)
         yield Job(Order(id=PARITY, spec={"eval": spec, "part": PARITY}, needs=needs, **common), before)

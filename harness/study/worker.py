@@ -64,6 +64,7 @@ def _scores(plan: StudyPlan, answered: dict[str, str], common: dict[str, Any], c
         for task in evaluation.tasks:
             for scores in task.scores:
                 found.setdefault(scores.scorer.key, (scores.scorer, {}))[1][scores.id] = answered[task.answers.id]
+    before_it: dict[str, str] = {}
     for number, (scorer, keys) in enumerate(found.values(), start=1):
         opens = scorer.plugin.needs(scorer.config) in ("classifier", "engine")
         order = Order(
@@ -72,7 +73,10 @@ def _scores(plan: StudyPlan, answered: dict[str, str], common: dict[str, Any], c
             needs=Needs(devices=int(opens and cuda)),
             **common,
         )
-        yield Job(order, frozenset(keys.values()))
+        # Scorers of one plugin may share a judge's journal, which two processes must not write.
+        last = before_it.get(scorer.plugin.name)
+        before_it[scorer.plugin.name] = order.id
+        yield Job(order, frozenset(keys.values()).union({last} if last is not None else ()))
 
 
 def unfinished(plan: StudyPlan, root: Path, order: Order) -> Iterator[tuple[Step, StepFolder]]:
