@@ -63,7 +63,7 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__") and name != "_"
 
 
-PYTHON = {"_replace"}
+PYTHON = {"_exit", "_replace"}
 """Of named tuples: documented, though it begins so."""
 
 
