@@ -64,7 +64,7 @@ def is_private(name: str) -> bool:
 
 
 PYTHON = {"_exit", "_replace"}
-"""Of named tuples: documented, though it begins so."""
+"""Of os and of named tuples: documented, though they begin so."""
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))

@@ -251,7 +251,7 @@ def _continue_from(adapter: Path, base: Path) -> None:
     from harness.core.specs import AlignSpec
 
     spec = AlignSpec(method="dpo", dataset="d", model=ModelSpec(model=str(base)), start=str(adapter))
-    find_start(spec, inspect_model(spec.model), None)
+    find_start(spec, inspect_model(spec.model), None, {})
 
 
 @pytest.mark.filterwarnings("ignore")
