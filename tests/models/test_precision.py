@@ -220,4 +220,4 @@ def test_training_is_planned_in_the_type_that_it_runs_in(tiny: Path, alone: Path
 
     assert plan("auto", "cpu").id == plan("float32", "cpu").id
     assert plan("auto", "cuda").id == plan("bfloat16", "cuda").id != plan("auto", "cpu").id
-    assert plan("auto", "cpu").spec.model.dtype == plan("auto", "cpu").identity["dtype"] == "float32"
+    assert plan("auto", "cpu").spec.model.dtype == plan("auto", "cpu").step.identity["dtype"] == "float32"
