@@ -22,7 +22,7 @@ from harness.contracts.adapter import Adapter
 from harness.contracts.aligner import Aligner, Stage
 from harness.contracts.dataset import Dataset, RowSchema, TrainingRow
 from harness.contracts.recipe import Recipe
-from harness.contracts.registry import Registry
+from harness.contracts.registry import Registered, Registry
 from harness.core.config import parse_options
 from harness.core.machine import torch_device
 from harness.core.records import AdapterInfo, ModelInfo
@@ -114,20 +114,10 @@ def plan_align(
         UserError: whatever the user must mend before anything runs.
     """
     once = once or Once()
-    given = dict(spec.options)
-    adapter_given, data_given = take_group(given, "adapter"), take_group(given, "dataset")
-    aligner_entry = registry.registered(Aligner, spec.method, "METHOD")
-    aligner = aligner_entry.plugin
-    assert isinstance(aligner, Aligner)
-    recipe = parse_options(aligner.Config, given, "--set")
-    adapter_entry = registry.registered(Adapter, spec.adapter, "--adapter")
-    adapter = adapter_entry.plugin
-    assert isinstance(adapter, Adapter)
-    defaults = {k: v for k, v in recipe.adapter_defaults.items() if k in adapter.Config.model_fields}
-    adapter_options = parse_options(adapter.Config, {**defaults, **adapter_given}, "--set adapter")
-    adapter.check(adapter_options)
-    stages = check_method(aligner, recipe)
-    recipes = [recipe_of(recipe, stage) for stage in stages]
+    asked = _asked(spec, registry)
+    aligner, adapter, adapter_options, data_given = asked.aligner, asked.adapter, asked.adapter_options, asked.data
+    stages = check_method(aligner, asked.recipe)
+    recipes = [recipe_of(asked.recipe, stage) for stage in stages]
     # From here on the expression names the commits, and so do the arm, its rows and every record.
     spec = spec.model_copy(update={"dataset": once(at_revisions, spec.dataset, registry, spec.data_revisions)})
     parts = once(parse_expression, spec.dataset, registry)
@@ -151,7 +141,7 @@ def plan_align(
         "from": start.digest if start is not None else None,
         "checkpoints": sorted(spec.checkpoints),
         "seed": spec.seed,
-        "code": [once(code_digest, entry) for entry in (aligner_entry, adapter_entry, *data_entries)],
+        "code": [once(code_digest, entry) for entry in (*asked.entries, *data_entries)],
     }
     if spec.processes > 1:
         for own in recipes:
@@ -170,7 +160,7 @@ def plan_align(
         model,
         start,
         aligner,
-        recipe,
+        asked.recipe,
         adapter,
         adapter_options,
         template,
@@ -178,6 +168,35 @@ def plan_align(
         tuple(chain),
         portable(spec.dataset),
     )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The plugins that a spec names, with their options parsed."""
+
+    aligner: Aligner
+    recipe: Recipe
+    adapter: Adapter
+    adapter_options: Any
+    data: dict[str, Any]
+    """Options of data sets, by their names."""
+    entries: tuple[Registered, Registered]
+
+
+def _asked(spec: AlignSpec, registry: Registry) -> _Asked:
+    given = dict(spec.options)
+    adapter_given, data_given = take_group(given, "adapter"), take_group(given, "dataset")
+    aligner_entry = registry.registered(Aligner, spec.method, "METHOD")
+    aligner = aligner_entry.plugin
+    assert isinstance(aligner, Aligner)
+    recipe = parse_options(aligner.Config, given, "--set")
+    adapter_entry = registry.registered(Adapter, spec.adapter, "--adapter")
+    adapter = adapter_entry.plugin
+    assert isinstance(adapter, Adapter)
+    defaults = {k: v for k, v in recipe.adapter_defaults.items() if k in adapter.Config.model_fields}
+    adapter_options = parse_options(adapter.Config, {**defaults, **adapter_given}, "--set adapter")
+    adapter.check(adapter_options)
+    return _Asked(aligner, recipe, adapter, adapter_options, data_given, (aligner_entry, adapter_entry))
 
 
 def _place(stages: tuple[Stage, ...], stage: Stage, before: list[StagePlan]) -> dict[str, Any]:

@@ -230,7 +230,7 @@ def test_another_commit_than_the_pinned_one_is_named_by_whoever_wants_it(
     plan = plan_align(AlignSpec(**base, data_revisions={source: wanted}), load_plugins())
     assert plan.arm.startswith("dpo-beavertails@0123456789ab-harmless-")
     assert plan.dataset == f"beavertails@{commit}:harmless"
-    assert plan.stages[-1].data["parts"][0]["dataset"]["revision"] == commit
+    assert plan.stages[0].data["parts"][0]["dataset"]["revision"] == commit
     # What a second process is given is this plan's spec.
     assert plan_align(plan.spec, load_plugins()).id == plan.id
 
