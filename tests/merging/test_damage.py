@@ -19,7 +19,7 @@ from tests.damage import HARMS, files_of, one_by_one
 
 MODEL = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"}
-RECORD = {"step/step.json", "step/provenance.json", "step/status.json"}
+RECORD = {f"step/{name}" for name in ("step.json", "provenance.json", "status.json", "log.jsonl")}
 COMMON = {"lineage.json", "README.md", "checksums.json", *RECORD}
 FILES = {
     "merge": {*MODEL, *COMMON, "merge.json", "merge.html"},
