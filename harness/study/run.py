@@ -121,6 +121,18 @@ def check_study(out: Path, plan: StudyPlan) -> None:
         raise UserError(RUN.where(out), what, "Give another --out, or --fresh to start over.")
 
 
+def _let_go(folder: StepFolder) -> bool:
+    """Whether the weights of a merge were let go; only where all else that is known of it is whole."""
+    marker, status = folder.path / GONE, folder.status()
+    if not marker.exists():
+        return False
+    with contextlib.suppress(OSError, CorruptionError):
+        if status is not None and status.status == "done" and read_json(folder.path / MODEL):
+            return True
+    marker.unlink()
+    return False
+
+
 def read_index(root: Path) -> dict[str, str]:
     """Key -> id of the steps of a study, as far as they are known; a damaged index is made again as steps are met."""
     with contextlib.suppress(OSError, CorruptionError, KeyError, TypeError, ValueError):
@@ -216,7 +228,7 @@ class StudyRun:
         arm = promise.arm
         plan = self._merge_plan(arm)
         folder = self.store.step("merge", arm.name, plan.id)
-        if not (folder.path / GONE).exists():
+        if not _let_go(folder):
             made = self._carry_out(promise, plan.step, partial(self._merge_into, plan), intact_merge)
             if made is None:
                 return
@@ -241,7 +253,7 @@ class StudyRun:
 
     def _merged_model(self, promise: Promise, folder: StepFolder) -> ModelInfo:
         """A merged model as its evaluation knows it; of one whose weights were let go, as it was."""
-        if (folder.path / GONE).exists():
+        if _let_go(folder):
             kept = ModelInfo.model_validate({**read_json(folder.path / MODEL)["model"], "ref": "", "path": ""})
             return kept.model_copy(update={"path": str(folder.artifact), "ref": str(folder.artifact)})
         model = self._model(promise, folder)
@@ -255,9 +267,11 @@ class StudyRun:
             return
         needed = [arm.name for arm in self.plan.arms if made.arm.name in arm.parents and arm.name not in self.made]
         artifact = Path(made.model.path)
-        if needed or (artifact.parent / GONE).exists():
+        if needed:
             return
-        write_json(artifact.parent / GONE, {"weights": made.model.weights_digest, "why": "nothing needs them any more"})
+        if not (marker := artifact.parent / GONE).exists():
+            write_json(marker, {"weights": made.model.weights_digest, "why": "nothing needs them any more"})
+        # Also where it was said before, and the process was killed.
         for file in artifact.glob("model*.safetensors"):
             file.unlink()
 
