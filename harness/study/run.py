@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from harness.alignment.folder import intact as intact_adapter
 from harness.alignment.plan import AlignPlan
@@ -54,12 +55,12 @@ def carry_out_steps(plan: StudyPlan, out: Path, keys: Collection[str], *, report
     Raises:
         UserError: a key that is no step's, or is not ready.
     """
-    check_study(out, plan)
+    written = check_study(out, plan)
     for key in keys:
         if key not in plan.graph.steps:
             raise UserError(f"key {key}", "is no step of this study", "See `harness study steps FILE`.")
     store = RunStore(out)
-    if not store.plan_file.exists():
+    if not written:
         write_json(store.plan_file, plan.to_json())
     return StudyRun(plan, store, reporter or Reporter(), retry_failed=True, only=keys).carry_out()
 
@@ -99,17 +100,22 @@ def run_study(
         return found
 
 
-def check_study(out: Path, plan: StudyPlan) -> None:
+def check_study(out: Path, plan: StudyPlan) -> bool:
     """Whether the folder is empty or holds this very study, perhaps with fewer arms; writes nothing.
+
+    Returns:
+        whether it holds a plan; a damaged one is none, and is written again: every step is known by its own id.
 
     Raises:
         UserError: it holds something else; says what.
     """
     RUN.refuse(out)
     file = RunStore(out).plan_file
-    if not file.is_file():
-        return
-    held = read_json(file)
+    held: dict[str, Any] = {}
+    with contextlib.suppress(OSError, CorruptionError):
+        held = read_json(file)
+    if not held:
+        return False
     if "study" not in held:
         raise UserError(RUN.where(out), "holds an evaluation, not a study", "Give another --out, or --fresh.")
     steps = {step.id for step in plan.graph}
@@ -119,6 +125,7 @@ def check_study(out: Path, plan: StudyPlan) -> None:
         arms = arms if len(arms) < 120 else arms[:117] + "..."
         what = f"holds a study whose steps this one does not have: {len(lost)} of {len(held['steps'])} ({arms})"
         raise UserError(RUN.where(out), what, "Give another --out, or --fresh to start over.")
+    return True
 
 
 def _let_go(folder: StepFolder) -> bool:
