@@ -56,12 +56,12 @@ def carry_out_steps(plan: StudyPlan, out: Path, keys: Collection[str], *, report
     Raises:
         UserError: a key that is no step's, or is not ready.
     """
-    check_study(out, plan)
+    written = check_study(out, plan)
     for key in keys:
         if key not in plan.graph.steps:
             raise UserError(f"key {key}", "is no step of this study", "See `harness study steps FILE`.")
     store = RunStore(out)
-    if not store.plan_file.exists():
+    if not written:
         write_json(store.plan_file, plan.to_json())
     return StudyRun(plan, store, reporter or Reporter(), retry_failed=True, only=keys).carry_out()
 
@@ -106,17 +106,22 @@ def run_study(
         return found
 
 
-def check_study(out: Path, plan: StudyPlan) -> None:
+def check_study(out: Path, plan: StudyPlan) -> bool:
     """Whether the folder is empty or holds this very study, perhaps with fewer arms; writes nothing.
+
+    Returns:
+        whether it holds a plan; a damaged one is none, and is written again: every step is known by its own id.
 
     Raises:
         UserError: it holds something else; says what.
     """
     RUN.refuse(out)
     file = RunStore(out).plan_file
-    if not file.is_file():
-        return
-    held = read_json(file)
+    held: dict[str, Any] = {}
+    with contextlib.suppress(OSError, CorruptionError):
+        held = read_json(file)
+    if not held:
+        return False
     if "study" not in held:
         raise UserError(RUN.where(out), "holds an evaluation, not a study", "Give another --out, or --fresh.")
     steps = {step.id for step in plan.graph}
@@ -126,6 +131,19 @@ def check_study(out: Path, plan: StudyPlan) -> None:
         arms = arms if len(arms) < 120 else arms[:117] + "..."
         what = f"holds a study whose steps this one does not have: {len(lost)} of {len(held['steps'])} ({arms})"
         raise UserError(RUN.where(out), what, "Give another --out, or --fresh to start over.")
+    return True
+
+
+def _let_go(folder: StepFolder) -> bool:
+    """Whether the weights of a merge were let go; only where all else that is known of it is whole."""
+    marker, status = folder.path / GONE, folder.status()
+    if not marker.exists():
+        return False
+    with contextlib.suppress(OSError, CorruptionError):
+        if status is not None and status.status == "done" and read_json(folder.path / MODEL):
+            return True
+    marker.unlink()
+    return False
 
 
 def read_index(root: Path) -> dict[str, str]:
@@ -284,7 +302,7 @@ class StudyRun:
         arm = promise.arm
         plan = self._merge_plan(arm)
         folder = self.store.step("merge", arm.name, plan.id)
-        if not (folder.path / GONE).exists():
+        if not _let_go(folder):
             made = self._carry_out(promise, plan.step, partial(self._merge_into, plan), intact_merge)
             if made is None:
                 return
@@ -309,7 +327,7 @@ class StudyRun:
 
     def _merged_model(self, promise: Promise, folder: StepFolder) -> ModelInfo:
         """A merged model as its evaluation knows it; of one whose weights were let go, as it was."""
-        if (folder.path / GONE).exists():
+        if _let_go(folder):
             kept = ModelInfo.model_validate({**read_json(folder.path / MODEL)["model"], "ref": "", "path": ""})
             return kept.model_copy(update={"path": str(folder.artifact), "ref": str(folder.artifact)})
         model = self._model(promise, folder)
@@ -323,9 +341,11 @@ class StudyRun:
             return
         needed = [arm.name for arm in self.plan.arms if made.arm.name in arm.parents and arm.name not in self.made]
         artifact = Path(made.model.path)
-        if needed or (artifact.parent / GONE).exists():
+        if needed:
             return
-        write_json(artifact.parent / GONE, {"weights": made.model.weights_digest, "why": "nothing needs them any more"})
+        if not (marker := artifact.parent / GONE).exists():
+            write_json(marker, {"weights": made.model.weights_digest, "why": "nothing needs them any more"})
+        # Also where it was said before, and the process was killed.
         for file in artifact.glob("model*.safetensors"):
             file.unlink()
 

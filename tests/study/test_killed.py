@@ -1,4 +1,4 @@
-"""Nothing is lost: killed at any moment, or with a file torn, the same command ends with an uninterrupted run's digests."""
+"""Nothing is lost: killed at any moment, or with a file torn, the same command ends with the digests of a whole run."""
 
 from __future__ import annotations
 
@@ -58,23 +58,20 @@ def at_file(module: str, file: str, within: str, *, before: bool = True) -> str:
     return AT_FILE.format(module=module, file=file, within=within, before=before)
 
 
-MOMENTS = {
+FROM_THE_START = {
+    "before the plan": at_file("study.run", "plan.json", "plan"),
     "in training": AT_STEP,
-    "before the record of an adapter": at_file("steps.folder", "status.json", "align-dpo"),
     "after the record of an adapter": at_file("steps.folder", "status.json", "align-dpo", before=False),
-    "before a merge begins": at_file("steps.folder", "step.json", "merge-"),
+}
+ONCE_ADAPTERS_ARE_THERE = {
     "before the record of a merge": at_file("steps.folder", "status.json", "merge-"),
     "before it is known what a merge is": at_file("study.run", "model.json", "merge-"),
     "before weights go": at_file("study.run", "gone.json", "merge-"),
     "after it is said that weights go": at_file("study.run", "gone.json", "merge-", before=False),
     "before the index": at_file("study.run", "index.json", "index"),
-    "after the index": at_file("study.run", "index.json", "index", before=False),
-    "before answers": IN_ANSWERS.format(call=1),
     "in answers": IN_ANSWERS.format(call=2),
-    "before the record of answers": at_file("steps.folder", "status.json", "answers-"),
     "before scores": IN_SCORES,
     "after the first scores": at_file("steps.folder", "status.json", "scores-", before=False),
-    "before the plan": at_file("study.run", "plan.json", "plan"),
 }
 
 
@@ -84,23 +81,38 @@ def study(small: dict[str, Any], write: Write, alone: Path) -> list[str]:
     return ["study", "run", str(write(small)), "--out", "run"]
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_at(moment: str, study: list[str], alone: Path, zygote: Zygote, small_run: Path) -> None:
-    code, said = zygote.run(study, cwd=alone, patch=MOMENTS[moment])
+def killed(study: list[str], patch: str, folder: Path, zygote: Zygote, whole: Path) -> None:
+    """Kill the command by a patch of its own, and let it go on: all is as if nothing had been."""
+    code, said = zygote.run(study, cwd=folder, patch=patch)
     assert code == -9, said
-    code, said = zygote.run(study, cwd=alone)
+    code, said = zygote.run(study, cwd=folder)
     assert code == 0, said
-    assert records(Path("run")) == records(small_run)
+    assert records(Path("run")) == records(whole)
     assert not list(Path("run").glob("steps/merge-*/artifact/*.safetensors"))
     assert Path("run/report/tiny/report.json").is_file()
+
+
+@pytest.mark.parametrize("moment", FROM_THE_START)
+def test_killed_at(moment: str, study: list[str], alone: Path, zygote: Zygote, small_run: Path) -> None:
+    killed(study, FROM_THE_START[moment], alone, zygote, small_run)
+
+
+@pytest.mark.parametrize("moment", ONCE_ADAPTERS_ARE_THERE)
+def test_killed_later_at(moment: str, study: list[str], alone: Path, zygote: Zygote, small_run: Path) -> None:
+    """From where all arms have been aligned, which takes longest."""
+    shutil.copytree(small_run, "run")
+    for folder in [one for pattern in ("re*", "steps/[ms]*", "steps/an*") for one in Path("run").glob(pattern)]:
+        shutil.rmtree(folder)
+    Path("run/index.json").unlink()
+    killed(study, ONCE_ADAPTERS_ARE_THERE[moment], alone, zygote, small_run)
 
 
 def test_killed_again_and_again(study: list[str], alone: Path, zygote: Zygote, small_run: Path) -> None:
     """At moments that nobody has chosen: each pass gets a little further, or no further, and none does harm."""
     draw = random.Random(20240604)
-    for _ in range(6):
+    for _ in range(4):
         child = zygote.start(study, cwd=alone)
-        time.sleep(draw.uniform(0.2, 3.0))
+        time.sleep(draw.uniform(0.5, 3.0))
         os.kill(child.pid, 9)
         child.wait()
     code, said = zygote.run(study, cwd=alone)
@@ -119,27 +131,20 @@ TORN = (
 
 
 @pytest.mark.parametrize("name", TORN)
-def test_a_torn_file_is_mended_or_named(
-    name: str, study: list[str], alone: Path, zygote: Zygote, small_run: Path
-) -> None:
+def test_a_torn_file_is_mended(name: str, study: list[str], alone: Path, zygote: Zygote, small_run: Path) -> None:
     shutil.copytree(small_run, "run")
-    (file,) = Path("run").glob(name)
+    file = sorted(Path("run").glob(name))[0]
     os.truncate(file, random.Random(name).randrange(file.stat().st_size))
     code, said = zygote.run(study, cwd=alone)
     assert "Traceback" not in said
-    if code == 0:
-        assert records(Path("run")) == records(small_run)
-        return
-    assert code == 2, said
-    message = said[said.index("error: ") :]
-    assert file.name in message or file.parent.name in message, message
-    assert "\n  " in message
+    assert code == 0, said
+    assert records(Path("run")) == records(small_run)
 
 
 def test_steps_driven_from_outside_two_at_a_time(
     study: list[str], alone: Path, zygote: Zygote, small_run: Path
 ) -> None:
-    """As a Slurm array, Airflow or Snakemake would: list what is ready, carry out two at once, until nothing is left."""
+    """As a Slurm array or Snakemake would: list what is ready, carry out two at once, until nothing is left."""
     file = study[2]
     rounds, order = 0, []
     while rounds < 20:
@@ -157,7 +162,7 @@ def test_steps_driven_from_outside_two_at_a_time(
                 assert child.wait() == 0, child.said()
         order.append([row["kind"] for row in ready])
         rounds += 1
-    # Both adapters, and the base's answers; then the merge and what is asked of adapters; then what is asked of the merge.
+    # Both adapters and the base's answers; then the merge, and what is asked of adapters; then of the merge.
     assert set(order[0]) == {"align", "answers"}
     assert records(Path("run")) == records(small_run)
     code, said = zygote.run(study, cwd=alone)

@@ -1,0 +1,75 @@
+"""What docs/studies.md says works: its file is read and has every key, its commands exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from pydantic import BaseModel
+
+from harness.cli.app import app
+from harness.study import spec
+from harness.study.arms import arms_of
+
+TEXT = (Path(__file__).parents[2] / "docs" / "studies.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """Fenced blocks of one language."""
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> spec.Read:
+    """The example, read."""
+    (example,) = blocks("yaml")
+    (tmp_path / "study.yaml").write_text(example, encoding="utf-8")
+    return spec.read_study(tmp_path / "study.yaml")
+
+
+def test_its_file_is_a_study(read: spec.Read) -> None:
+    arms = {arm.name: arm for arm in arms_of(read)}
+    kinds = [arm.kind for arm in arms.values()]
+    # 2 methods x 2 data x 2 adapters x 2 bases x 3 seeds = 48; `further` on 2 bases, 3 seeds; `long`.
+    assert kinds.count("align") == 48 + 6 + 1
+    # Two steps of each `further`.
+    assert kinds.count("checkpoint") == 12
+    assert arms["further-llama-s1"].parents == ("sft-safe-lora-llama-s1",)
+    assert arms["mine"].kind == "adapter"
+    # slerp on llama for each seed, and one soup.
+    assert kinds.count("merge") == 3 + 1
+
+
+def test_it_has_every_key(read: spec.Read) -> None:
+    def missing(model: type[BaseModel], data: dict[str, Any]) -> set[str]:
+        return {field.alias or name for name, field in model.model_fields.items()} - set(data)
+
+    data = read.located.data
+    assert missing(spec.StudySpec, data) == set()
+    assert missing(spec.EvaluationBlock, data["evaluation"]) == set()
+    for model, key in ((spec.GridBlock, "grid"), (spec.ArmSpec, "arms"), (spec.MergeBlock, "merges")):
+        written = {name for block in data[key] for name in block}
+        # What is shown with a grid is not shown again.
+        assert missing(model, dict.fromkeys(written)) <= {"from", "samples", "checkpoints", "set"}
+
+
+def test_its_commands_exist() -> None:
+    lines = [line for block in blocks("console") for line in block.splitlines()]
+    lines += re.findall(r"`(harness study [^`]+)`", TEXT)
+    assert len(lines) > 6
+    for line in lines:
+        words = shlex.split(line.removeprefix("$ ").split("  #")[0])[1:]
+        command: Any = typer.main.get_command(app)
+        while words and hasattr(command, "commands") and words[0] in command.commands:
+            command = command.commands[words.pop(0)]
+        known = {option for parameter in command.params for option in parameter.opts}
+        used = {word.split("=")[0] for word in words if word.startswith("--")}
+        assert used <= known, f"{line}: {sorted(used - known)}"
+
+
+def test_it_is_short() -> None:
+    assert len(TEXT.splitlines()) < 120
