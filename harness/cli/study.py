@@ -112,8 +112,8 @@ def _say_why(plan: StudyPlan, key: str, root: Path) -> None:
     """Print what a step's id is made of, and in what other records of its arm differ from it."""
     from harness.steps.files import read_json
     from harness.steps.step import unequal
+    from harness.study.folder import read_index
     from harness.study.plan import STEP
-    from harness.study.run import read_index
 
     found = [step for step in plan.graph if step.id.startswith(key)]
     if len(found) != 1:

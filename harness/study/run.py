@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from harness.alignment.folder import intact as intact_adapter
 from harness.alignment.plan import AlignPlan
@@ -24,7 +22,6 @@ from harness.merging.plan import MergePlan, plan_merge
 from harness.merging.publish import intact as intact_merge
 from harness.merging.run import MergeSettings, carry_out_merge
 from harness.models.inspect import inspect_adapter, inspect_model
-from harness.report.study import INDEX
 from harness.steps.files import read_json, write_json
 from harness.steps.folder import StepFolder
 from harness.steps.lock import FolderLock
@@ -32,6 +29,7 @@ from harness.steps.runner import Runner, is_fatal
 from harness.steps.step import Step
 from harness.steps.store import RUN, RunStore
 from harness.study.arms import Arm
+from harness.study.folder import check_study, write_index
 from harness.study.plan import Planner, Promise, StudyPlan
 
 MODEL = "model.json"
@@ -106,34 +104,6 @@ def run_study(
         return found
 
 
-def check_study(out: Path, plan: StudyPlan) -> bool:
-    """Whether the folder is empty or holds this very study, perhaps with fewer arms; writes nothing.
-
-    Returns:
-        whether it holds a plan; a damaged one is none, and is written again: every step is known by its own id.
-
-    Raises:
-        UserError: it holds something else; says what.
-    """
-    RUN.refuse(out)
-    file = RunStore(out).plan_file
-    held: dict[str, Any] = {}
-    with contextlib.suppress(OSError, CorruptionError):
-        held = read_json(file)
-    if not held:
-        return False
-    if "study" not in held:
-        raise UserError(RUN.where(out), "holds an evaluation, not a study", "Give another --out, or --fresh.")
-    steps = {step.id for step in plan.graph}
-    lost = [step for step in held["steps"] if step["key"] not in steps]
-    if lost:
-        arms = ", ".join(dict.fromkeys(step["arm"] for step in lost[:200]))
-        arms = arms if len(arms) < 120 else arms[:117] + "..."
-        what = f"holds a study whose steps this one does not have: {len(lost)} of {len(held['steps'])} ({arms})"
-        raise UserError(RUN.where(out), what, "Give another --out, or --fresh to start over.")
-    return True
-
-
 def _let_go(folder: StepFolder) -> bool:
     """Whether the weights of a merge were let go; only where all else that is known of it is whole."""
     marker, status = folder.path / GONE, folder.status()
@@ -144,31 +114,6 @@ def _let_go(folder: StepFolder) -> bool:
             return True
     marker.unlink()
     return False
-
-
-def read_index(root: Path) -> dict[str, str]:
-    """Key -> id of the steps of a study, as far as they are known; a damaged index is made again as steps are met."""
-    with contextlib.suppress(OSError, CorruptionError, KeyError, TypeError, ValueError):
-        return {str(key): str(value) for key, value in read_json(root / INDEX)["ids"].items()}
-    return {}
-
-
-def write_index(root: Path, ids: Mapping[str, str], left_out: Mapping[str, str] | None) -> None:
-    """Add to index.json; several processes may carry out steps of one study.
-
-    Args:
-        root: run folder.
-        ids: key -> id of steps.
-        left_out: arm -> why it is not there; None: as it was.
-    """
-    with (root / f".{INDEX}.0.tmp").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        before: dict[str, Any] = {}
-        with contextlib.suppress(OSError, CorruptionError):
-            before = read_json(root / INDEX)
-        whole = {**read_index(root), **ids}
-        gone = before.get("left_out", {}) if left_out is None else dict(left_out)
-        write_json(root / INDEX, {"ids": whole, "left_out": gone})
 
 
 class StudyRun:

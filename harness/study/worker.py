@@ -20,8 +20,9 @@ from harness.steps.execute import Job, refuse_unplanned
 from harness.steps.folder import StepFolder
 from harness.steps.step import Step
 from harness.steps.store import RunStore
+from harness.study.folder import read_index
 from harness.study.plan import StudyPlan, plan_study
-from harness.study.run import StudyRun, read_index
+from harness.study.run import StudyRun
 
 _OPEN: dict[str, StudyPlan] = {}
 """What this process has planned last: the orders of one study share it."""

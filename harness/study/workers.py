@@ -8,8 +8,9 @@ from pathlib import Path
 from harness.core.progress import Reporter
 from harness.steps.execute import Execute, Execution, open_pool
 from harness.steps.runner import Runner
+from harness.study.folder import write_index
 from harness.study.plan import StudyPlan
-from harness.study.run import Study, write_index
+from harness.study.run import Study
 from harness.study.worker import jobs_of, unfinished
 
 
