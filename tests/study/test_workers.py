@@ -1,0 +1,67 @@
+"""A study in worker processes: the records of one process, and a crash that costs its own step and what hangs on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.study.conftest import WATCHER, Write, records
+
+CRASHING = """
+import os
+from harness import Aligner, Recipe, hookimpl
+
+class Crashing(Aligner):
+    name = "crashing"
+    summary = "ends its process in the middle"
+    consumes = "pairs"
+
+    def trainer(self, job):
+        os._exit(7)
+
+@hookimpl
+def register_aligners():
+    yield Crashing()
+"""
+WORKERS = ("--set", "executor.workers=2")
+
+
+def test_two_processes_leave_the_records_of_one(cli: Any, small: dict[str, Any], write: Write, small_run: Path) -> None:
+    ran = cli("study", "run", write(small), "--out", "run", *WORKERS)
+    assert ran.code == 0, ran.err
+    assert records(Path("run")) == records(small_run)
+    # Nothing is left to do, whoever does it.
+    begun = Path("run/steps").stat().st_mtime_ns
+    assert cli("study", "run", "study.yaml", "--out", "run").code == 0
+    assert Path("run/steps").stat().st_mtime_ns == begun
+
+
+def test_observers_hear_of_steps_elsewhere(
+    cli: Any, small: dict[str, Any], write: Write, begun: Any, small_run: Path
+) -> None:
+    data = {**small, "merges": [], "grid": [{**small["grid"][0], "method": "sft"}]}
+    assert cli("study", "run", write(data), "--out", "run", "--plugin", WATCHER, *WORKERS).code == 0
+    heard = begun()
+    assert sorted(line.partition(" ")[0] for line in heard) == ["align", *["answers"] * 2, *["scores"] * 2]
+
+
+def test_a_crash_costs_its_own_arm(cli: Any, small: dict[str, Any], write: Write, alone: Path) -> None:
+    (alone / "crashing.py").write_text(CRASHING, encoding="utf-8")
+    broken = {**small["grid"][0], "method": "crashing"}
+    data = {**small, "grid": [{**small["grid"][0], "method": "sft"}, broken]}
+    data["merges"] = [{"name": "merged", "method": "linear", "inputs": ["sft-pairs-*", "crashing-pairs-*"]}]
+    ran = cli("study", "run", write(data), "--out", "run", "--plugin", "crashing.py", *WORKERS)
+    assert ran.code == 3, ran.err
+    assert "Traceback" not in ran.err
+    assert "left out: crashing-pairs-lora-tiny-s0 is not there" in ran.err
+    status = json.loads(cli("study", "status", "run", "--json").out)
+    states = {(one["kind"], one["arm"]): one["state"] for one in status["steps"] if one["kind"] in ("align", "merge")}
+    assert states["align", "sft-pairs-lora-tiny-s0"] == "done"
+    assert states["align", "crashing-pairs-lora-tiny-s0"] == "failed"
+    assert states["merge", "merged-tiny-s0"] == "waiting"
+    (crashed,) = [one for one in status["steps"] if one["state"] == "failed"]
+    assert "7" in crashed["error"]
+    report = json.loads(Path("run/report/tiny/report.json").read_text(encoding="utf-8"))
+    assert {row["adapter"] for row in report["rows"]} == {None, "sft-pairs-lora-tiny-s0"}
+    assert any("crashing-pairs-lora-tiny-s0: " in note for note in report["notes"])
