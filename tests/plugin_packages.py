@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from harness.contracts.plugin import CONTRACT_VERSION
+
 EXECUTOR = """
 from harness import Executor, InProcessPool, hookimpl
 
@@ -21,7 +23,7 @@ def register_executors():
 """
 
 
-def executor(name: str = "mine", contract: int = 1) -> str:
+def executor(name: str = "mine", contract: int = CONTRACT_VERSION) -> str:
     """Source of a module that registers one executor."""
     return EXECUTOR.format(name=name, contract=contract)
 

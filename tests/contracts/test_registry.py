@@ -187,8 +187,8 @@ def test_task_folders_and_conflicts_of_a_plugin_that_breaks_later_are_taken_back
         (executor().replace("yield Mine()", "yield 7"), "register_executors() yielded int, which is no Executor"),
         (executor().replace("yield Mine()", "pass"), "register_executors() returned None; yield or return the plugins"),
         (executor(name=""), "Mine has no name"),
-        (executor(contract=99), "was written for contract 99; this harness has 1. Update harness."),
-        (executor(contract=0), "was written for contract 0; this harness has 1. Update the plugin."),
+        (executor(contract=99), "was written for contract 99; this harness has 2. Update harness."),
+        (executor(contract=0), "was written for contract 0; this harness has 2. Update the plugin."),
     ],
 )
 def test_what_a_hook_yields_is_checked(install: Install, source: str, said: str) -> None:
