@@ -59,7 +59,8 @@ class Report(Config):
         if self.adapter:
             name += f" + {self.adapter.get('name') or self.adapter.get('ref') or 'adapter'}"
         if self.arms:
-            name += f" and {sum(arm.get('label') is not None for arm in self.arms)} adapters"
+            beside = [arm for arm in self.arms if arm.get("label") is not None]
+            name += f" and {len(beside)} {'adapters' if all(arm.get('adapter') for arm in beside) else 'arms'}"
         return visible(name)
 
     def to_pandas(self, *, leaves: bool = False) -> Any:

@@ -125,7 +125,7 @@ def test_auto_on_a_cpu_is_the_evaluation_in_fp32(half: Path, sums: Path) -> None
 
 def test_auto_on_cuda_is_what_is_stored(half: Path, sums: Path) -> None:
     auto, same = (planned(half, sums, dtype, device="cuda") for dtype in ("auto", "bfloat16"))
-    assert auto.tasks[0].config["dtype"] == "bfloat16"
+    assert auto.tasks[0].answers.identity["dtype"] == "bfloat16"
     assert auto.tasks[0].answers_id == same.tasks[0].answers_id
 
 
@@ -135,7 +135,7 @@ def test_rows_and_pedigree_say_it(half: Path, sums: Path) -> None:
     )
     assert {row.dtype for row in made.rows} == {"float32"}
     (answers,) = (half.parent / "out" / "steps").glob("answers-*")
-    assert json.loads((answers / "step.json").read_text(encoding="utf-8"))["config"]["dtype"] == "float32"
+    assert json.loads((answers / "step.json").read_text(encoding="utf-8"))["identity"]["dtype"] == "float32"
     facts = json.loads((answers / "provenance.json").read_text(encoding="utf-8"))
     assert facts["engine"]["dtype"] == "float32"
 
