@@ -57,6 +57,7 @@ def load_model(info: ModelInfo, device: str, attention: str, *, nf4: bool = Fals
 def _nf4() -> Any:
     """The quantisation that the adapter ``qlora`` trains on."""
     try:
+        Qlora().check(Qlora.Config())
         return Qlora().quantization(Qlora.Config())
     except UserError as error:
         raise UserError("engine option eval_base=nf4", error.what, error.fix) from None
