@@ -10,7 +10,7 @@ from typing import Any
 
 from harness.core.errors import CorruptionError, UserError
 from harness.report.study import INDEX
-from harness.steps.files import read_json, write_json
+from harness.steps.files import read_json, write_bytes, write_json
 from harness.steps.store import RUN, RunStore
 from harness.study.plan import StudyPlan
 
@@ -41,6 +41,12 @@ def check_study(out: Path, plan: StudyPlan) -> bool:
         what = f"holds a study whose steps this one does not have: {len(lost)} of {len(held['steps'])} ({arms})"
         raise UserError(RUN.where(out), what, "Give another --out, or --fresh to start over.")
     return True
+
+
+def write_plan(store: RunStore, plan: StudyPlan) -> None:
+    """Write plan.json, every default filled in, and study.yaml, the bytes that were read (paths in them included)."""
+    write_json(store.plan_file, plan.to_json())
+    write_bytes(store.root / "study.yaml", Path(plan.read.source["file"]).read_bytes())
 
 
 def read_index(root: Path) -> dict[str, str]:

@@ -29,7 +29,7 @@ from harness.steps.runner import Runner, is_fatal
 from harness.steps.step import Step
 from harness.steps.store import RUN, RunStore
 from harness.study.arms import Arm
-from harness.study.folder import check_study, write_index
+from harness.study.folder import check_study, write_index, write_plan
 from harness.study.plan import Planner, Promise, StudyPlan
 
 MODEL = "model.json"
@@ -60,7 +60,7 @@ def carry_out_steps(plan: StudyPlan, out: Path, keys: Collection[str], *, report
             raise UserError(f"key {key}", "is no step of this study", "See `harness study steps FILE`.")
     store = RunStore(out)
     if not written:
-        write_json(store.plan_file, plan.to_json())
+        write_plan(store, plan)
     return StudyRun(plan, store, reporter or Reporter(), retry_failed=True, only=keys).carry_out()
 
 
@@ -95,7 +95,7 @@ def run_study(
         if fresh:
             RUN.clear(out)
         check_study(out, plan)
-        write_json(store.plan_file, plan.to_json())
+        write_plan(store, plan)
         if execute is not None:
             found = execute(plan, out, reporter, retry_failed)
         else:
