@@ -42,6 +42,7 @@ def test_every_arm_is_answered_and_compared(whole_run: Path) -> None:
     assert labels == ARMS
     assert {row["arm"] for row in report["differences"]} == ARMS - {"tiny"}
     assert all(row["n"] == 6 for row in report["differences"])
+    assert (whole_run / "study.yaml").read_bytes() == (whole_run.parent / "study.yaml").read_bytes()
 
 
 def test_arms_differ_for_real(whole_run: Path) -> None:
