@@ -59,7 +59,7 @@ def at_file(module: str, file: str, within: str, *, before: bool = True) -> str:
 
 
 FROM_THE_START = {
-    "before the plan": at_file("study.run", "plan.json", "plan"),
+    "before the plan": at_file("study.folder", "plan.json", "plan"),
     "in training": AT_STEP,
     "after the record of an adapter": at_file("steps.folder", "status.json", "align-dpo", before=False),
 }
@@ -68,7 +68,7 @@ ONCE_ADAPTERS_ARE_THERE = {
     "before it is known what a merge is": at_file("study.run", "model.json", "merge-"),
     "before weights go": at_file("study.run", "gone.json", "merge-"),
     "after it is said that weights go": at_file("study.run", "gone.json", "merge-", before=False),
-    "before the index": at_file("study.run", "index.json", "index"),
+    "before the index": at_file("study.folder", "index.json", "index"),
     "in answers": IN_ANSWERS.format(call=2),
     "before scores": IN_SCORES,
     "after the first scores": at_file("steps.folder", "status.json", "scores-", before=False),
