@@ -11,7 +11,7 @@ import typer
 from harness.cli.options import DataRevisions, Json, PluginFiles, options_of
 from harness.cli.tables import print_json, print_table
 from harness.core.errors import ExitCode, UserError
-from harness.core.text import visible
+from harness.core.text import first_line, visible
 
 if TYPE_CHECKING:
     from harness.study.plan import StudyPlan
@@ -164,7 +164,7 @@ def run(
     with for_terminal() as reporter:
         done = run_study(found, root, fresh=fresh, retry_failed=retry_failed, reporter=reporter, execute=elsewhere)
         for name, reason in done.failures.items():
-            reporter.note(f"failed: {name}: {reason.splitlines()[0]}")
+            reporter.note(f"failed: {name}: {first_line(reason)}")
     for page, report in write_all(root).items():
         print_report(report, page)
     return ExitCode.STEPS_FAILED if done.failures else ExitCode.DONE
@@ -193,7 +193,7 @@ def status(
                 if one.state == "begun":
                     print(visible(f"begun: {one.kind} {one.arm}, last heard of {one.silent:.0f} s ago"))
                 if one.state == "failed":
-                    print(visible(f"failed: {one.kind} {one.arm}: {(one.error or '').splitlines()[0]}"))
+                    print(visible(f"failed: {one.kind} {one.arm}: {first_line(one.error or '')}"))
         if not watch or all(one.state in ("done", "failed") for one in states):
             return
         time.sleep(2)

@@ -49,6 +49,11 @@ def clip(text: str, limit: int, *, tail: float = 0.0) -> str:
     return text[: limit - end] + mark + (text[-end:] if end else "")
 
 
+def first_line(text: str) -> str:
+    """The first line of a text; an empty text has one, too."""
+    return text.partition("\n")[0]
+
+
 def portable(value: Any) -> Any:
     """The same data with the folders of absolute paths taken off, so that a report can be published."""
     if isinstance(value, str):

@@ -65,10 +65,10 @@ class Alone:
 
     def _refuse_another(self, held: dict[str, object]) -> None:
         where = self.guard.where(self.out)
-        if not (self.folder.path / STATUS).exists() and not self.is_under_way(self.out):
-            self.guard.clear(self.out)
-            return
-        if (record := self._status()) is not None and record.status == "failed" and not self.is_under_way(self.out):
+        record, ended = self._status(), (self.folder.path / STATUS).exists()
+        # The record of all files is written when there is something to lose, whatever became of status.json.
+        whole = (self.out / CHECKSUMS).exists() or self.is_under_way(self.out)
+        if not whole and (not ended or (record is not None and record.status == "failed")):
             self.guard.clear(self.out)
             return
         what = (

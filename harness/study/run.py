@@ -16,6 +16,7 @@ from harness.core.errors import CorruptionError, UserError
 from harness.core.progress import Reporter
 from harness.core.records import AdapterInfo, ModelInfo
 from harness.core.specs import MergeInput, ModelSpec
+from harness.core.text import first_line
 from harness.evaluation.many import Evaluations
 from harness.evaluation.plan import EvalPlan, TaskPlan
 from harness.merging.plan import MergePlan, plan_merge
@@ -279,9 +280,14 @@ class StudyRun:
         write_json(folder.path / MODEL, {"model": model.model_dump(mode="json", exclude={"path", "ref"})})
         return model
 
+    def _opened_by(self, plan: EvalPlan) -> Promise | None:
+        """The arm whose weights an evaluation opens: the base itself, or a merged model."""
+        loads = plan.model.name, plan.model.weights_digest
+        return next((one for one in self.made.values() if one.loads == loads), None)
+
     def _let_go(self, plan: EvalPlan, ended: bool) -> None:
         """Delete the weights of a merged model that has been answered for; its record and recipe stay."""
-        made = next((one for one in self.made.values() if one.model.weights_digest == plan.model.weights_digest), None)
+        made = self._opened_by(plan)
         if made is None or made.arm.kind != "merge" or "merge" in self.plan.read.spec.keep or not ended:
             return
         needed = [arm.name for arm in self.plan.arms if made.arm.name in arm.parents and arm.name not in self.made]
@@ -296,7 +302,7 @@ class StudyRun:
 
     def _bring_back(self, plan: EvalPlan) -> None:
         """Merge again what was let go, where something asks for it after all."""
-        made = next((one for one in self.made.values() if one.model.weights_digest == plan.model.weights_digest), None)
+        made = self._opened_by(plan)
         if made is None or not (Path(made.model.path).parent / GONE).exists():
             return
         merge = self._merge_plan(made.arm)
@@ -340,7 +346,7 @@ class StudyRun:
         except Exception as error:
             if is_fatal(error) and not isinstance(error, UserError):
                 raise
-            self.left_out[arm] = f"failed: {str(error).splitlines()[0]}"
+            self.left_out[arm] = f"failed: {first_line(str(error)) or type(error).__name__}"
             if folder.status() is None:
                 self.runner.fail(step, folder, error)
             else:

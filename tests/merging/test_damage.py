@@ -117,3 +117,12 @@ def test_fresh_makes_a_damaged_folder_again(whole: tuple[str, Path], copy: Path,
     (copy / lost.format(kind=whole[0].partition(" ")[0])).unlink()
     carry_out(whole[0], made, copy, fresh=True)
     assert files_of(copy) == FILES[whole[0]]
+
+
+def test_a_whole_folder_without_its_status_is_not_cleared_for_another(made: Path, alone: Path) -> None:
+    """What took work to make is deleted with --fresh alone."""
+    carry_out("merge", made, alone / "out")
+    (alone / "out" / "step" / "status.json").unlink()
+    with pytest.raises(harness.UserError, match="holds another merge; different: "):
+        harness.merge("linear", [made / "a0", made / "a2"], base=made / "base", out=alone / "out")
+    assert (alone / "out" / "model.safetensors").is_file()

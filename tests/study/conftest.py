@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.alignment.processes import TINY_STEPS, Zygote, write_preferences
+from tests.alignment.conftest import zygote  # noqa: F401 - a fixture here, too
+from tests.alignment.processes import TINY_STEPS, write_preferences
 from tests.conftest import SUMS
 
 Write = Callable[..., Path]
@@ -140,21 +141,6 @@ def begun(alone: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str
         return lines
 
     return since
-
-
-@pytest.fixture(scope="session")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    """One for all tests: its imports take seconds."""
-    environment = {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HARNESS_CACHE": str(tmp_path_factory.mktemp("cache")),
-        "XDG_CONFIG_HOME": str(tmp_path_factory.mktemp("settings")),
-    }
-    zygote = Zygote(tmp_path_factory.mktemp("logs"), environment)
-    yield zygote
-    zygote.close()
 
 
 def records(run: Path) -> dict[str, tuple[str, str]]:

@@ -65,3 +65,15 @@ def test_a_crash_costs_its_own_arm(cli: Any, small: dict[str, Any], write: Write
     report = json.loads(Path("run/report/tiny/report.json").read_text(encoding="utf-8"))
     assert {row["adapter"] for row in report["rows"]} == {None, "sft-pairs-lora-tiny-s0"}
     assert any("crashing-pairs-lora-tiny-s0: " in note for note in report["notes"])
+
+
+def test_an_error_without_a_word_fails_its_arm_alone(
+    cli: Any, small: dict[str, Any], write: Write, alone: Path
+) -> None:
+    (alone / "crashing.py").write_text(CRASHING.replace("os._exit(7)", "raise AssertionError"), encoding="utf-8")
+    grid = [{**small["grid"][0], "method": method} for method in ("crashing", "sft")]
+    ran = cli("study", "run", write({**small, "grid": grid, "merges": []}), "--out", "run", "--plugin", "crashing.py")
+    assert ran.code == 3 and "Traceback" not in ran.err
+    assert "AssertionError" in ran.err
+    report = json.loads(Path("run/report/tiny/report.json").read_text(encoding="utf-8"))
+    assert {row["adapter"] for row in report["rows"]} == {None, "sft-pairs-lora-tiny-s0"}
