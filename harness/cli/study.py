@@ -160,7 +160,9 @@ def run(
     found = _planned(file, model, [one for one in set_ or () if one not in mine], data_revision, plugin)
     root = _folder(found, out)
     options = options_of(mine).get("executor", {})
-    elsewhere = through(Execution(executor or "local", options)) if executor is not None or mine else None
+    elsewhere = (
+        through(Execution(executor or "local", options), found.registry) if executor is not None or mine else None
+    )
     with for_terminal() as reporter:
         done = run_study(found, root, fresh=fresh, retry_failed=retry_failed, reporter=reporter, execute=elsewhere)
         for name, reason in done.failures.items():

@@ -56,16 +56,25 @@ def open_pool(
     Raises:
         UserError: an unknown executor, or options that it cannot take here.
     """
+    executor, config = executor_of(execution, registry)
+    context = ExecutorContext(
+        reporter, registry, dict(os.environ), visible_devices(), usable_cores(), memory_bytes()[0], here
+    )
+    return InProcessPool(context) if execution.in_process else executor.open(config, context)
+
+
+def executor_of(execution: Execution, registry: Registry) -> tuple[Executor, Any]:
+    """The executor that an execution names, and its options.
+
+    Raises:
+        UserError: it is unknown, or options are none of its.
+    """
     executor = registry.find(Executor, execution.executor, "--executor")
     given: object = execution.options
     if not isinstance(given, Mapping):
         fix = f"Write --executor {given} to choose one, --set executor.KEY=VALUE for its options."
         raise UserError("--set executor", f"{given!r} is a value, not a group of options", fix)
-    config = parse_options(executor.Config, given, "--set executor")
-    context = ExecutorContext(
-        reporter, registry, dict(os.environ), visible_devices(), usable_cores(), memory_bytes()[0], here
-    )
-    return InProcessPool(context) if execution.in_process else executor.open(config, context)
+    return executor, parse_options(executor.Config, given, "--set executor")
 
 
 class Execute:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +56,22 @@ def read_index(root: Path) -> dict[str, str]:
     return {}
 
 
-def write_index(root: Path, ids: Mapping[str, str], left_out: Mapping[str, str] | None) -> None:
+def write_index(
+    root: Path, ids: Mapping[str, str], left_out: Mapping[str, str] | None, forget: Collection[str] = ()
+) -> None:
     """Add to index.json; several processes may carry out steps of one study.
 
     Args:
         root: run folder.
         ids: key -> id of steps.
         left_out: arm -> why it is not there; None: as it was.
+        forget: keys of steps whose ids are not known any more, as what they build on is made again.
     """
     with (root / f".{INDEX}.0.tmp").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         before: dict[str, Any] = {}
         with contextlib.suppress(OSError, CorruptionError):
             before = read_json(root / INDEX)
-        whole = {**read_index(root), **ids}
+        whole = {key: one for key, one in {**read_index(root), **ids}.items() if key not in forget}
         gone = before.get("left_out", {}) if left_out is None else dict(left_out)
         write_json(root / INDEX, {"ids": whole, "left_out": gone})

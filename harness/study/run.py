@@ -338,7 +338,8 @@ class StudyRun:
                 self.reporter.note(f"{arm}: {self.left_out[arm]}")
                 return None
             folder.reopen("it had failed and is tried again")
-        self._write_index()
+        # It may come out otherwise than before: until they are asked again, what builds on it has no numbers.
+        self._write_index({one.id for one in self.plan.graph.depending_on(self._key(promise))})
         self.reporter.note(f"{step.kind} {arm}")
         try:
             with FolderLock(folder.path, folder.name, keep=False):
@@ -390,8 +391,8 @@ class StudyRun:
                 for mine, its in zip(planned.scores, task.scores, strict=True):
                     self.index[mine.id] = its.id
 
-    def _write_index(self) -> None:
-        write_index(self.store.root, self.index, self.left_out if self._only is None else None)
+    def _write_index(self, forget: Collection[str] = ()) -> None:
+        write_index(self.store.root, self.index, self.left_out if self._only is None else None, forget)
 
 
 def _placed(plan: EvalPlan) -> Iterator[tuple[tuple[str, str | None, str | None, str, str], TaskPlan]]:

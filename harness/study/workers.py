@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from harness.contracts.registry import Registry
 from harness.core.progress import Reporter
-from harness.steps.execute import Execute, Execution, open_pool
+from harness.steps.execute import Execute, Execution, executor_of, open_pool
 from harness.steps.runner import Runner
 from harness.study.folder import write_index
 from harness.study.plan import StudyPlan
@@ -14,8 +15,13 @@ from harness.study.run import Study
 from harness.study.worker import jobs_of, unfinished
 
 
-def through(how: Execution) -> Callable[[StudyPlan, Path, Reporter, bool], Study]:
-    """Return what `run_study` takes to carry a study out through an executor's pool."""
+def through(how: Execution, registry: Registry) -> Callable[[StudyPlan, Path, Reporter, bool], Study]:
+    """Return what `run_study` takes to carry a study out through an executor's pool.
+
+    Raises:
+        UserError: an unknown executor, or options that are none of its; before anything is written.
+    """
+    executor_of(how, registry)
 
     def execute(plan: StudyPlan, root: Path, reporter: Reporter, retry_failed: bool) -> Study:
         plan.read.source["retry_failed"] = retry_failed

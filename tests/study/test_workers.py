@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.study.conftest import WATCHER, Write, records
 
 CRASHING = """
@@ -77,3 +79,24 @@ def test_an_error_without_a_word_fails_its_arm_alone(
     assert "AssertionError" in ran.err
     report = json.loads(Path("run/report/tiny/report.json").read_text(encoding="utf-8"))
     assert {row["adapter"] for row in report["rows"]} == {None, "sft-pairs-lora-tiny-s0"}
+
+
+def test_an_unknown_executor_is_refused_and_nothing_is_written(cli: Any, small: dict[str, Any], write: Write) -> None:
+    ran = cli("study", "run", write(small), "--out", "run", "--executor", "slurm")
+    assert ran.code == 2 and "--executor: unknown executor 'slurm'" in ran.err
+    assert not Path("run").exists()
+
+
+def test_what_builds_on_a_step_that_is_made_again_has_no_numbers_meanwhile(
+    cli: Any, small: dict[str, Any], write: Write, copied: Any, small_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made again it may come out otherwise: numbers of the one before must not stand under its name."""
+    (weights,) = copied(small_run).glob("steps/align-sft-*/artifact/adapter_model.safetensors")
+    weights.write_bytes(b"torn")
+    monkeypatch.setattr("harness.study.run.carry_out_align", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli("study", "run", write(small), "--out", "run").code == 130
+    cli("report", "run")
+    report = json.loads(Path("run/report/tiny/report.json").read_text(encoding="utf-8"))
+    assert {row["adapter"] for row in report["rows"]} == {None, "dpo-pairs-lora-tiny-s0"}
+    assert report["differences"] == []
+    assert sum("not finished" in note for note in report["notes"]) == 2
