@@ -1,4 +1,4 @@
-"""What the README says works: its commands exist with those options, its examples run."""
+"""What the README and the pages under docs/ say works: their commands exist with those options, their examples run."""
 
 from __future__ import annotations
 
@@ -13,48 +13,73 @@ import typer.main
 from harness.cli.app import app
 from harness.contracts.registry import load_plugins
 
-README = Path(__file__).parent.parent / "README.md"
-TEXT = README.read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 
 
-def blocks(language: str) -> list[str]:
+def blocks(language: str, text: str) -> list[str]:
     """Fenced blocks of one language, in order."""
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def commands() -> list[str]:
-    """Every `harness ...` command line of the README, continuation lines joined, comments and brackets dropped."""
+def commands() -> list[tuple[str, str]]:
+    """Page and every `harness ...` command line of it, continuation lines joined, comments and brackets dropped."""
     found = []
-    for block in blocks("console"):
-        for line in re.sub(r"\n +", " ", block).splitlines():
-            plain = line.removeprefix("$ ").split("  #")[0].replace("...", "").strip()
-            if plain.startswith("harness "):
-                found.append(re.sub(r"[\[\]]", " ", plain))
+    for page, text in TEXTS.items():
+        for block in [*blocks("console", text), *re.findall(r"`(harness [a-z][^`]+)`", text)]:
+            for line in re.sub(r"\\?\n +", " ", block).splitlines():
+                plain = re.split(r"\s#", line.removeprefix("$ "))[0].replace("...", "").strip()
+                if plain.startswith("harness "):
+                    found.append((page, re.sub(r"[\[\]]", " ", plain)))
     return found
 
 
-@pytest.mark.parametrize("line", commands())
-def test_every_command_and_option_exists(line: str) -> None:
+@pytest.mark.parametrize(("page", "line"), commands())
+def test_every_command_and_option_exists(page: str, line: str) -> None:
     words = shlex.split(line.split("&&")[0])[1:]
     command = typer.main.get_command(app)
     while words and hasattr(command, "commands") and words[0] in command.commands:
         command = command.commands[words.pop(0)]
-    assert not hasattr(command, "commands") or command.invoke_without_command, f"{line}: no such command"
+    assert not words or not hasattr(command, "commands") or command.invoke_without_command, f"{line}: no such command"
     known = {option for parameter in command.params for option in parameter.opts}
     used = {word.split("=")[0] for word in words if word.startswith("--")}
     assert used <= known, f"{line}: {sorted(used - known)}"
 
 
 def test_it_shows_commands() -> None:
-    assert len(commands()) > 10
+    found = [page for page, _ in commands()]
+    assert {page for page in TEXTS if found.count(page) >= 2} >= {
+        "README.md",
+        *(
+            f"docs/{name}.md"
+            for name in ("evaluating", "aligning", "merging", "judges", "serving", "studies", "plugins")
+        ),
+    }
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_its_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXTS[page]):
+        if "://" not in target:
+            assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
+
+
+def test_the_readme_is_short_and_names_every_page() -> None:
+    assert len(TEXTS["README.md"].splitlines()) <= 150
+    assert [page for page in TEXTS if page.startswith("docs/") and page.split("/")[1] not in TEXTS["README.md"]] == [
+        "docs/seams.md"
+    ]
 
 
 def example(needle: str) -> str:
     """The Python or YAML example that holds ``needle``."""
-    return next(block for block in [*blocks("python"), *blocks("yaml")] if needle in block)
+    text = "\n".join(TEXTS.values())
+    return next(block for block in [*blocks("python", text), *blocks("yaml", text)] if needle in block)
 
 
-def test_the_scorer_and_the_task_of_the_readme_run(tmp_path: Path, tiny: Path) -> None:
+def test_the_scorer_and_the_task_of_the_pages_run(tmp_path: Path, tiny: Path) -> None:
     import harness
 
     (tmp_path / "politeness.py").write_text(example("class Politeness"))
@@ -76,7 +101,7 @@ def test_the_scorer_and_the_task_of_the_readme_run(tmp_path: Path, tiny: Path) -
     assert list(evaluation.to_pandas()["task"]) == ["capitals", "capitals"]
 
 
-def test_the_method_of_the_readme_loads_and_is_its_formula(tmp_path: Path) -> None:
+def test_the_method_of_the_pages_loads_and_is_its_formula(tmp_path: Path) -> None:
     import torch
 
     from harness import Aligner, PairLogps
@@ -89,7 +114,7 @@ def test_the_method_of_the_readme_loads_and_is_its_formula(tmp_path: Path) -> No
     assert float(method.loss(pair, None, method.Config())) == pytest.approx(0.854355, abs=1e-6)  # type: ignore[attr-defined]
 
 
-def test_the_rows_of_the_readme_render() -> None:
+def test_the_rows_of_the_pages_render() -> None:
     made: dict[str, type] = {}
     exec(example("class Weighed"), made)
     row = made["Weighed"](prompt="q", answer="a", weight=0.5)
