@@ -306,7 +306,7 @@ def _trained() -> Iterator[tuple[str, str, int]]:
 
 def disagreements(folder: Path, tasks: list[str]) -> list[str]:
     """Numbers of the base that differ between the two: then they were not asked the same."""
-    report = json.loads((folder / "run/report/report.json").read_text(encoding="utf-8"))
+    report = json.loads((folder / "run/report/base/report.json").read_text(encoding="utf-8"))
     ours = {
         (row["task"].removeprefix("lm_eval:"), row["metric"]): row["mean"]
         for row in report["rows"]
