@@ -32,6 +32,7 @@ ORDER = [
     "study",
     "judges",
     "serving",
+    "publishing",
     "demo",
     "testing",
     "cli",

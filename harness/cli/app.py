@@ -18,6 +18,7 @@ from harness.cli.judge import judge_app
 from harness.cli.merge import MergeCommand, fold, merge
 from harness.cli.options import Json
 from harness.cli.plugins import plugins_app, tasks
+from harness.cli.push import push
 from harness.cli.serve import serve
 from harness.cli.study import study_app
 from harness.cli.tables import print_json, say
@@ -41,6 +42,7 @@ app.command("align", cls=AlignCommand)(align)
 app.command("merge", cls=MergeCommand)(merge)
 app.command("fold")(fold)
 app.command("serve")(serve)
+app.command("push")(push)
 app.command("tasks")(tasks)
 app.add_typer(data_app, name="data")
 app.add_typer(judge_app, name="judge")

@@ -1,0 +1,1 @@
+"""Adapters, models and reports on their way to a hub."""
