@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from harness.alignment.plan import AlignPlan, plan_align
+from harness.alignment.prepare import prepare_step, saves_work
 from harness.contracts.adapter import Adapter
 from harness.contracts.aligner import Aligner
 from harness.contracts.merger import Merger
@@ -65,6 +67,15 @@ class Promise:
         return self.arm.base, self.model.weights_digest
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """What several arms share, made once before they start: one step that all of them need."""
+
+    step: Step
+    arms: tuple[str, ...]
+    """Names of the arms that are aligned with it."""
+
+
 @dataclass
 class StudyPlan:
     """Everything that a study will do."""
@@ -78,6 +89,13 @@ class StudyPlan:
     graph: Graph
     owners: dict[str, str] = field(default_factory=dict)
     """Key of an answers or scores step -> arm."""
+    preparations: dict[str, Preparation] = field(default_factory=dict)
+    """Key -> what is prepared for two arms and more."""
+
+    @cached_property
+    def prepared_by(self) -> dict[str, Preparation]:
+        """Arm -> what must be prepared before it is aligned; others prepare their own."""
+        return {name: one for one in self.preparations.values() for name in one.arms}
 
     @property
     def arms(self) -> list[Arm]:
@@ -150,8 +168,11 @@ class Planner:
         for arm in arms_of(self.read):
             with said_at(self.read, arm.place, arm.base):
                 promises[arm.name] = self.promise(arm, promises)
+        preparations = _preparations(promises)
         evaluations = self.evaluations(promises)
-        graph = Graph(one.step for one in promises.values() if one.step is not None)
+        graph = Graph(one.step for one in preparations.values())
+        for step in (one.step for one in promises.values() if one.step is not None):
+            graph.add(step)
         makers = {one.candidate.name: one.step.id for one in promises.values() if one.step is not None}
         owners = {one.candidate.name: one.arm.name for one in promises.values()}
         owned: dict[str, str] = {}
@@ -164,7 +185,7 @@ class Planner:
                     for scores in task.scores:
                         graph.add(scores.step)
                         owned[scores.id] = owned[task.answers.id]
-        return StudyPlan(self.read, self.registry, promises, evaluations, graph, owned)
+        return StudyPlan(self.read, self.registry, promises, evaluations, graph, owned, preparations)
 
     def _check_names(self) -> None:
         """Methods and adapters of grids, before merges are found to have no inputs because of one misspelt."""
@@ -280,6 +301,29 @@ class Planner:
             return plan_arms(
                 spec, group[0].model, lambda _: [one.candidate for one in group], self.registry, self.catalog, self.once
             )
+
+
+def _preparations(promises: dict[str, Promise]) -> dict[str, Preparation]:
+    """What two alignments and more share, by key; the steps of those then wait for it. Their ids do not change."""
+    shared: dict[str, tuple[Step, dict[str, list[str]]]] = {}
+    for name, promise in promises.items():
+        if promise.arm.kind == "align" and promise.align is not None and saves_work(promise.align):
+            assert promise.step is not None
+            step = prepare_step(promise.align.of_arm(name, promise.step.factors))
+            # Rows alone do not hang on what the arms go on from.
+            step = replace(step, parents=promise.step.parents if "from" in step.made_from else ())
+            shared.setdefault(step.id, (step, {}))[1].setdefault(promise.step.id, []).append(name)
+    found = {}
+    for key, (step, aligns) in shared.items():
+        if len(aligns) < 2:
+            continue
+        names = [name for some in aligns.values() for name in some]
+        found[key] = Preparation(step, tuple(names))
+        for name, promise in promises.items():
+            if promise.step is not None and promise.step.id in aligns:
+                needs = (key, *promise.step.parents)
+                promises[name] = replace(promise, step=replace(promise.step, parents=needs))
+    return found
 
 
 def _template_digest(template: str) -> str:

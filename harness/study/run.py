@@ -10,6 +10,7 @@ from pathlib import Path
 
 from harness.alignment.folder import intact as intact_adapter
 from harness.alignment.plan import AlignPlan
+from harness.alignment.prepare import carry_out_prepare, intact as intact_rows, prepare_step
 from harness.alignment.run import carry_out_align
 from harness.contracts.executor import Observers
 from harness.core.errors import CorruptionError, UserError
@@ -31,7 +32,7 @@ from harness.steps.step import Step
 from harness.steps.store import RUN, RunStore
 from harness.study.arms import Arm
 from harness.study.folder import check_study, write_index, write_plan
-from harness.study.plan import Planner, Promise, StudyPlan
+from harness.study.plan import Planner, Preparation, Promise, StudyPlan
 
 MODEL = "model.json"
 """In the folder of a merge: what an evaluation knows of the model, should its weights be let go."""
@@ -149,6 +150,8 @@ class StudyRun:
         self.index: dict[str, str] = {}
         """Key -> id."""
         self.left_out: dict[str, str] = {}
+        self._prepared: dict[str, str | None] = {}
+        """Key of what is prepared -> why it is not there; None: it is."""
 
     def carry_out(self) -> Study:
         """Make the arms, answer, score."""
@@ -156,6 +159,9 @@ class StudyRun:
         for promise in self.plan.promises.values():
             if promise.arm.name in wanted:
                 self._make(promise)
+        for key in self._only or ():
+            if (shared := self.plan.preparations.get(key)) is not None:
+                self._why_not_prepared(shared)
         self._leave_out_twins()
         evaluations = Evaluations(self.plan.registry, self.store, self.reporter, self._observers)
         asked = self._only is None or any(key in self.plan.owners for key in self._only)
@@ -185,6 +191,9 @@ class StudyRun:
             for name, one in self.plan.promises.items()
             if one.loads in loads or (one.step is not None and one.step.id in self._only)
         }
+        # Of what is prepared alone what its arms go on from, not they themselves.
+        shared = [self.plan.preparations[key].arms for key in self._only if key in self.plan.preparations]
+        found.update(parent for names in shared for name in names for parent in self.plan.promises[name].arm.parents)
         for promise in reversed(self.plan.promises.values()):
             if promise.arm.name in found:
                 found.update(promise.arm.parents)
@@ -222,15 +231,55 @@ class StudyRun:
 
     def _align(self, promise: Promise) -> None:
         arm = promise.arm
-        starts = {name: info for name in arm.parents if (info := self.made[name].adapter) is not None}
-        plan = self.planner.align(arm, starts).of_arm(arm.name, arm.factors)
+        plan = self._align_plan(arm)
+        shared = self.plan.prepared_by.get(arm.name)
+        # What has been aligned needs nothing prepared any more.
+        if shared is not None and not self._has_ended(arm.name, plan.step):
+            if (why := self._why_not_prepared(shared)) is not None:
+                self.left_out[arm.name] = f"left out: {shared.step.arm} is not there: {why}"
+                self.reporter.note(f"{arm.name}: {self.left_out[arm.name]}")
+                return
 
         def work(folder: StepFolder) -> None:
             carry_out_align(plan, self.plan.registry, self.runner, folder)
 
-        folder = self._carry_out(promise, plan.step, work, intact_adapter)
+        folder = self._carry_out(arm.name, self._key(promise), plan.step, work, intact_adapter)
         if folder is not None:
             self.made[arm.name] = self._aligned(promise, plan, folder)
+
+    def _align_plan(self, arm: Arm) -> AlignPlan:
+        starts = {name: info for name in arm.parents if (info := self.made[name].adapter) is not None}
+        return self.planner.align(arm, starts).of_arm(arm.name, arm.factors)
+
+    def _has_ended(self, arm: str, step: Step) -> bool:
+        status = self.store.step(step.kind, arm, step.id).status()
+        return status is not None and status.status == "done"
+
+    def _why_not_prepared(self, shared: Preparation) -> str | None:
+        """Prepare what several arms share, unless it has been; returns why it is not there, None where it is."""
+        key = shared.step.id
+        if key not in self._prepared:
+            self._prepared[key] = self._prepare(shared)
+        return self._prepared[key]
+
+    def _prepare(self, shared: Preparation) -> str | None:
+        promises = [self.plan.promises[name] for name in shared.arms]
+        if shared.step.parents:
+            there = [one for one in promises if all(name in self.made for name in one.arm.parents)]
+            if not there:
+                return f"{promises[0].arm.parents[0]} is not there"
+            plans = [self._align_plan(one.arm) for one in there]
+        else:
+            # Rows alone do not hang on what the arms go on from, which may not be there yet.
+            plans = [one.align.of_arm(one.arm.name, one.arm.factors) for one in promises if one.align is not None]
+        step = prepare_step(plans[0])
+
+        def work(folder: StepFolder) -> None:
+            carry_out_prepare(plans[0], self.plan.registry, self.runner, folder, sharing=plans)
+
+        if self._carry_out(step.arm, key := shared.step.id, step, work, intact_rows) is not None:
+            return None
+        return self.left_out.pop(step.arm, f"step {key[:12]} has not ended")
 
     def _aligned(self, promise: Promise, plan: AlignPlan, folder: StepFolder) -> Promise:
         if plan.spec.adapter == "none":
@@ -249,7 +298,8 @@ class StudyRun:
         plan = self._merge_plan(arm)
         folder = self.store.step("merge", arm.name, plan.id)
         if not _let_go(folder):
-            made = self._carry_out(promise, plan.step, partial(self._merge_into, plan), intact_merge)
+            work = partial(self._merge_into, plan)
+            made = self._carry_out(arm.name, self._key(promise), plan.step, work, intact_merge)
             if made is None:
                 return
         if plan.spec.form == "adapter":
@@ -309,27 +359,28 @@ class StudyRun:
         folder = self.store.step("merge", made.arm.name, merge.id)
         folder.reopen("its weights are needed again")
         (folder.path / GONE).unlink()
-        self._carry_out(made, merge.step, partial(self._merge_into, merge), intact_merge)
+        self._carry_out(made.arm.name, self._key(made), merge.step, partial(self._merge_into, merge), intact_merge)
 
     # --------------------------------------------------------------------------------------------------------- steps
 
     def _carry_out(
         self,
-        promise: Promise,
+        arm: str,
+        key: str,
         step: Step,
         work: Callable[[StepFolder], None],
         intact: Callable[[Step, StepFolder], str | None],
     ) -> StepFolder | None:
         """The folder of a step that has ended well, now or before; None where it failed."""
-        folder, arm = self.store.step(step.kind, promise.arm.name, step.id), promise.arm.name
-        self.index[self._key(promise)] = step.id
+        folder = self.store.step(step.kind, arm, step.id)
+        self.index[key] = step.id
         status = folder.status()
         if status is not None and status.status == "done":
             if (problem := intact(step, folder)) is None:
                 return folder
             self.reporter.note(f"{folder.name}: {problem}; it is done again")
             folder.reopen(problem)
-        elif self._only is not None and self._key(promise) not in self._only:
+        elif self._only is not None and key not in self._only:
             self.left_out[arm] = f"failed: {status.error}" if status is not None else "its step has not ended"
             return None
         elif status is not None:
@@ -338,8 +389,10 @@ class StudyRun:
                 self.reporter.note(f"{arm}: {self.left_out[arm]}")
                 return None
             folder.reopen("it had failed and is tried again")
-        # It may come out otherwise than before: until they are asked again, what builds on it has no numbers.
-        self._write_index({one.id for one in self.plan.graph.depending_on(self._key(promise))})
+        # It may come out otherwise than before: until they are asked again, what builds on it has no numbers. What is
+        # prepared decides none.
+        others = self.plan.graph.depending_on(key) if step.kind != "prepare" else []
+        self._write_index({one.id for one in others})
         self.reporter.note(f"{step.kind} {arm}")
         try:
             with FolderLock(folder.path, folder.name, keep=False):

@@ -57,14 +57,15 @@ def states_of(root: Path) -> list[StepState]:
 def _states(
     steps: list[Mapping[str, Any]], ids: Mapping[str, str], folders: Mapping[tuple[str, str], Path]
 ) -> Iterator[StepState]:
-    done: set[str] = set()
+    places = dict(_found(steps, ids, folders))
+    ended = {key: record for key, folder in places.items() if (record := _record(folder)) is not None}
+    done = {key for key, record in ended.items() if record.status == "done"} | _unneeded(steps, ended)
     for step in steps:
         key, kind, arm = str(step["key"]), str(step["kind"]), str(step["arm"])
-        folder = folders.get((kind, ids[key][:12])) if key in ids else None
-        record = _record(folder) if folder is not None else None
-        if record is not None:
-            if record.status == "done":
-                done.add(key)
+        folder, record = places.get(key), ended.get(key)
+        if record is None and key in done:
+            yield StepState(key, kind, arm, "done")
+        elif record is not None:
             took = sum(record.seconds.values())
             yield StepState(key, kind, arm, record.status, folder.name if folder else None, record.error, took)
         elif folder is not None and (folder / STEP).is_file():
@@ -72,6 +73,26 @@ def _states(
         else:
             ready = all(parent in done for parent in step["parents"])
             yield StepState(key, kind, arm, "ready" if ready else "waiting")
+
+
+def _found(
+    steps: list[Mapping[str, Any]], ids: Mapping[str, str], folders: Mapping[tuple[str, str], Path]
+) -> Iterator[tuple[str, Path]]:
+    for step in steps:
+        key = str(step["key"])
+        if key in ids and (folder := folders.get((str(step["kind"]), ids[key][:12]))) is not None:
+            yield key, folder
+
+
+def _unneeded(steps: list[Mapping[str, Any]], ended: Mapping[str, StepRecord]) -> set[str]:
+    """Keys of what would only be prepared for alignments that have all ended well: there is nothing to do for it."""
+    waiting = {
+        str(parent)
+        for step in steps
+        if (record := ended.get(str(step["key"]))) is None or record.status != "done"
+        for parent in step["parents"]
+    }
+    return {key for step in steps if step["kind"] == "prepare" and (key := str(step["key"])) not in {*waiting, *ended}}
 
 
 def _record(folder: Path) -> StepRecord | None:

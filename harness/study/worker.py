@@ -14,7 +14,7 @@ from harness.contracts.executor import Needs, Order, WorkerContext
 from harness.contracts.registry import load_plugins
 from harness.core.errors import UserError
 from harness.core.machine import torch_device
-from harness.core.records import digest_of
+from harness.core.records import ModelInfo, digest_of
 from harness.evaluation.plan import ScorerPlan
 from harness.steps.execute import Job, refuse_unplanned
 from harness.steps.folder import StepFolder
@@ -39,13 +39,12 @@ def jobs_of(plan: StudyPlan, root: Path) -> Iterator[Job]:
     }
     cuda = torch_device() == "cuda"
     makes: dict[str, str] = {}
-    for promise in plan.promises.values():
-        step = promise.step
-        if step is None or step.id in makes:
-            continue
-        makes[step.id] = order = f"{step.kind}-{promise.arm.name}"
-        needs = Needs(devices=int(cuda and step.kind == "align"), memory=promise.model.size_bytes)
+    for step, model in _made(plan):
+        order = f"{step.kind}-{step.arm}" + (f"-{step.id[:8]}" if step.kind == "prepare" else "")
+        opens = step.kind == "align" or "reference" in step.whole and step.whole["reference"] is not None
+        needs = Needs(devices=int(cuda and opens), memory=model.size_bytes if opens or step.kind == "merge" else 0)
         after = frozenset(makes[parent] for parent in step.parents)
+        makes[step.id] = order
         yield Job(Order(id=order, keys=(step.id,), needs=needs, **common), after)
     answered: dict[str, str] = {}
     for number, evaluation in enumerate(plan.evaluations, start=1):
@@ -57,6 +56,17 @@ def jobs_of(plan: StudyPlan, root: Path) -> Iterator[Job]:
         answered |= dict.fromkeys(keys, order)
         yield Job(Order(id=order, keys=keys, needs=needs, **common), after)
     yield from _scores(plan, answered, common, cuda)
+
+
+def _made(plan: StudyPlan) -> Iterator[tuple[Step, ModelInfo]]:
+    """Steps that make arms, and what is prepared for them before the first that needs it; each with what it opens."""
+    done: set[str] = set()
+    for promise in plan.promises.values():
+        shared = plan.prepared_by.get(promise.arm.name)
+        for step in (shared.step if shared is not None else None, promise.step):
+            if step is not None and step.id not in done:
+                done.add(step.id)
+                yield step, promise.model
 
 
 def _scores(plan: StudyPlan, answered: dict[str, str], common: dict[str, Any], cuda: bool) -> Iterator[Job]:

@@ -36,7 +36,8 @@ def weights(folder: Path, arm: str) -> list[Path]:
 def test_every_arm_is_answered_and_compared(whole_run: Path) -> None:
     kinds = Counter(name.partition("-")[0] for name in records(whole_run))
     # 4 + on + short; 2 + sum; one task and one scorer for the base and each of 11 arms.
-    assert kinds == {"align": 6, "merge": 3, "answers": 12, "scores": 12}
+    # What two seeds of SFT share, and of DPO, is prepared.
+    assert kinds == {"prepare": 2, "align": 6, "merge": 3, "answers": 12, "scores": 12}
     report = json.loads((whole_run / "report" / "tiny" / "report.json").read_text())
     labels = {row["adapter"] or row["model"] for row in report["rows"]}
     assert labels == ARMS
@@ -149,7 +150,7 @@ def test_another_study_does_not_get_into_its_folder(
     ran = cli(*run(write(other)))
     assert ran.code == 2
     # short, its answers and scores; those of its step 2; `sum`, which it is an input of, its answers and scores.
-    assert "holds a study whose steps this one does not have: 8 of 33 (" in ran.err
+    assert "holds a study whose steps this one does not have: 8 of 35 (" in ran.err
     assert "Give another --out, or --fresh to start over" in ran.err
     assert begun() == []
     assert records(Path("run")) == before
