@@ -10,8 +10,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from harness.alignment.plan import AlignPlan, StagePlan, needs_reference
-from harness.alignment.policy import release
+from harness.alignment.bases import Bases
+from harness.alignment.plan import AlignPlan, needs_reference
 from harness.alignment.rows import described, open_tokenizer_of, prepare_rows, row_length, tokens
 from harness.alignment.say import say_counts
 from harness.alignment.stage import StageTraining
@@ -74,7 +74,13 @@ def intact(step: Step, folder: StepFolder) -> str | None:
 
 
 def carry_out_prepare(
-    plan: AlignPlan, registry: Registry, runner: Runner, work: StepFolder, *, sharing: Sequence[AlignPlan] = ()
+    plan: AlignPlan,
+    registry: Registry,
+    runner: Runner,
+    work: StepFolder,
+    *,
+    sharing: Sequence[AlignPlan] = (),
+    bases: Bases | None = None,
 ) -> StepRecord:
     """Tokenise the rows of all stages, and score those of the first under the starting policy; what is known is kept.
 
@@ -84,6 +90,7 @@ def carry_out_prepare(
         runner: records the step, and tells its observers.
         work: the folder of the record; there is no artifact beside it. The caller has locked it.
         sharing: plans of the arms, this one included: rows that none of them sees are not scored; none given: all are.
+        bases: where the base is opened, and kept for those arms.
 
     Raises:
         UserError: a mistake of the user's.
@@ -109,13 +116,14 @@ def carry_out_prepare(
         tokenised = time.perf_counter()
         counts = {"rows": len(data.train.rows)}
         if needs_reference(plan, first):
-            training = StageTraining(plan, first, registry, runner.reporter, tokenizer, work, stopping)
-            model, _, bf16 = training.open_model()
-            scored = training.with_reference(model, _seen(data, sharing), bf16)
+            opened = bases or Bases()
+            training = StageTraining(plan, first, registry, runner.reporter, tokenizer, work, stopping, bases=opened)
+            with opened.in_use(plan):
+                model, _, bf16 = training.open_model()
+                scored = training.with_reference(model, _seen(data, sharing), bf16)
+                del model
             values = [{key: row[key] for key in ("id", "ref_chosen_logps", "ref_rejected_logps")} for row in scored]
             counts["scored"], files["reference"] = len(values), rows_digest(values)
-            del training, model
-            release()
         seconds = {"tokenise": tokenised - begun, "reference": time.perf_counter() - tokenised}
         return runner.finish(step, work, Ended("rows", digest_of(files), files, counts=counts, seconds=seconds))
 

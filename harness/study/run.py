@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from harness.alignment.bases import Bases
 from harness.alignment.folder import intact as intact_adapter
 from harness.alignment.plan import AlignPlan
 from harness.alignment.prepare import carry_out_prepare, intact as intact_rows, prepare_step
@@ -31,7 +32,7 @@ from harness.steps.runner import Runner, is_fatal
 from harness.steps.step import Step
 from harness.steps.store import RUN, RunStore
 from harness.study.arms import Arm
-from harness.study.folder import check_study, write_index, write_plan
+from harness.study.folder import check_study, read_index, write_index, write_plan
 from harness.study.plan import Planner, Preparation, Promise, StudyPlan
 
 MODEL = "model.json"
@@ -130,6 +131,7 @@ class StudyRun:
         retry_failed: bool = False,
         only: Collection[str] | None = None,
         observers: Observers | None = None,
+        bases: Bases | None = None,
     ) -> None:
         """Prepare.
 
@@ -140,10 +142,12 @@ class StudyRun:
             retry_failed: try again what failed.
             only: keys of the steps to carry out, where not all are meant.
             observers: hear of the steps; those of the plan's registry by default.
+            bases: where alignments open their base, which stays open for the next one: the caller lets it go; by
+                default it goes with this pass.
         """
         self.plan, self.store, self.reporter, self._again, self._only = plan, store, reporter, retry_failed, only
         self.runner = Runner(observers or plan.registry, reporter)
-        self._observers = observers
+        self._observers, self._bases, self._own_bases = observers, bases or Bases(keep=True), bases is None
         self.planner = Planner(plan.read, plan.registry)
         self.made: dict[str, Promise] = {}
         """Arm -> what it is made of, now that it is there."""
@@ -155,6 +159,13 @@ class StudyRun:
 
     def carry_out(self) -> Study:
         """Make the arms, answer, score."""
+        try:
+            return self._carry_out_all()
+        finally:
+            if self._own_bases:
+                self._bases.release()
+
+    def _carry_out_all(self) -> Study:
         wanted = self._wanted()
         for promise in self.plan.promises.values():
             if promise.arm.name in wanted:
@@ -169,6 +180,9 @@ class StudyRun:
         for plan in plans:
             self._index_evaluation(plan)
         self._write_index()
+        if asked:
+            # An engine needs the room.
+            self._bases.release()
         for plan in plans:
             answers = self._ids()
             if not evaluations.is_answered(plan, answers):
@@ -233,15 +247,14 @@ class StudyRun:
         arm = promise.arm
         plan = self._align_plan(arm)
         shared = self.plan.prepared_by.get(arm.name)
-        # What has been aligned needs nothing prepared any more.
-        if shared is not None and not self._has_ended(arm.name, plan.step):
+        if shared is not None and not self._has_ended(arm.name, plan.id):
             if (why := self._why_not_prepared(shared)) is not None:
                 self.left_out[arm.name] = f"left out: {shared.step.arm} is not there: {why}"
                 self.reporter.note(f"{arm.name}: {self.left_out[arm.name]}")
                 return
 
         def work(folder: StepFolder) -> None:
-            carry_out_align(plan, self.plan.registry, self.runner, folder)
+            carry_out_align(plan, self.plan.registry, self.runner, folder, bases=self._bases)
 
         folder = self._carry_out(arm.name, self._key(promise), plan.step, work, intact_adapter)
         if folder is not None:
@@ -251,15 +264,21 @@ class StudyRun:
         starts = {name: info for name in arm.parents if (info := self.made[name].adapter) is not None}
         return self.planner.align(arm, starts).of_arm(arm.name, arm.factors)
 
-    def _has_ended(self, arm: str, step: Step) -> bool:
-        status = self.store.step(step.kind, arm, step.id).status()
+    def _has_ended(self, arm: str, step_id: str) -> bool:
+        status = self.store.step("align", arm, step_id).status()
         return status is not None and status.status == "done"
+
+    def _is_needed(self, shared: Preparation) -> bool:
+        """Whether two or more of its arms are still to be aligned; the last one prepares its own."""
+        known = {**read_index(self.store.root), **self.index}
+        keys = [(name, self._key(self.plan.promises[name])) for name in shared.arms]
+        return sum(not self._has_ended(name, known.get(key, key)) for name, key in keys) > 1
 
     def _why_not_prepared(self, shared: Preparation) -> str | None:
         """Prepare what several arms share, unless it has been; returns why it is not there, None where it is."""
         key = shared.step.id
         if key not in self._prepared:
-            self._prepared[key] = self._prepare(shared)
+            self._prepared[key] = self._prepare(shared) if self._is_needed(shared) else None
         return self._prepared[key]
 
     def _prepare(self, shared: Preparation) -> str | None:
@@ -275,7 +294,8 @@ class StudyRun:
         step = prepare_step(plans[0])
 
         def work(folder: StepFolder) -> None:
-            carry_out_prepare(plans[0], self.plan.registry, self.runner, folder, sharing=plans)
+            registry, bases = self.plan.registry, self._bases
+            carry_out_prepare(plans[0], registry, self.runner, folder, sharing=plans, bases=bases)
 
         if self._carry_out(step.arm, key := shared.step.id, step, work, intact_rows) is not None:
             return None
@@ -319,6 +339,7 @@ class StudyRun:
         return replace(found, step=replace(found.step, arm=arm.name, factors=dict(arm.factors)))
 
     def _merge_into(self, plan: MergePlan, folder: StepFolder) -> None:
+        self._bases.release()
         carry_out_merge(plan, MergeSettings(), self.runner, folder)
 
     def _merged_model(self, promise: Promise, folder: StepFolder) -> ModelInfo:

@@ -85,14 +85,15 @@ def _found(
 
 
 def _unneeded(steps: list[Mapping[str, Any]], ended: Mapping[str, StepRecord]) -> set[str]:
-    """Keys of what would only be prepared for alignments that have all ended well: there is nothing to do for it."""
-    waiting = {
+    """Keys of what would be prepared for several alignments of which one is left at most: it prepares its own."""
+    prepares = {str(step["key"]) for step in steps if step["kind"] == "prepare"} - set(ended)
+    waiting = Counter(
         str(parent)
         for step in steps
         if (record := ended.get(str(step["key"]))) is None or record.status != "done"
         for parent in step["parents"]
-    }
-    return {key for step in steps if step["kind"] == "prepare" and (key := str(step["key"])) not in {*waiting, *ended}}
+    )
+    return {key for key in prepares if waiting[key] < 2}
 
 
 def _record(folder: Path) -> StepRecord | None:

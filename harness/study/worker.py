@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from harness.alignment.bases import Bases
 from harness.contracts.executor import Needs, Order, WorkerContext
 from harness.contracts.registry import load_plugins
 from harness.core.errors import UserError
@@ -26,6 +27,8 @@ from harness.study.run import StudyRun
 
 _OPEN: dict[str, StudyPlan] = {}
 """What this process has planned last: the orders of one study share it."""
+_BASES = Bases(keep=True)
+"""The base that the next alignment of this process may find open."""
 
 
 def jobs_of(plan: StudyPlan, root: Path) -> Iterator[Job]:
@@ -122,6 +125,7 @@ def carry_out(order: Order, context: WorkerContext) -> dict[str, Any]:
         observers=context.observers,
         retry_failed=bool(order.spec.get("retry_failed")),
         only=order.keys,
+        bases=_BASES,
     )
     done = run.carry_out()
     return {"failures": done.failures, "left_out": run.left_out}

@@ -84,6 +84,6 @@ def test_rows_that_no_seed_sees_are_not_scored(plan: Plan, registry: Registry, a
 def test_a_method_without_a_reference_loads_no_model(
     plan: Plan, registry: Registry, alone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harness.alignment.stage.open_policy", lambda *_: pytest.fail("it opened the model"))
+    monkeypatch.setattr("harness.alignment.bases.open_base", lambda *_: pytest.fail("it opened the model"))
     record = prepare(plan("sft"), registry, alone / "prepared")
     assert (record.status, "reference" in record.files, "scored" in record.counts) == ("done", False, False)

@@ -191,7 +191,7 @@ def test_what_fails_is_left_out_with_all_that_hangs_on_it(
     assert "RuntimeError: no such preference" in ran.err
     assert "on: left out: broken-pairs-lora-tiny-s0 is not there" in ran.err
     assert "merged-tiny-s0: left out: broken-pairs-lora-tiny-s0 is not there" in ran.err
-    done = ["align sft-pairs-lora-tiny-s0", "align broken-pairs-lora-tiny-s0"]
+    done = ["prepare rows-sft-pairs-tiny", "align sft-pairs-lora-tiny-s0", "align broken-pairs-lora-tiny-s0"]
     assert sorted(begun()) == sorted(
         [*done, *(f"{kind} {arm}" for kind in ("answers", "scores") for arm in ("tiny", "tiny+sft-pairs-lora-tiny-s0"))]
     )
