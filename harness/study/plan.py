@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,14 @@ class Promise:
         """
         return self.arm.base, self.model.weights_digest
 
+    @property
+    def opens(self) -> str:
+        """What an alignment keeps open for the next: those with the same follow each other. Empty for other arms."""
+        if self.align is None or self.arm.kind != "align":
+            return ""
+        quantises = type(self.align.adapter).quantization is not Adapter.quantization
+        return f"{self.arm.base} {self.align.spec.adapter if quantises or self.align.spec.adapter == 'none' else ''}"
+
 
 @dataclass(frozen=True)
 class Preparation:
@@ -101,6 +111,24 @@ class StudyPlan:
     def arms(self) -> list[Arm]:
         """Every arm."""
         return [promise.arm for promise in self.promises.values()]
+
+    def in_turn(self) -> Iterator[Promise]:
+        """Every arm after those that it is made from; alignments of one open base follow each other."""
+        sorter = TopologicalSorter({name: one.arm.parents for name, one in self.promises.items()})
+        sorter.prepare()
+        ready: dict[str, deque[Promise]] = {}
+        current = ""
+        while sorter.is_active():
+            for name in sorted(sorter.get_ready(), key=self._places.__getitem__):
+                ready.setdefault(self.promises[name].opens, deque()).append(self.promises[name])
+            current = current if ready.get(current) else next(key for key, some in ready.items() if some)
+            promise = ready[current].popleft()
+            sorter.done(promise.arm.name)
+            yield promise
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self.promises)}
 
     def to_json(self) -> dict[str, Any]:
         """plan.json: every step with its key, and no absolute path."""

@@ -167,12 +167,14 @@ class StudyRun:
 
     def _carry_out_all(self) -> Study:
         wanted = self._wanted()
-        for promise in self.plan.promises.values():
+        for promise in self.plan.in_turn():
             if promise.arm.name in wanted:
                 self._make(promise)
         for key in self._only or ():
             if (shared := self.plan.preparations.get(key)) is not None:
                 self._why_not_prepared(shared)
+        # Whatever the turn in which they were made.
+        self.made = {name: self.made[name] for name in self.plan.promises if name in self.made}
         self._leave_out_twins()
         evaluations = Evaluations(self.plan.registry, self.store, self.reporter, self._observers)
         asked = self._only is None or any(key in self.plan.owners for key in self._only)
