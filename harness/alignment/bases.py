@@ -96,8 +96,12 @@ class _Open:
         changed = self.tree.changed()
         if frozen := sorted((changed & self.tree.parameters.keys()) - trained):
             more = f" and {len(frozen) - 1} more" if len(frozen) > 1 else ""
-            what = f"{plan.spec.method} with {plan.spec.adapter} has changed frozen weights of the base: {frozen[0]}{more}"
-            fix = "Its adapter fits no base there is. Train such weights as part of the adapter, or with --adapter none."
+            what = (
+                f"{plan.spec.method} with {plan.spec.adapter} has changed frozen weights of the base: {frozen[0]}{more}"
+            )
+            fix = (
+                "Its adapter fits no base there is. Train such weights as part of the adapter, or with --adapter none."
+            )
             raise StepError(plan.arm, what, fix)
         if trained or changed:
             # Buffers are no weights, but what is attached next would see them.

@@ -173,9 +173,7 @@ def _load(out: Path, plan: AlignPlan, work: StepFolder) -> Alignment:
 class _Run:
     """One pass over an alignment in this process."""
 
-    def __init__(
-        self, plan: AlignPlan, registry: Registry, runner: Runner, work: StepFolder, bases: Bases
-    ) -> None:
+    def __init__(self, plan: AlignPlan, registry: Registry, runner: Runner, work: StepFolder, bases: Bases) -> None:
         self.bases = bases
         self.plan, self.registry, self.runner, self.reporter = plan, registry, runner, runner.reporter
         self.work, self.out = work, work.artifact

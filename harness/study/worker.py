@@ -46,8 +46,10 @@ def jobs_of(plan: StudyPlan, root: Path) -> Iterator[Job]:
     imports = _imports(cuda)
     for step, promise in _made(plan):
         order = f"{step.kind}-{step.arm}" + (f"-{step.id[:8]}" if step.kind == "prepare" else "")
-        opens = step.kind == "align" or "reference" in step.whole and step.whole["reference"] is not None
-        needs = Needs(devices=int(cuda and opens), memory=promise.model.size_bytes if opens or step.kind == "merge" else 0)
+        opens = step.kind == "align" or ("reference" in step.whole and step.whole["reference"] is not None)
+        needs = Needs(
+            devices=int(cuda and opens), memory=promise.model.size_bytes if opens or step.kind == "merge" else 0
+        )
         after = frozenset(makes[parent] for parent in step.parents)
         makes[step.id] = order
         keeps = {"opens": promise.opens, "imports": imports} if opens else {}

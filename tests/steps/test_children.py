@@ -131,9 +131,7 @@ def test_closing_it_lets_it_save_and_then_ends_what_it_started(tmp_path: Path, s
     assert time.monotonic() - begun < 10 and ended(said).outcome == "stopped"
 
 
-def test_what_can_be_imported_here_can_be_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Start
-) -> None:
+def test_what_can_be_imported_here_can_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Start) -> None:
     """And a file of the working folder stands in for no module."""
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "my_worker.py").write_text(

@@ -181,7 +181,8 @@ import json, queue, sys
 from harness import Order, WarmParent, WorkerProcess
 said, warm = queue.SimpleQueue(), WarmParent()
 worker = WorkerProcess(said.put, warm=warm)
-worker.submit(Order(id="one", worker="harness.testing.order_worker", run=sys.argv[1], spec={"does": "waits", "seconds": 60}))
+spec = {"does": "waits", "seconds": 60}
+worker.submit(Order(id="one", worker="harness.testing.order_worker", run=sys.argv[1], spec=spec))
 while said.get().text != "one: third":
     pass
 print(json.dumps([worker.pid, warm._process.pid]), flush=True)

@@ -79,10 +79,17 @@ def test_it_is_one_step_before_the_seeds_and_ids_stay(seeds: dict[str, Any], wri
 
 def test_what_is_shared(small: dict[str, Any], write: Write) -> None:
     """Arms of one start share, as those of other learning rates do; of other lengths or starts they do not."""
-    of = {"base": "tiny", "data": "pairs"}
+    of, other = {"base": "tiny", "data": "pairs"}, {"learning_rate": 0.1}
     more = [
         {"name": "a", "method": "dpo", "from": "sft-pairs-lora-tiny-s0", **of},
-        {"name": "b", "method": "dpo", "from": "sft-pairs-lora-tiny-s0", "seed": 1, "set": {"learning_rate": 0.1}, **of},
+        {
+            "name": "b",
+            "method": "dpo",
+            "from": "sft-pairs-lora-tiny-s0",
+            "seed": 1,
+            "set": other,
+            **of,
+        },
         {"name": "c", "method": "dpo", "from": "sft-pairs-lora-tiny-s1", **of},
         {"name": "d", "method": "dpo", "set": {"max_length": 64}, **of},
     ]
@@ -140,7 +147,11 @@ def test_its_failure_is_its_arms_alone(
     assert Counter(line.partition(" ")[0] for line in begun()) == {"prepare": 1, "align": 1, "answers": 2, "scores": 2}
     status = json.loads(cli("study", "status", "run", "--json").out)
     states = {one["arm"]: one["state"] for one in status["steps"] if one["kind"] in ("prepare", "align")}
-    assert states == {"rows-dpo-pairs-tiny": "failed", **dict.fromkeys(DPO, "waiting"), "sft-pairs-lora-tiny-s0": "done"}
+    assert states == {
+        "rows-dpo-pairs-tiny": "failed",
+        **dict.fromkeys(DPO, "waiting"),
+        "sft-pairs-lora-tiny-s0": "done",
+    }
     ran = cli(*command)
     assert (ran.code, begun()) == (3, [])
     assert "failed before, and is left (--retry-failed tries again)" in ran.err
@@ -175,14 +186,14 @@ r.plan.__defaults__ = (400,)
 SMALL_BATCHES = "import harness.alignment.reference as r; r.plan.__defaults__ = (400,)"
 
 
-def test_killed_in_the_middle_it_goes_on(
-    seeds: dict[str, Any], write: Write, alone: Path, zygote: Zygote
-) -> None:
+def test_killed_in_the_middle_it_goes_on(seeds: dict[str, Any], write: Write, alone: Path, zygote: Zygote) -> None:
     grid = {**seeds["grid"][0], "seed": [0, 1]}
     data = {**seeds, "grid": [{**grid, "set": {**grid["set"], "steps": 3}}]}
     command = ["study", "run", str(write(data)), "--out", "run"]
     folders = {name: str(alone / f"{name}-cache") for name in ("whole", "killed")}
-    code, said = zygote.run([*command[:3], "--out", "whole"], cwd=alone, patch=SMALL_BATCHES, HARNESS_CACHE=folders["whole"])
+    code, said = zygote.run(
+        [*command[:3], "--out", "whole"], cwd=alone, patch=SMALL_BATCHES, HARNESS_CACHE=folders["whole"]
+    )
     assert code == 0, said
     code, said = zygote.run(command, cwd=alone, patch=IN_REFERENCE, HARNESS_CACHE=folders["killed"])
     assert code == -9, said
