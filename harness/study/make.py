@@ -291,4 +291,26 @@ class Maker:
         return found.model_copy(update={"name": promise.arm.base})
 
     def write_index(self, forget: Collection[str] = ()) -> None:
-        write_index(self.store.root, self.index, self.left_out if self.only is None else None, forget)
+        """Add to index.json what is known by now: ids, and which arms are not there."""
+        if self.only is None:
+            write_index(self.store.root, self.index, self.left_out, forget)
+        else:
+            among, left_out = self._said()
+            write_index(self.store.root, self.index, left_out, forget, among=among)
+
+    def _said(self) -> tuple[set[str], dict[str, str]]:
+        """Arms that the steps in hand decide on, with those that are made from them; and which of them have failed."""
+        assert self.only is not None
+        own = {name for name, one in self.plan.promises.items() if one.step is not None and one.step.id in self.only}
+        gone = {name: why for name in own if (why := self.left_out.get(name, "")).startswith("failed")}
+        for key in self.only:
+            if (shared := self.plan.preparations.get(key)) is not None:
+                own.update(shared.arms)
+                if (why := self._prepared.get(key)) is not None:
+                    gone |= dict.fromkeys(shared.arms, f"left out: {shared.step.arm} is not there: {why}")
+        for name, one in self.plan.promises.items():
+            if not own.isdisjoint(one.arm.parents):
+                own.add(name)
+                if lost := [parent for parent in one.arm.parents if parent in gone]:
+                    gone.setdefault(name, f"left out: {lost[0]} is not there")
+        return own, gone

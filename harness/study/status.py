@@ -40,11 +40,14 @@ def states_of(root: Path) -> list[StepState]:
     """Every step of a study in its plan's order.
 
     Raises:
-        UserError: the folder holds no study.
-        CorruptionError: plan.json is damaged.
+        UserError: the folder holds no study, or its plan.json is damaged.
     """
     file = RunStore(root).plan_file
-    plan = read_json(file) if file.is_file() else {}
+    try:
+        plan = read_json(file) if file.is_file() else {}
+    except CorruptionError:
+        fix = "`harness study run` of the same file writes it again; what has ended is kept."
+        raise UserError(str(file), "is damaged", fix) from None
     if not isinstance(plan, dict) or "study" not in plan:
         raise UserError(str(root), "holds no study", "Give the folder that `harness study run --out` wrote.")
     ids = _index(root)
