@@ -49,7 +49,8 @@ def prepare_step(plan: AlignPlan) -> Step:
     factors = {name: plan.step.factors[name] for name in ("method", "data", "base", "samples")}
     samples = f"-n{factors['samples']}" if factors["samples"] is not None else ""
     arm = slug(f"rows-{factors['method']}-{factors['data']}-{factors['base']}{samples}")
-    made_from = {key: value for key, value in plan.step.made_from.items() if reference is not None or key == "base"}
+    # Token ids alone are of no model: bases of one tokenizer and template share them.
+    made_from = plan.step.made_from if reference is not None else {}
     return make_step("prepare", identity, arm=arm, factors=factors, made_from=made_from)
 
 

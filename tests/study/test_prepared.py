@@ -99,6 +99,9 @@ def test_what_is_shared(small: dict[str, Any], write: Write) -> None:
     start = plan.promises["sft-pairs-lora-tiny-s0"].step
     assert start is not None
     assert shared == {("sft-pairs-lora-tiny-s0", "sft-pairs-lora-tiny-s1"): (), ("a", "b"): (start.id,)}
+    made_from = {one.arms[0]: set(one.step.made_from) for one in plan.preparations.values()}
+    # Token ids are of no model.
+    assert made_from == {"sft-pairs-lora-tiny-s0": set(), "a": {"base", "from"}}
 
 
 @pytest.mark.parametrize("workers", [(), ("--set", "executor.workers=2")], ids=["one process", "workers"])
