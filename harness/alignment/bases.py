@@ -90,7 +90,8 @@ class _Open:
         Raises:
             StepError: weights have changed that nobody trains.
         """
-        if plan.spec.adapter == "none":
+        if not hasattr(self.base, "peft_config"):
+            # A whole model is left, not an adapter: its weights may be what they like.
             return False
         trained = {name for name, one in self.tree.parameters.items() if one.requires_grad}
         changed = self.tree.changed()
