@@ -306,8 +306,8 @@ class Maker:
         for key in self.only:
             if (shared := self.plan.preparations.get(key)) is not None:
                 own.update(shared.arms)
-                if (why := self._prepared.get(key)) is not None:
-                    gone |= dict.fromkeys(shared.arms, f"left out: {shared.step.arm} is not there: {why}")
+                if (missing := self._prepared.get(key)) is not None:
+                    gone |= dict.fromkeys(shared.arms, f"left out: {shared.step.arm} is not there: {missing}")
         for name, one in self.plan.promises.items():
             if not own.isdisjoint(one.arm.parents):
                 own.add(name)
