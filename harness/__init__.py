@@ -206,6 +206,9 @@ if TYPE_CHECKING:
         file_digest as file_digest,
         files_digest as files_digest,
     )
+    from harness.steps.warm import (
+        WarmParent as WarmParent,
+    )
     from harness.tasks.lm_eval.task import (
         LmEvalRuntime as LmEvalRuntime,
         LmEvalVerdict as LmEvalVerdict,
@@ -259,6 +262,7 @@ _HOME = {
     "harness.steps.journal": "Journal",
     "harness.steps.orders": "InProcessPool carry_out_order",
     "harness.steps.provenance": "NUMERICS file_digest files_digest",
+    "harness.steps.warm": "WarmParent",
     "harness.tasks.lm_eval.task": "LmEvalRuntime LmEvalVerdict lm_eval_metric",
 }
 """Module -> the public names that lie there; the imports above say the same to type checkers (a test compares)."""

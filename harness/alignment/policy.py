@@ -13,8 +13,8 @@ from harness.models.attaching import attach_adapter
 from harness.steps.provenance import NUMERICS
 
 
-def open_policy(plan: AlignPlan, device: int) -> tuple[Any, bool, bool]:
-    """The base with its trainable weights attached; whether on CUDA, and whether under bf16 autocast."""
+def open_base(plan: AlignPlan, device: int) -> Any:
+    """The base as it is trained on, with nothing attached to it."""
     import torch
     from transformers import AutoModelForCausalLM, set_seed
     from transformers.utils import logging
@@ -40,6 +40,15 @@ def open_policy(plan: AlignPlan, device: int) -> tuple[Any, bool, bool]:
         trust_remote_code=plan.spec.model.trust_remote_code,
     )
     base.config.use_cache = False
+    return base
+
+
+def attach_policy(plan: AlignPlan, base: Any) -> tuple[Any, bool, bool]:
+    """The base with its trainable weights attached; whether on CUDA, and whether under bf16 autocast."""
+    import torch
+    from transformers import set_seed
+
+    cuda, dtype = torch.cuda.is_available(), getattr(torch, plan.spec.model.dtype)
     if plan.start is not None:
         base = attach_adapter(base, plan.start, "start", f"--from {plan.start.ref}")
         without_dropout(base)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from harness.alignment.bases import Bases
 from harness.alignment.export import lineage_of
 from harness.alignment.folder import (
     ALIGNMENT,
@@ -127,7 +128,9 @@ def run_align(
             raise
 
 
-def carry_out_align(plan: AlignPlan, registry: Registry, runner: Runner, work: StepFolder) -> Alignment:
+def carry_out_align(
+    plan: AlignPlan, registry: Registry, runner: Runner, work: StepFolder, *, bases: Bases | None = None
+) -> Alignment:
     """Carry out a plan from where its folder stands, and say what is kept when that is cut short.
 
     Args:
@@ -136,6 +139,7 @@ def carry_out_align(plan: AlignPlan, registry: Registry, runner: Runner, work: S
         runner: records the step, and tells its observers.
         work: the folder of the record, and that of the adapter: within each other or apart. The caller has locked it,
             and knows that the step has not ended well.
+        bases: where the base is opened, and may stay open for the next alignment; let go by default.
 
     Raises:
         UserError: a mistake of the user's.
@@ -147,7 +151,7 @@ def carry_out_align(plan: AlignPlan, registry: Registry, runner: Runner, work: S
         work.reopen("it had failed")
     try:
         with runner.recorded(plan.step, work), writing(work.artifact):
-            return _Run(plan, registry, runner, work).carry_out()
+            return _Run(plan, registry, runner, work, bases or Bases()).carry_out()
     except UserError:
         if has_checkpoint(work):
             note("the last checkpoint is kept: the same command goes on from there")
@@ -169,7 +173,8 @@ def _load(out: Path, plan: AlignPlan, work: StepFolder) -> Alignment:
 class _Run:
     """One pass over an alignment in this process."""
 
-    def __init__(self, plan: AlignPlan, registry: Registry, runner: Runner, work: StepFolder) -> None:
+    def __init__(self, plan: AlignPlan, registry: Registry, runner: Runner, work: StepFolder, bases: Bases) -> None:
+        self.bases = bases
         self.plan, self.registry, self.runner, self.reporter = plan, registry, runner, runner.reporter
         self.work, self.out = work, work.artifact
         self.tokenizer = open_tokenizer_of(plan)
@@ -266,7 +271,9 @@ class _Run:
         work.log("data", read=data.read, tokenised=data.tokenised)
         prepared = time.perf_counter()
         plan, tokenizer, stopping = self.plan, self.tokenizer, self.stopping
-        training = StageTraining(plan, stage, self.registry, self.reporter, tokenizer, work, stopping, earlier)
+        training = StageTraining(
+            plan, stage, self.registry, self.reporter, tokenizer, work, stopping, earlier, bases=self.bases
+        )
         try:
             measured, micro = training.run(data)
         finally:

@@ -6,15 +6,16 @@ import contextlib
 import shutil
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.alignment.bases import Bases
 from harness.alignment.export import Target, export
 from harness.alignment.folder import TRAINED
 from harness.alignment.heldout import HELDOUT
 from harness.alignment.plan import AlignPlan, StagePlan, needs_reference
-from harness.alignment.policy import described_policy, open_policy, release, starting_policy
+from harness.alignment.policy import attach_policy, described_policy, release, starting_policy
 from harness.alignment.ranks import ALONE, Children, Rank, train_apart
 from harness.alignment.rows import open_tokenizer_of, prepare_rows, row_length, row_tokens
 from harness.alignment.say import stepper
@@ -54,6 +55,8 @@ class StageTraining:
     rank: Rank = ALONE
     own: frozenset[str] = frozenset()
     """Names of the weights and buffers that the method has added to the model."""
+    bases: Bases = field(default_factory=Bases)
+    """Where its base is opened, and held against what it was."""
 
     def run(self, data: Prepared) -> tuple[list[dict[str, Any]], int]:
         """Train; when memory runs out, with half the micro batch from the last checkpoint on.
@@ -128,7 +131,15 @@ class StageTraining:
         raise StoppedError(ended.signal or signal.SIGTERM)
 
     def train(self, data: Prepared, micro: int) -> list[dict[str, Any]]:
-        """Train in this process, alone or as one of several; returns per held-out row its id and values."""
+        """Train in this process, alone or as one of several; returns per held-out row its id and values.
+
+        Raises:
+            StepError: the method has changed weights of the base that it does not train.
+        """
+        with self.bases.in_use(self.plan):
+            return self._train(data, micro)
+
+    def _train(self, data: Prepared, micro: int) -> list[dict[str, Any]]:
         import datasets
 
         from harness.alignment import driven, driver
@@ -201,7 +212,8 @@ class StageTraining:
         """The model with all its trainable weights; whether on CUDA, and whether under bf16 autocast."""
         from harness.alignment.driven import hand_on
 
-        model, cuda, bf16 = open_policy(self.plan, self.rank.number)
+        base = self.bases.open(self.plan, self.rank.number, self.work.log)
+        model, cuda, bf16 = attach_policy(self.plan, base)
         before = _names(model)
         self.plan.aligner.attach(model, self.tokenizer, self.stage.recipe)
         self.own = _names(model) - before

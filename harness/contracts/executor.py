@@ -40,6 +40,8 @@ class Order(Config):
     folder: str = Field("", description="working folder that relative paths start from")
     needs: Needs = Field(default_factory=lambda: Needs(), description="what it takes")
     attempt: int = Field(1, ge=1, description="how often it has been ordered")
+    opens: str = Field("", description="what its worker keeps open afterwards: it is best given to one that has that")
+    imports: tuple[str, ...] = Field((), description="modules that it needs, to be imported once for many workers")
 
 
 class Failure(Config):

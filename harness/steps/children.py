@@ -3,7 +3,8 @@
 A worker is ``python -m harness.steps.child``: it reads orders from its standard input, a line of JSON each, and tells
 events on its standard output. It is the first of a process group of its own: a Ctrl-C of the terminal reaches the
 parent alone, which hands it on once, and whatever the worker has started ends with it. It ends with its parent, however
-that ends: then its standard input does.
+that ends: then its standard input does. It may also be forked from a parent that has imported what it needs
+(:mod:`harness.steps.warm`), and is then the same in all of this.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
 from harness.contracts.executor import Event, Order
+from harness.steps.warm import ForkedWorker, WarmParent
 
 
 class WorkerProcess:
@@ -31,6 +33,8 @@ class WorkerProcess:
         *,
         stderr: IO[Any] | None = None,
         pass_fds: Sequence[int] = (),
+        warm: WarmParent | None = None,
+        imports: Sequence[str] = (),
     ) -> None:
         """Start it.
 
@@ -38,24 +42,19 @@ class WorkerProcess:
             tell: is given every event, in a thread of its own: a queue's ``put``, say.
             environment: of the process; that of this one by default. What can be imported here can be there.
             stderr: where its standard error (and whatever a library prints) goes; to this process's by default.
-            pass_fds: open files that it keeps.
+            pass_fds: open files that it keeps; a process that keeps some is never forked.
+            warm: forks it, where that is safe.
+            imports: modules that it will need, which ``warm`` imports once for all.
         """
         self._tell = tell
         self._order: Order | None = None
-        self._heard_all = False
+        self._heard_all = self._gone = False
         self._lock = threading.Lock()
-        path = os.pathsep.join(entry for entry in sys.path if entry)
-        self._child = subprocess.Popen(
-            # Without -P a file of the working folder could stand in for a module.
-            [sys.executable, "-P", "-m", "harness.steps.child"],
-            env={**(os.environ if environment is None else environment), "PYTHONPATH": path},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            pass_fds=pass_fds,
-            start_new_session=True,
-        )
+        environment = os.environ if environment is None else environment
+        forked = None
+        if warm is not None and not pass_fds:
+            forked = warm.start(environment, imports, stderr.fileno() if stderr is not None else 2)
+        self._child = forked or _started(environment, stderr, pass_fds)
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
@@ -111,9 +110,17 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """End it, and all that it started, at once."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
+        if self._gone:
+            return
+        try:
             os.killpg(self._child.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            # All have ended; or it is so young that it has no group of its own yet.
+            self._child.send_signal(signal.SIGKILL)
         self._child.wait()
+        self._gone = True
+        if isinstance(self._child, ForkedWorker):
+            self._child.reap()
         assert self._child.stdin is not None
         with contextlib.suppress(OSError):
             self._child.stdin.close()
@@ -137,6 +144,22 @@ class WorkerProcess:
         assert self._order is not None
         order, self._order = self._order, None
         self._tell(Event(order=order.id, kind="ended", outcome="crashed", code=self._child.returncode))
+
+
+def _started(environment: Mapping[str, str], stderr: IO[Any] | None, pass_fds: Sequence[int]) -> subprocess.Popen[str]:
+    """A Python of its own."""
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    return subprocess.Popen(
+        # Without -P a file of the working folder could stand in for a module.
+        [sys.executable, "-P", "-m", "harness.steps.child"],
+        env={**environment, "PYTHONPATH": path},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        pass_fds=pass_fds,
+        start_new_session=True,
+    )
 
 
 def said_of(code: int | None) -> str:

@@ -57,15 +57,21 @@ def read_index(root: Path) -> dict[str, str]:
 
 
 def write_index(
-    root: Path, ids: Mapping[str, str], left_out: Mapping[str, str] | None, forget: Collection[str] = ()
+    root: Path,
+    ids: Mapping[str, str],
+    left_out: Mapping[str, str],
+    forget: Collection[str] = (),
+    *,
+    among: Collection[str] | None = None,
 ) -> None:
     """Add to index.json; several processes may carry out steps of one study.
 
     Args:
         root: run folder.
         ids: key -> id of steps.
-        left_out: arm -> why it is not there; None: as it was.
+        left_out: arm -> why it is not there.
         forget: keys of steps whose ids are not known any more, as what they build on is made again.
+        among: arms that ``left_out`` speaks of; others stay as they were. None: all.
     """
     with (root / f".{INDEX}.0.tmp").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -73,5 +79,6 @@ def write_index(
         with contextlib.suppress(OSError, CorruptionError):
             before = read_json(root / INDEX)
         whole = {key: one for key, one in {**read_index(root), **ids}.items() if key not in forget}
-        gone = before.get("left_out", {}) if left_out is None else dict(left_out)
+        kept = before.get("left_out", {}) if among is not None else {}
+        gone = {**{name: why for name, why in kept.items() if name not in (among or ())}, **left_out}
         write_json(root / INDEX, {"ids": whole, "left_out": gone})

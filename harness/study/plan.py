@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 from harness.alignment.plan import AlignPlan, plan_align
+from harness.alignment.prepare import prepare_step, saves_work
 from harness.contracts.adapter import Adapter
 from harness.contracts.aligner import Aligner
 from harness.contracts.merger import Merger
@@ -64,6 +68,23 @@ class Promise:
         """
         return self.arm.base, self.model.weights_digest
 
+    @property
+    def opens(self) -> str:
+        """What an alignment keeps open for the next: those with the same follow each other. Empty for other arms."""
+        if self.align is None or self.arm.kind != "align":
+            return ""
+        quantises = type(self.align.adapter).quantization is not Adapter.quantization
+        return f"{self.arm.base} {self.align.spec.adapter if quantises or self.align.spec.adapter == 'none' else ''}"
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What several arms share, made once before they start: one step that all of them need."""
+
+    step: Step
+    arms: tuple[str, ...]
+    """Names of the arms that are aligned with it."""
+
 
 @dataclass
 class StudyPlan:
@@ -78,11 +99,36 @@ class StudyPlan:
     graph: Graph
     owners: dict[str, str] = field(default_factory=dict)
     """Key of an answers or scores step -> arm."""
+    preparations: dict[str, Preparation] = field(default_factory=dict)
+    """Key -> what is prepared for two arms and more."""
+
+    @cached_property
+    def prepared_by(self) -> dict[str, Preparation]:
+        """Arm -> what must be prepared before it is aligned; others prepare their own."""
+        return {name: one for one in self.preparations.values() for name in one.arms}
 
     @property
     def arms(self) -> list[Arm]:
         """Every arm."""
         return [promise.arm for promise in self.promises.values()]
+
+    def in_turn(self) -> Iterator[Promise]:
+        """Every arm after those that it is made from; alignments of one open base follow each other."""
+        sorter = TopologicalSorter({name: one.arm.parents for name, one in self.promises.items()})
+        sorter.prepare()
+        ready: dict[str, deque[Promise]] = {}
+        current = ""
+        while sorter.is_active():
+            for name in sorted(sorter.get_ready(), key=self._places.__getitem__):
+                ready.setdefault(self.promises[name].opens, deque()).append(self.promises[name])
+            current = current if ready.get(current) else next(key for key, some in ready.items() if some)
+            promise = ready[current].popleft()
+            sorter.done(promise.arm.name)
+            yield promise
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self.promises)}
 
     def to_json(self) -> dict[str, Any]:
         """plan.json: every step with its key, and no absolute path."""
@@ -150,8 +196,11 @@ class Planner:
         for arm in arms_of(self.read):
             with said_at(self.read, arm.place, arm.base):
                 promises[arm.name] = self.promise(arm, promises)
+        preparations = _preparations(promises)
         evaluations = self.evaluations(promises)
-        graph = Graph(one.step for one in promises.values() if one.step is not None)
+        graph = Graph(one.step for one in preparations.values())
+        for step in (one.step for one in promises.values() if one.step is not None):
+            graph.add(step)
         makers = {one.candidate.name: one.step.id for one in promises.values() if one.step is not None}
         owners = {one.candidate.name: one.arm.name for one in promises.values()}
         owned: dict[str, str] = {}
@@ -164,7 +213,7 @@ class Planner:
                     for scores in task.scores:
                         graph.add(scores.step)
                         owned[scores.id] = owned[task.answers.id]
-        return StudyPlan(self.read, self.registry, promises, evaluations, graph, owned)
+        return StudyPlan(self.read, self.registry, promises, evaluations, graph, owned, preparations)
 
     def _check_names(self) -> None:
         """Methods and adapters of grids, before merges are found to have no inputs because of one misspelt."""
@@ -280,6 +329,29 @@ class Planner:
             return plan_arms(
                 spec, group[0].model, lambda _: [one.candidate for one in group], self.registry, self.catalog, self.once
             )
+
+
+def _preparations(promises: dict[str, Promise]) -> dict[str, Preparation]:
+    """What two alignments and more share, by key; the steps of those then wait for it. Their ids do not change."""
+    shared: dict[str, tuple[Step, dict[str, list[str]]]] = {}
+    for name, promise in promises.items():
+        if promise.arm.kind == "align" and promise.align is not None and saves_work(promise.align):
+            assert promise.step is not None
+            step = prepare_step(promise.align.of_arm(name, promise.step.factors))
+            # Rows alone do not hang on what the arms go on from.
+            step = replace(step, parents=promise.step.parents if "from" in step.made_from else ())
+            shared.setdefault(step.id, (step, {}))[1].setdefault(promise.step.id, []).append(name)
+    found = {}
+    for key, (step, aligns) in shared.items():
+        if len(aligns) < 2:
+            continue
+        names = [name for some in aligns.values() for name in some]
+        found[key] = Preparation(step, tuple(names))
+        for name, promise in promises.items():
+            if promise.step is not None and promise.step.id in aligns:
+                needs = (key, *promise.step.parents)
+                promises[name] = replace(promise, step=replace(promise.step, parents=needs))
+    return found
 
 
 def _template_digest(template: str) -> str:

@@ -40,11 +40,14 @@ def states_of(root: Path) -> list[StepState]:
     """Every step of a study in its plan's order.
 
     Raises:
-        UserError: the folder holds no study.
-        CorruptionError: plan.json is damaged.
+        UserError: the folder holds no study, or its plan.json is damaged.
     """
     file = RunStore(root).plan_file
-    plan = read_json(file) if file.is_file() else {}
+    try:
+        plan = read_json(file) if file.is_file() else {}
+    except CorruptionError:
+        fix = "`harness study run` of the same file writes it again; what has ended is kept."
+        raise UserError(str(file), "is damaged", fix) from None
     if not isinstance(plan, dict) or "study" not in plan:
         raise UserError(str(root), "holds no study", "Give the folder that `harness study run --out` wrote.")
     ids = _index(root)
@@ -57,14 +60,15 @@ def states_of(root: Path) -> list[StepState]:
 def _states(
     steps: list[Mapping[str, Any]], ids: Mapping[str, str], folders: Mapping[tuple[str, str], Path]
 ) -> Iterator[StepState]:
-    done: set[str] = set()
+    places = dict(_found(steps, ids, folders))
+    ended = {key: record for key, folder in places.items() if (record := _record(folder)) is not None}
+    done = {key for key, record in ended.items() if record.status == "done"} | _unneeded(steps, ended)
     for step in steps:
         key, kind, arm = str(step["key"]), str(step["kind"]), str(step["arm"])
-        folder = folders.get((kind, ids[key][:12])) if key in ids else None
-        record = _record(folder) if folder is not None else None
-        if record is not None:
-            if record.status == "done":
-                done.add(key)
+        folder, record = places.get(key), ended.get(key)
+        if record is None and key in done:
+            yield StepState(key, kind, arm, "done")
+        elif record is not None:
             took = sum(record.seconds.values())
             yield StepState(key, kind, arm, record.status, folder.name if folder else None, record.error, took)
         elif folder is not None and (folder / STEP).is_file():
@@ -72,6 +76,27 @@ def _states(
         else:
             ready = all(parent in done for parent in step["parents"])
             yield StepState(key, kind, arm, "ready" if ready else "waiting")
+
+
+def _found(
+    steps: list[Mapping[str, Any]], ids: Mapping[str, str], folders: Mapping[tuple[str, str], Path]
+) -> Iterator[tuple[str, Path]]:
+    for step in steps:
+        key = str(step["key"])
+        if key in ids and (folder := folders.get((str(step["kind"]), ids[key][:12]))) is not None:
+            yield key, folder
+
+
+def _unneeded(steps: list[Mapping[str, Any]], ended: Mapping[str, StepRecord]) -> set[str]:
+    """Keys of what would be prepared for several alignments of which one is left at most: it prepares its own."""
+    prepares = {str(step["key"]) for step in steps if step["kind"] == "prepare"} - set(ended)
+    waiting = Counter(
+        str(parent)
+        for step in steps
+        if (record := ended.get(str(step["key"]))) is None or record.status != "done"
+        for parent in step["parents"]
+    )
+    return {key for key in prepares if waiting[key] < 2}
 
 
 def _record(folder: Path) -> StepRecord | None:

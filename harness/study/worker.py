@@ -7,9 +7,11 @@ builds on is found by its records; everything is left on disk.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from harness.alignment.bases import Bases
 from harness.contracts.executor import Needs, Order, WorkerContext
 from harness.contracts.registry import load_plugins
 from harness.core.errors import UserError
@@ -21,11 +23,13 @@ from harness.steps.folder import StepFolder
 from harness.steps.step import Step
 from harness.steps.store import RunStore
 from harness.study.folder import read_index
-from harness.study.plan import StudyPlan, plan_study
+from harness.study.plan import Promise, StudyPlan, plan_study
 from harness.study.run import StudyRun
 
 _OPEN: dict[str, StudyPlan] = {}
 """What this process has planned last: the orders of one study share it."""
+_BASES = Bases(keep=True)
+"""The base that the next alignment of this process may find open."""
 
 
 def jobs_of(plan: StudyPlan, root: Path) -> Iterator[Job]:
@@ -39,14 +43,17 @@ def jobs_of(plan: StudyPlan, root: Path) -> Iterator[Job]:
     }
     cuda = torch_device() == "cuda"
     makes: dict[str, str] = {}
-    for promise in plan.promises.values():
-        step = promise.step
-        if step is None or step.id in makes:
-            continue
-        makes[step.id] = order = f"{step.kind}-{promise.arm.name}"
-        needs = Needs(devices=int(cuda and step.kind == "align"), memory=promise.model.size_bytes)
+    imports = _imports(cuda)
+    for step, promise in _made(plan):
+        order = f"{step.kind}-{step.arm}" + (f"-{step.id[:8]}" if step.kind == "prepare" else "")
+        opens = step.kind == "align" or ("reference" in step.whole and step.whole["reference"] is not None)
+        needs = Needs(
+            devices=int(cuda and opens), memory=promise.model.size_bytes if opens or step.kind == "merge" else 0
+        )
         after = frozenset(makes[parent] for parent in step.parents)
-        yield Job(Order(id=order, keys=(step.id,), needs=needs, **common), after)
+        makes[step.id] = order
+        keeps = {"opens": promise.opens, "imports": imports} if opens else {}
+        yield Job(Order(id=order, keys=(step.id,), needs=needs, **keeps, **common), after)
     answered: dict[str, str] = {}
     for number, evaluation in enumerate(plan.evaluations, start=1):
         keys = tuple(dict.fromkeys(task.answers.id for task in evaluation.tasks))
@@ -57,6 +64,27 @@ def jobs_of(plan: StudyPlan, root: Path) -> Iterator[Job]:
         answered |= dict.fromkeys(keys, order)
         yield Job(Order(id=order, keys=keys, needs=needs, **common), after)
     yield from _scores(plan, answered, common, cuda)
+
+
+def _imports(cuda: bool) -> tuple[str, ...]:
+    """Modules that training needs and a process can be forked after.
+
+    Where there are CUDA and bitsandbytes, importing peft touches the GPU; then what takes longest of its imports.
+    """
+    if cuda and find_spec("bitsandbytes") is not None:
+        return ("torch", "datasets", "transformers.models.auto.modeling_auto", "sklearn.metrics")
+    return ("torch", "datasets", "transformers", "peft", "trl", "trl.trainer.sft_trainer", "trl.trainer.dpo_trainer")
+
+
+def _made(plan: StudyPlan) -> Iterator[tuple[Step, Promise]]:
+    """Steps that make arms, and what is prepared for them before the first that needs it; each with its arm."""
+    done: set[str] = set()
+    for promise in plan.in_turn():
+        shared = plan.prepared_by.get(promise.arm.name)
+        for step in (shared.step if shared is not None else None, promise.step):
+            if step is not None and step.id not in done:
+                done.add(step.id)
+                yield step, promise
 
 
 def _scores(plan: StudyPlan, answered: dict[str, str], common: dict[str, Any], cuda: bool) -> Iterator[Job]:
@@ -112,6 +140,7 @@ def carry_out(order: Order, context: WorkerContext) -> dict[str, Any]:
         observers=context.observers,
         retry_failed=bool(order.spec.get("retry_failed")),
         only=order.keys,
+        bases=_BASES,
     )
     done = run.carry_out()
     return {"failures": done.failures, "left_out": run.left_out}

@@ -71,9 +71,10 @@ def test_seeds_find_all_of_it(plan: Plan, registry: Registry, alone: Path) -> No
 
 def test_rows_that_no_seed_sees_are_not_scored(plan: Plan, registry: Registry, alone: Path) -> None:
     """One step of 4 rows and 5 held-out ones: 9 for one seed, more for two, whose first rows differ."""
-    one = prepare(plan("dpo", steps=1), registry, alone / "one", seeds=[0])
+    zero, first = plan("dpo", steps=1), plan("dpo", 1, steps=1)
+    one = prepare(zero, registry, alone / "one", sharing=[zero])
     assert one.counts["scored"] == 4 + 5
-    two = prepare(plan("dpo", steps=1), registry, alone / "two", seeds=[0, 1])
+    two = prepare(zero, registry, alone / "two", sharing=[zero, first])
     assert 4 + 5 < two.counts["scored"] <= 2 * 4 + 5
     for seed in (0, 1):
         run_align(plan("dpo", seed, steps=1), registry, alone / str(seed))
@@ -83,6 +84,6 @@ def test_rows_that_no_seed_sees_are_not_scored(plan: Plan, registry: Registry, a
 def test_a_method_without_a_reference_loads_no_model(
     plan: Plan, registry: Registry, alone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harness.alignment.stage.open_policy", lambda *_: pytest.fail("it opened the model"))
+    monkeypatch.setattr("harness.alignment.bases.open_base", lambda *_: pytest.fail("it opened the model"))
     record = prepare(plan("sft"), registry, alone / "prepared")
     assert (record.status, "reference" in record.files, "scored" in record.counts) == ("done", False, False)

@@ -8,15 +8,18 @@ import queue
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 
-from harness import Event, Order, WorkerProcess
+from harness import Event, Order, WarmParent, WorkerProcess
 from harness.steps.child import Channel
 from harness.steps.children import said_of
 from harness.steps.orders import error_of, failure_of
+from harness.steps.warm import ForkedWorker
 
 
 def test_a_handler_may_speak_while_a_line_is_written() -> None:
@@ -61,9 +64,27 @@ def ended(said: queue.SimpleQueue[Event]) -> Event:
     return event
 
 
-def test_it_takes_orders_in_turn_and_a_signal_stops_the_one_in_hand(tmp_path: Path) -> None:
+@pytest.fixture(params=["a Python of its own", "forked"])
+def start(request: pytest.FixtureRequest) -> Iterator[Callable[..., WorkerProcess]]:
+    """Start a worker, which both ways must be the same."""
+    warm = WarmParent() if request.param == "forked" else None
+
+    def one(*arguments: Any, **more: Any) -> WorkerProcess:
+        worker = WorkerProcess(*arguments, warm=warm, **more)
+        assert isinstance(worker._child, ForkedWorker) is (warm is not None)
+        return worker
+
+    yield one
+    if warm is not None:
+        warm.close()
+
+
+Start = Callable[..., WorkerProcess]
+
+
+def test_it_takes_orders_in_turn_and_a_signal_stops_the_one_in_hand(tmp_path: Path, start: Start) -> None:
     said: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    worker = WorkerProcess(said.put)
+    worker = start(said.put)
     worker.submit(order("one", tmp_path))
     assert (one := ended(said)).outcome == "done"
     worker.submit(order("two", tmp_path, does="raises"))
@@ -84,9 +105,24 @@ def test_it_takes_orders_in_turn_and_a_signal_stops_the_one_in_hand(tmp_path: Pa
     worker.close()
 
 
-def test_closing_it_lets_it_save_and_then_ends_what_it_started(tmp_path: Path) -> None:
+def test_a_crash_says_how(tmp_path: Path, start: Start) -> None:
     said: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    worker = WorkerProcess(said.put)
+    worker = start(said.put)
+    worker.submit(order("one", tmp_path, does="crashes"))
+    assert ((one := ended(said)).outcome, one.code) == ("crashed", 7)
+    worker.close()
+    worker = start(said.put)
+    worker.submit(order("two", tmp_path, does="waits"))
+    while said.get(timeout=30).text != "two: third":
+        pass
+    os.kill(worker.pid, signal.SIGKILL)
+    assert ((two := ended(said)).outcome, two.code) == ("crashed", -9)
+    worker.close()
+
+
+def test_closing_it_lets_it_save_and_then_ends_what_it_started(tmp_path: Path, start: Start) -> None:
+    said: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    worker = start(said.put)
     worker.submit(order("one", tmp_path, does="waits"))
     while said.get(timeout=30).text != "one: third":
         pass
@@ -95,7 +131,7 @@ def test_closing_it_lets_it_save_and_then_ends_what_it_started(tmp_path: Path) -
     assert time.monotonic() - begun < 10 and ended(said).outcome == "stopped"
 
 
-def test_what_can_be_imported_here_can_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_can_be_imported_here_can_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Start) -> None:
     """And a file of the working folder stands in for no module."""
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "my_worker.py").write_text(
@@ -109,7 +145,7 @@ def test_what_can_be_imported_here_can_be_there(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     said: queue.SimpleQueue[Event] = queue.SimpleQueue()
     with (tmp_path / "noise").open("w+") as noise:
-        worker = WorkerProcess(said.put, stderr=noise)
+        worker = start(said.put, stderr=noise)
         text = "a\nb \u2028 ü " + "long " * 50_000
         worker.submit(Order(id="mine", worker="my_worker", folder=str(tmp_path / "own"), spec={"text": text}))
         assert ended(said).result == {"folder": str(tmp_path / "own"), "argument": text}

@@ -65,7 +65,7 @@ FROM_THE_START = {
 }
 ONCE_ADAPTERS_ARE_THERE = {
     "before the record of a merge": at_file("steps.folder", "status.json", "merge-"),
-    "before it is known what a merge is": at_file("study.run", "model.json", "merge-"),
+    "before it is known what a merge is": at_file("study.make", "model.json", "merge-"),
     "before weights go": at_file("study.run", "gone.json", "merge-"),
     "after it is said that weights go": at_file("study.run", "gone.json", "merge-", before=False),
     "before the index": at_file("study.folder", "index.json", "index"),

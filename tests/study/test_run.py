@@ -36,7 +36,8 @@ def weights(folder: Path, arm: str) -> list[Path]:
 def test_every_arm_is_answered_and_compared(whole_run: Path) -> None:
     kinds = Counter(name.partition("-")[0] for name in records(whole_run))
     # 4 + on + short; 2 + sum; one task and one scorer for the base and each of 11 arms.
-    assert kinds == {"align": 6, "merge": 3, "answers": 12, "scores": 12}
+    # What two seeds of SFT share, and of DPO, is prepared.
+    assert kinds == {"prepare": 2, "align": 6, "merge": 3, "answers": 12, "scores": 12}
     report = json.loads((whole_run / "report" / "tiny" / "report.json").read_text())
     labels = {row["adapter"] or row["model"] for row in report["rows"]}
     assert labels == ARMS
@@ -149,7 +150,7 @@ def test_another_study_does_not_get_into_its_folder(
     ran = cli(*run(write(other)))
     assert ran.code == 2
     # short, its answers and scores; those of its step 2; `sum`, which it is an input of, its answers and scores.
-    assert "holds a study whose steps this one does not have: 8 of 33 (" in ran.err
+    assert "holds a study whose steps this one does not have: 8 of 35 (" in ran.err
     assert "Give another --out, or --fresh to start over" in ran.err
     assert begun() == []
     assert records(Path("run")) == before
@@ -190,7 +191,7 @@ def test_what_fails_is_left_out_with_all_that_hangs_on_it(
     assert "RuntimeError: no such preference" in ran.err
     assert "on: left out: broken-pairs-lora-tiny-s0 is not there" in ran.err
     assert "merged-tiny-s0: left out: broken-pairs-lora-tiny-s0 is not there" in ran.err
-    done = ["align sft-pairs-lora-tiny-s0", "align broken-pairs-lora-tiny-s0"]
+    done = ["prepare rows-sft-pairs-tiny", "align sft-pairs-lora-tiny-s0", "align broken-pairs-lora-tiny-s0"]
     assert sorted(begun()) == sorted(
         [*done, *(f"{kind} {arm}" for kind in ("answers", "scores") for arm in ("tiny", "tiny+sft-pairs-lora-tiny-s0"))]
     )
@@ -238,3 +239,47 @@ def test_what_status_and_plan_say(
     ran = cli("study", "plan", file, "--out", "run", "--why", key.id)
     ((_, lines),) = json.loads(ran.out)["differs_from"].items()
     assert lines == ["recipe.learning_rate was 0.001, is 0.5"]
+
+
+def test_what_fails_as_a_single_step_is_left_out_of_the_report(
+    cli: Any, small: dict[str, Any], write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a whole run: its base's other arms are compared, and it comes back once it is mended."""
+    study = copy.deepcopy(small)
+    study["grid"][0]["method"] = ["sft", "broken"]
+    study["merges"][0]["inputs"] = ["sft-pairs-*", "broken-pairs-*"]
+    file = write(study)
+    more = ("--out", "run", "--plugin", WATCHER)
+
+    def rounds() -> None:
+        while ready := json.loads(cli("study", "steps", file, *more, "--ready", "--json").out):
+            cli("study", "step", file, *(row["key"] for row in ready), *more)
+        cli("report", "run")
+
+    rounds()
+    left_out = json.loads(Path("run/index.json").read_text())["left_out"]
+    assert set(left_out) == {"broken-pairs-lora-tiny-s0", "merged-tiny-s0"}
+    assert left_out["merged-tiny-s0"] == "left out: broken-pairs-lora-tiny-s0 is not there"
+    report = json.loads(Path("run/report/tiny/report.json").read_text())
+    assert {row["arm"] for row in report["differences"]} == {"sft-pairs-lora-tiny-s0"}
+    monkeypatch.setenv("MENDED", "1")
+    key = plan_study(file, registry=load_plugins([str(WATCHER)])).promises["broken-pairs-lora-tiny-s0"].step
+    assert key is not None and cli("study", "step", file, key.id, *more).code == 0
+    assert json.loads(Path("run/index.json").read_text())["left_out"] == {}
+    rounds()
+    report = json.loads(Path("run/report/tiny/report.json").read_text())
+    assert {row["arm"] for row in report["differences"]} == {
+        *("sft-pairs-lora-tiny-s0", "broken-pairs-lora-tiny-s0", "merged-tiny-s0")
+    }
+
+
+def test_a_torn_plan_says_how_to_go_on(
+    cli: Any, small: dict[str, Any], write: Write, small_run: Path, copied: Copied
+) -> None:
+    file = copied(small_run) / "plan.json"
+    file.write_bytes(file.read_bytes()[:-40])
+    for command in (("study", "status", "run"), ("study", "steps", write(small), "--out", "run")):
+        ran = cli(*command)
+        assert ran.code == 2
+        assert "run/plan.json: is damaged" in ran.err
+        assert "`harness study run` of the same file writes it again; what has ended is kept." in ran.err

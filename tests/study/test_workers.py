@@ -93,7 +93,7 @@ def test_what_builds_on_a_step_that_is_made_again_has_no_numbers_meanwhile(
     """Made again it may come out otherwise: numbers of the one before must not stand under its name."""
     (weights,) = copied(small_run).glob("steps/align-sft-*/artifact/adapter_model.safetensors")
     weights.write_bytes(b"torn")
-    monkeypatch.setattr("harness.study.run.carry_out_align", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("harness.study.make.carry_out_align", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli("study", "run", write(small), "--out", "run").code == 130
     cli("report", "run")
     report = json.loads(Path("run/report/tiny/report.json").read_text(encoding="utf-8"))

@@ -18,6 +18,7 @@ from harness import (
     Order,
     Pool,
     UserError,
+    WarmParent,
     WorkerProcess,
 )
 
@@ -83,6 +84,16 @@ class _Slot:
     cores: int
     worker: WorkerProcess | None = None
     order: Order | None = None
+    opened: str = ""
+    """What the last order keeps open in the worker."""
+    held: int = 0
+    """Memory that it may take (bytes)."""
+
+    def end(self) -> None:
+        """End the worker, and let go what it holds."""
+        if self.worker is not None:
+            self.worker.close()
+        self.worker, self.opened, self.held = None, "", 0
 
 
 @dataclass
@@ -96,6 +107,7 @@ class _Workers(Pool):
     _waiting: list[Order] = field(default_factory=list)
     _said: queue.SimpleQueue[Event] = field(default_factory=queue.SimpleQueue)
     _under_way: set[str] = field(default_factory=set)
+    _warm: WarmParent = field(default_factory=WarmParent)
 
     def submit(self, order: Order) -> None:
         """Take an order."""
@@ -152,6 +164,7 @@ class _Workers(Pool):
         finally:
             for worker in workers:
                 worker.kill()
+            self._warm.close()
         for slot in self.slots:
             slot.worker = slot.order = None
 
@@ -164,13 +177,25 @@ class _Workers(Pool):
             free = [slot for slot in self.slots if slot.order is None and len(slot.gpus) >= order.needs.devices]
             if free:
                 self._waiting.remove(order)
-                # One that has started already has imported what it needs.
-                self._hand(order, next((slot for slot in free if slot.worker is not None), free[0]))
+                # First one that has open what it needs; one that has started has imported what it needs.
+                slot = min(free, key=lambda one: (one.opened != order.opens, one.worker is None))
+                self._make_room(order, slot, taken)
+                self._hand(order, slot)
+
+    def _make_room(self, order: Order, slot: _Slot, taken: int) -> None:
+        """End idle workers whose open models would be too much beside an order."""
+        for other in self.slots:
+            idle = [one for one in self.slots if one.order is None and one is not slot]
+            held = sum(one.held for one in idle)
+            if other in idle and other.held and self.memory and taken + order.needs.memory + held > self.memory:
+                other.end()
 
     def _hand(self, order: Order, slot: _Slot) -> None:
         if slot.worker is None or not slot.worker.alive:
-            slot.worker = WorkerProcess(self._said.put, self._environment(slot))
-        slot.order = order
+            slot.end()
+            environment = self._environment(slot)
+            slot.worker = WorkerProcess(self._said.put, environment, warm=self._warm, imports=order.imports)
+        slot.order, slot.opened, slot.held = order, order.opens, order.needs.memory if order.opens else 0
         slot.worker.submit(order)
 
     def _environment(self, slot: _Slot) -> dict[str, str]:
@@ -184,5 +209,4 @@ class _Workers(Pool):
                 slot.order = None
                 if event.outcome != "done" and slot.worker is not None:
                     # What failed there may have broken it; what was stopped ends.
-                    slot.worker.close()
-                    slot.worker = None
+                    slot.end()
