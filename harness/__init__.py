@@ -93,6 +93,10 @@ if TYPE_CHECKING:
     from harness.core.config import (
         Config as Config,
     )
+    from harness.core.costs import (
+        Costs as Costs,
+        JudgeCosts as JudgeCosts,
+    )
     from harness.core.errors import (
         HarnessError as HarnessError,
         StepError as StepError,
@@ -230,6 +234,7 @@ _HOME = {
     "harness.contracts.scorer": "AnswerScorer ScoreJob Scorer ScorerContext ScorerSession",
     "harness.core.caches": "hub_cache offline",
     "harness.core.config": "Config",
+    "harness.core.costs": "Costs JudgeCosts",
     "harness.core.errors": "HarnessError StepError UserError nearest unknown",
     "harness.core.machine": "torch_device",
     "harness.core.records": (

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal
 
 from harness.contracts.plugin import C, Plugin
+from harness.core.costs import JudgeCosts
 from harness.core.records import Answer, Metric, Sample, Score
 
 
@@ -77,6 +78,10 @@ class ScorerSession(ABC):
     def notes(self) -> tuple[str, ...]:
         """What should stand beside the numbers of the last :meth:`score`: which judge, what it cost."""
         return ()
+
+    def paid(self) -> JudgeCosts | None:
+        """What the last :meth:`score` paid a judge for, also where it failed; None: no judge was asked."""
+        return None
 
     def close(self) -> None:  # noqa: B027 - optional
         """Release what was opened; a second call does nothing."""

@@ -18,6 +18,7 @@ from pydantic import Field
 from harness import (
     SHARE_RESOLUTION,
     Answer,
+    JudgeCosts,
     JudgedPair,
     LengthControl,
     Metric,
@@ -163,6 +164,7 @@ class AlpacaSession(ScorerSession):
         questions = [self._question(pair) for _, pair in asked]
         verdicts: Mapping[int, Judged[float]] = {}
         self._usage = None
+        self._judge.new_bill()
         if questions:
             found = self._judge.ask(questions, self._annotator.preference, job.progress, job.stored)
             self._usage = str(self._judge.usage)
@@ -193,6 +195,10 @@ class AlpacaSession(ScorerSession):
         if self._glm is not None:
             notes.append(f"{CONTROLLED.name}: {self._glm} of the alpaca-eval package, fitted to this run's verdicts")
         return tuple(notes)
+
+    def paid(self) -> JudgeCosts:
+        """The judge's bill."""
+        return self._judge.bill
 
     def close(self) -> None:
         """Let go of the judge."""

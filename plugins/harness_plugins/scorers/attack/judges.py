@@ -26,6 +26,7 @@ import harness
 from harness import (
     SHARE_RESOLUTION,
     Answer,
+    JudgeCosts,
     Metric,
     Sample,
     Score,
@@ -314,6 +315,7 @@ class _Llm(AttackSession):
     def verdicts(self, samples: Sequence[Sample], answers: Sequence[Answer], job: ScoreJob) -> list[Verdict]:
         """One question to the judge for each answer."""
         config = self._config
+        self._judge.new_bill()
         found = [Verdict(None, answer.error or "not scored") for answer in answers]
         asked = [index for index, answer in enumerate(answers) if answer.error is None]
         job.progress(len(answers) - len(asked))
@@ -327,6 +329,10 @@ class _Llm(AttackSession):
             said = {"attempts": one.attempts, **detail}
             found[index] = Verdict(one.value, one.reason, said, one.again)
         return found
+
+    def paid(self) -> JudgeCosts:
+        """The judge's bill."""
+        return self._judge.bill
 
     def close(self) -> None:
         """Release the judge."""

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 import harness
 from harness import (
     Answer,
+    JudgeCosts,
     Metric,
     Sample,
     Score,
@@ -174,6 +175,11 @@ class _Together(ScorerSession):
         first = next(iter(self._parts))
         telling = (part for judge, part in self._parts.items() if judge in (first, "classifier", "llm"))
         return tuple(note for part in telling for note in part.notes())
+
+    def paid(self) -> JudgeCosts | None:
+        """The bills of those that send one, together."""
+        bills = [bill for part in self._parts.values() if (bill := part.paid()) is not None]
+        return sum(bills, JudgeCosts()) if bills else None
 
     def close(self) -> None:
         """Release every judge."""
