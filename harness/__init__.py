@@ -63,6 +63,11 @@ if TYPE_CHECKING:
     from harness.contracts.hookspecs import (
         hookimpl as hookimpl,
     )
+    from harness.contracts.hub_files import (
+        HubFiles as HubFiles,
+        is_hub_id as is_hub_id,
+        model_files as model_files,
+    )
     from harness.contracts.merger import (
         Factors as Factors,
         Merged as Merged,
@@ -227,6 +232,7 @@ _HOME = {
     "harness.contracts.engine": "Availability Capabilities Engine ServerCommand Serving Session",
     "harness.contracts.executor": "Event Executor ExecutorContext Failure Needs Order Pool WorkerContext",
     "harness.contracts.hookspecs": "hookimpl",
+    "harness.contracts.hub_files": "HubFiles is_hub_id model_files",
     "harness.contracts.merger": "Factors Merged Merger",
     "harness.contracts.plugin": "CONTRACT_VERSION Plugin",
     "harness.contracts.recipe": "Recipe",

@@ -19,6 +19,7 @@ from harness import (
     Dataset,
     DatasetJob,
     DatasetRow,
+    HubFiles,
     UserError,
     digest_of,
     file_digest,
@@ -77,6 +78,12 @@ class AlpacaEval(Dataset["AlpacaEval.Config"]):
                     "reference_generator": chosen.get("generator"),
                 },
             )
+
+    def hub_files(self, job: DatasetJob[Config]) -> tuple[HubFiles, ...]:
+        """The instructions and one reference's outputs, unless they are files of the user's own."""
+        own = [] if job.options.prompts else [PROMPTS]
+        own += [] if job.options.reference == "file" else [FILES[job.options.reference]]
+        return (HubFiles(self.source, "dataset", job.revision or self.revision, tuple(own)),) if own else ()
 
     def identity(self, job: DatasetJob[Config]) -> dict[str, Any]:
         """The commit that is read, and files by their content, never by their path."""

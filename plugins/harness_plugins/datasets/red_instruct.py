@@ -22,6 +22,7 @@ from harness import (
     Dataset,
     DatasetJob,
     DatasetRow,
+    HubFiles,
     UserError,
     files_digest,
     hub_cache,
@@ -91,6 +92,16 @@ class RedQuestions(Dataset["RedQuestions.Config"]):
         if subset not in self.files:
             raise unknown(f"dataset {self.name}, subset", "subset", subset, self.files, "harness data list")
         return subset
+
+    def hub_files(self, job: DatasetJob[Config]) -> tuple[HubFiles, ...]:
+        """Questions and, where they are put into one, the template, unless both lie in a folder."""
+        if job.options.path is not None:
+            return ()
+        own = HubFiles(self.source, "dataset", job.revision or self.revision)
+        if self.source == TEMPLATES or job.options.template == "standard":
+            return (own,)
+        revision = job.options.templates_revision or TEMPLATES_REVISION
+        return own, HubFiles(TEMPLATES, "dataset", revision, ("red_prompts/*",))
 
     # -------------------------------------------------------------------------------------------------- the questions
 

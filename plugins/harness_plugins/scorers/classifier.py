@@ -21,6 +21,7 @@ import harness
 from harness import (
     LOGIT_RESOLUTION,
     Answer,
+    HubFiles,
     Metric,
     ModelInfo,
     ModelSpec,
@@ -33,6 +34,7 @@ from harness import (
     UserError,
     hub_cache,
     inspect_model,
+    is_hub_id,
     nearest,
     offline,
     resolve_revision,
@@ -104,6 +106,14 @@ class ClassifierScorer(Scorer[Any]):
             pinned = {"model": config.model or self.default_model, "revision": found}
         left_out = {"model", "revision", "device", "allow_pickle", "trust_remote_code"}
         return {"name": self.name, "options": config.model_dump(mode="json", exclude=left_out), **pinned}
+
+    def hub_files(self, config: Config) -> tuple[HubFiles, ...]:
+        """The checkpoint, unless it is a folder."""
+        ref = config.model or self.default_model
+        if ref is None or not is_hub_id(ref):
+            return ()
+        patterns = (*_PATTERNS, *(("*.bin",) if config.allow_pickle else ()))
+        return (HubFiles(ref, "model", self._revision(config), patterns),)
 
     def check(self, config: Config) -> None:
         """Whether there is a checkpoint, and one that can be used as it is asked to.

@@ -18,6 +18,7 @@ from pydantic import Field
 from harness import (
     SHARE_RESOLUTION,
     Answer,
+    HubFiles,
     JudgeCosts,
     JudgedPair,
     LengthControl,
@@ -31,6 +32,7 @@ from harness import (
     UserError,
     file_digest,
     fit_length_control,
+    model_files,
     read_alpaca_difficulties,
     read_alpaca_gamed,
 )
@@ -109,6 +111,10 @@ class AlpacaEvalScorer(Scorer["AlpacaEvalScorer.Config"]):
             "tables": {name: file_digest(Path(path).expanduser()) for name, path in tables.items()},
             **asked,
         }
+
+    def hub_files(self, config: Any) -> tuple[HubFiles, ...]:
+        """The judge, where it is opened here."""
+        return model_files(config.model, config.revision)
 
     def check(self, config: Config) -> None:
         """Whether judge and tables are there.

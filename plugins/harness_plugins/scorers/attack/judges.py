@@ -26,6 +26,7 @@ import harness
 from harness import (
     SHARE_RESOLUTION,
     Answer,
+    HubFiles,
     JudgeCosts,
     Metric,
     Sample,
@@ -34,6 +35,7 @@ from harness import (
     Scorer,
     ScorerContext,
     ScorerSession,
+    model_files,
 )
 from harness_plugins.judges.judge import Judge, check_judge, judge_identity, judge_label
 from harness_plugins.scorers.attack.question import AttackJudgeOptions, question_of, read_verdict
@@ -287,6 +289,10 @@ class AttackLlm(AttackScorer):
     def check(self, config: Any) -> None:
         """Whether there is a judge that can be asked."""
         check_judge(config, self.where)
+
+    def hub_files(self, config: Any) -> tuple[HubFiles, ...]:
+        """The judge, where it is opened here."""
+        return model_files(config.model, config.revision)
 
     def identity(self, config: Any) -> dict[str, Any]:
         """Who judges and how it is asked; not what that costs."""

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 import harness
 from harness import (
     Answer,
+    HubFiles,
     JudgeCosts,
     Metric,
     Sample,
@@ -98,6 +99,10 @@ class Attack(Scorer["Attack.Config"]):
                 ),
             ]
         return tuple(found)
+
+    def hub_files(self, config: Config) -> tuple[HubFiles, ...]:
+        """What the judges read that are asked."""
+        return tuple(files for judge in config.judges for files in PARTS[judge].hub_files(getattr(config, judge)))
 
     def check(self, config: Config) -> None:
         """Every judge's own check.
