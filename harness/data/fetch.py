@@ -50,7 +50,7 @@ def look(files: HubFiles) -> Listed:
     """
     from huggingface_hub import snapshot_download
 
-    with _told(files):
+    with _told(files), _without_bars():
         found = snapshot_download(
             files.repo,
             repo_type=files.kind,
@@ -87,6 +87,20 @@ def download(listed: Listed) -> None:
         )
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
 def _where(files: HubFiles) -> str:
     kind = "data set" if files.kind == "dataset" else files.kind
     return f"{kind} {files.repo}" + (f" at {files.revision}" if files.revision else "")
@@ -95,31 +109,31 @@ def _where(files: HubFiles) -> str:
 @contextmanager
 def _told(files: HubFiles) -> Iterator[None]:
     """What the hub refuses, in a message of ours."""
-    import httpx
+    # The HTTP library's own class, whichever huggingface_hub is built on.
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        yield
+    except (HTTPError, OSError, ValueError) as error:
+        raise _message(files, error) from None
+
+
+def _message(files: HubFiles, error: Exception) -> UserError:
     from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import DryRunError, GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     where = _where(files)
     page = f"{constants.ENDPOINT}/{'datasets/' if files.kind == 'dataset' else ''}{files.repo}"
-    try:
-        yield
-    except GatedRepoError:
+    # What was in the way of a listing is told as its cause.
+    cause = error.__cause__ if isinstance(error, DryRunError) and error.__cause__ is not None else error
+    if isinstance(cause, GatedRepoError):
         fix = f"Accept its licence at {page} and log in (`hf auth login`), or give a copy by path."
-        raise UserError(where, "is gated: the hub gives it to those who have accepted its licence", fix) from None
-    except RepositoryNotFoundError:
+        return UserError(where, "is gated: the hub gives it to those who have accepted its licence", fix)
+    if isinstance(cause, RepositoryNotFoundError):
         fix = f"Check the name at {page}; a private one needs `hf auth login`."
-        raise UserError(where, "is not on the hub, or not for you", fix) from None
-    except RevisionNotFoundError:
-        raise UserError(where, "the hub has no such revision", f"See the commits at {page}/commits/main.") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError, ValueError) as error:
-        line = " ".join(str(error).split())[:200] or type(error).__name__
-        what = f"cannot be fetched from {constants.ENDPOINT}: {line}"
-        raise UserError(
-            where, what, "Check the network (HF_ENDPOINT, HTTPS_PROXY); the same command goes on."
-        ) from None
+        return UserError(where, "is not on the hub, or not for you", fix)
+    if isinstance(cause, RevisionNotFoundError):
+        return UserError(where, "the hub has no such revision", f"See the commits at {page}/commits/main.")
+    line = " ".join(str(cause).split())[:200] or type(cause).__name__
+    what = f"cannot be fetched from {constants.ENDPOINT}: {line}"
+    return UserError(where, what, "Check the network (HF_ENDPOINT, HTTPS_PROXY); the same command goes on.")

@@ -166,11 +166,10 @@ def _prepared(path: str) -> list[str]:
 
 
 def _ask_hub(path: str, revision: str, repo_type: str) -> str | None:
-    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
-    with contextlib.suppress(HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError):
+    with contextlib.suppress(HFValidationError, HTTPError, OSError):
         sha = HfApi().repo_info(path, repo_type=repo_type, revision=revision).sha
         return str(sha) if sha else None
     return None
@@ -225,10 +224,9 @@ class _UnavailableError(Exception):
 def _open(source: str, wanted: dict[str, str | None], commit: str | None) -> Any:
     """All splits from one source, checked to be of that commit (None: a folder, which is what it is)."""
     import datasets
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError
 
-    broken = (ValueError, OSError, datasets.exceptions.DatasetsError, HfHubHTTPError, httpx.HTTPError)
+    broken = (ValueError, OSError, datasets.exceptions.DatasetsError, HTTPError)
     try:
         builder = datasets.load_dataset_builder(source, **wanted, revision=commit, cache_dir=str(prepared_cache()))
         if commit is not None and builder.hash != commit:

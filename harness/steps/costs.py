@@ -209,7 +209,7 @@ def read_heartbeat(folder: Path) -> dict[str, Any] | None:
     """
     with contextlib.suppress(OSError, CorruptionError, ValueError, TypeError):
         found = read_json(folder / HEARTBEAT)
-        Costs.model_validate({key: value for key, value in found.items() if key in Costs.model_fields})
+        Costs.model_validate({key: found[key] for key in Costs.model_fields if key in found})
         float(found["time"]), float(found["begun"])
         return dict(found)
     return None

@@ -202,9 +202,8 @@ class StudyCosts:
         lines = [line.to_json() for line in self.lines]
         hours = [line["gpu_hours"] for line in lines]
         usd = [line["judge_usd"] for line in lines]
-        card = {"name": self.card.name, "memory_bytes": self.card.memory, "tflops": self.card.tflops}
         return {
-            "card": {**card, "utilisation": UTILISATION} if self.card is not None else None,
+            "card": {**self.card.__dict__, "utilisation": UTILISATION} if self.card is not None else None,
             "gpu_hours": sum(hours) if None not in hours else None,
             "gpu_hours_known": sum(one for one in hours if one is not None),
             "judge_usd": sum(usd) if None not in usd else None,

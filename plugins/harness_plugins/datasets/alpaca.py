@@ -163,9 +163,8 @@ class AlpacaEval(Dataset["AlpacaEval.Config"]):
         return cached if cached.is_file() else self._fetch(commit, name)
 
     def _fetch(self, commit: str, name: str) -> Path:
-        import httpx
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.errors import HTTPError
 
         reach = "the network is switched off (HF_HUB_OFFLINE)"
         if not offline():
@@ -173,7 +172,7 @@ class AlpacaEval(Dataset["AlpacaEval.Config"]):
                 return Path(
                     hf_hub_download(self.source, name, repo_type="dataset", revision=commit, cache_dir=hub_cache())
                 )
-            except (OSError, ValueError, HfHubHTTPError, httpx.HTTPError) as error:
+            except (OSError, ValueError, HTTPError) as error:
                 reach = f"the hub cannot be reached or lacks it ({type(error).__name__})"
         raise UserError(
             f"dataset {self.name}",

@@ -189,9 +189,8 @@ class RedQuestions(Dataset["RedQuestions.Config"]):
         folder = hub_cache() / f"datasets--{TEMPLATES.replace('/', '--')}" / "snapshots" / commit
         if folder.is_dir() or offline():
             return folder if folder.is_dir() else None
-        import httpx
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.errors import HTTPError
 
         try:
             return Path(
@@ -203,7 +202,7 @@ class RedQuestions(Dataset["RedQuestions.Config"]):
                     allow_patterns="red_prompts/*",
                 )
             )
-        except (OSError, ValueError, HfHubHTTPError, httpx.HTTPError):
+        except (OSError, ValueError, HTTPError):
             return None
 
 

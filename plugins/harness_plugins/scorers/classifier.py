@@ -163,9 +163,8 @@ class ClassifierScorer(Scorer[Any]):
         return folder if (folder / "config.json").is_file() else None
 
     def _fetch(self, config: Config, ref: str, commit: str) -> Path:
-        import httpx
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.errors import HTTPError
 
         patterns = [*_PATTERNS, *(["*.bin"] if config.allow_pickle else [])]
         try:
@@ -173,7 +172,7 @@ class ClassifierScorer(Scorer[Any]):
             folder = snapshot_download(
                 ref, revision=commit, allow_patterns=patterns, cache_dir=hub_cache(), local_files_only=offline()
             )
-        except (OSError, ValueError, HfHubHTTPError, httpx.HTTPError) as error:
+        except (OSError, ValueError, HTTPError) as error:
             raise self._missing(config, type(error).__name__) from None
         return Path(folder)
 
