@@ -72,6 +72,7 @@ def test_sizes_are_those_of_the_files(tiny: Path) -> None:
 def planned(small: dict[str, Any], write: Write) -> StudyPlan:
     small = json.loads(json.dumps(small))
     small["grid"][0]["seed"] = [0, 1]
+    small["grid"][0]["set"]["adapter.targets"] = ["q_proj", "v_proj"]
     return plan_study(write(small))
 
 
