@@ -156,6 +156,7 @@ if TYPE_CHECKING:
         __version__ as __version__,
     )
     from harness.data.hub import (
+        hub_errors as hub_errors,
         load_hub_dataset as load_hub_dataset,
         pinned_commit as pinned_commit,
         resolve_revision as resolve_revision,
@@ -253,7 +254,7 @@ _HOME = {
     ),
     "harness.core.stats": "cohen_kappa",
     "harness.core.version": "__version__",
-    "harness.data.hub": "load_hub_dataset pinned_commit resolve_revision revision_note",
+    "harness.data.hub": "hub_errors load_hub_dataset pinned_commit resolve_revision revision_note",
     "harness.evaluation.run": "Evaluation evaluate",
     "harness.judges.alpaca": (
         "LengthControl fit_length_control quiet_alpaca_eval read_alpaca_difficulties read_alpaca_gamed"

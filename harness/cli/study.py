@@ -105,7 +105,7 @@ def _of_study(command: Callable[..., Any]) -> Callable[..., Any]:
     ]
     called.__signature__ = inspect.Signature(places)  # type: ignore[attr-defined]
     called.__annotations__ = {one.name: one.annotation for one in places}
-    del called.__wrapped__  # type: ignore[attr-defined]
+    del called.__wrapped__
     return called
 
 

@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from harness.contracts.hub_files import HubFiles
 from harness.core.caches import hub_cache, offline
 from harness.core.errors import UserError
+from harness.data.hub import hub_errors
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def look(files: HubFiles) -> Listed:
         what = f"holds none of {', '.join(files.patterns or ('its files',))}"
         raise UserError(_where(files), what, "Check name and revision.")
     missing = [one for one in found if one.will_download]
-    size, left = (sum(one.file_size for one in some) for some in (found, missing))
+    size, left = (sum(one.file_size or 0 for one in some) for some in (found, missing))
     return Listed(files, found[0].commit_hash, len(found), size, left, len(missing))
 
 
@@ -89,16 +91,17 @@ def download(listed: Listed) -> None:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub import utils
 
-    if are_progress_bars_disabled():
+    bars: Any = utils
+    if bars.are_progress_bars_disabled():
         yield
         return
-    disable_progress_bars()
+    bars.disable_progress_bars()
     try:
         yield
     finally:
-        enable_progress_bars()
+        bars.enable_progress_bars()
 
 
 def _where(files: HubFiles) -> str:
@@ -109,12 +112,9 @@ def _where(files: HubFiles) -> str:
 @contextmanager
 def _told(files: HubFiles) -> Iterator[None]:
     """What the hub refuses, in a message of ours."""
-    # The HTTP library's own class, whichever huggingface_hub is built on.
-    from huggingface_hub.errors import HTTPError
-
     try:
         yield
-    except (HTTPError, OSError, ValueError) as error:
+    except hub_errors() as error:
         raise _message(files, error) from None
 
 

@@ -92,9 +92,9 @@ def likeness(
         yield kind, *shape
     elif kind == "answers":
         task = identity["task"]["name"], identity["variant"], identity["limit"]
-        how = digest(identity["engine"]), identity["dtype"], identity["model"]["config"]
-        yield kind, *task, *how, identity["adapter"] is not None
-        yield kind, *task, *how
+        asked = digest(identity["engine"]), identity["dtype"], identity["model"]["config"]
+        yield kind, *task, *asked, identity["adapter"] is not None
+        yield kind, *task, *asked
     elif kind == "scores":
         yield kind, factors["task"], factors["variant"], factors["scorer"], limit, digest(identity["scorer"])
     elif kind == "merge":
@@ -235,7 +235,7 @@ def study_costs(
     known = {state.key: state for state in states}
     whole = sized(plan, card)
     records = Records()
-    for step in plan.graph:
+    for step in plan.graph.steps.values():
         state = known.get(step.id)
         if state is not None and state.state == "done" and state.costs is not None:
             records.add(step.kind, step.whole, step.factors, whole.limits.get(step.id), state.costs)

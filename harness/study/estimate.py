@@ -71,6 +71,7 @@ class Sized:
     answered: dict[str, tuple[EvalPlan, ArmPlan, TaskPlan]] = field(default_factory=dict)
     scored: dict[str, tuple[ScoresPlan, TaskPlan]] = field(default_factory=dict)
     _sizes: dict[str, ModelSize | None] = field(default_factory=dict)
+    _engines: dict[int, int] = field(default_factory=dict)
     _peaks: dict[Any, Peak | None] = field(default_factory=dict)
 
     def size(self, model: ModelInfo) -> ModelSize | None:
@@ -197,7 +198,9 @@ class Sized:
 
     def _devices(self, evaluation: EvalPlan) -> int:
         """GPUs of an engine; where a card is named at least one, although there may be none here."""
-        devices = evaluation.engine.devices(evaluation.engine_options)
+        if id(evaluation) not in self._engines:
+            self._engines[id(evaluation)] = evaluation.engine.devices(evaluation.engine_options)
+        devices = self._engines[id(evaluation)]
         return max(1, devices) if self.card is not None and not evaluation.engine.remote else devices
 
     def peak(self, step: Step) -> Peak | None:
@@ -275,7 +278,7 @@ class Sized:
     def _tight(self, done: Collection[str]) -> list[tuple[Step, Peak]]:
         if self.card is None:
             return []
-        steps = [step for step in self.plan.graph if step.id not in done]
+        steps = [step for step in self.plan.graph.steps.values() if step.id not in done]
         return [(step, peak) for step in steps if (peak := self.peak(step)) is not None]
 
 
@@ -299,7 +302,7 @@ def sized(plan: StudyPlan, card: Card | None = None) -> Sized:
                     found.bases[scores.id] = evaluation.model.name
                     found.scored[scores.id] = scores, task
                     found.limits[scores.id] = task.chosen.limit
-    for step in plan.graph:
+    for step in plan.graph.steps.values():
         # Of further kinds (what arms prepare together): the base that they name themselves.
         found.bases.setdefault(step.id, str(step.factors.get("base") or ""))
         found.uses[step.id] = max(1, found.uses[step.id])

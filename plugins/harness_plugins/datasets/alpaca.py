@@ -24,6 +24,7 @@ from harness import (
     digest_of,
     file_digest,
     hub_cache,
+    hub_errors,
     nearest,
     offline,
     pinned_commit,
@@ -164,7 +165,6 @@ class AlpacaEval(Dataset["AlpacaEval.Config"]):
 
     def _fetch(self, commit: str, name: str) -> Path:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HTTPError
 
         reach = "the network is switched off (HF_HUB_OFFLINE)"
         if not offline():
@@ -172,7 +172,7 @@ class AlpacaEval(Dataset["AlpacaEval.Config"]):
                 return Path(
                     hf_hub_download(self.source, name, repo_type="dataset", revision=commit, cache_dir=hub_cache())
                 )
-            except (OSError, ValueError, HTTPError) as error:
+            except hub_errors() as error:
                 reach = f"the hub cannot be reached or lacks it ({type(error).__name__})"
         raise UserError(
             f"dataset {self.name}",

@@ -26,6 +26,7 @@ from harness import (
     UserError,
     files_digest,
     hub_cache,
+    hub_errors,
     load_hub_dataset,
     offline,
     pinned_commit,
@@ -190,7 +191,6 @@ class RedQuestions(Dataset["RedQuestions.Config"]):
         if folder.is_dir() or offline():
             return folder if folder.is_dir() else None
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HTTPError
 
         try:
             return Path(
@@ -202,7 +202,7 @@ class RedQuestions(Dataset["RedQuestions.Config"]):
                     allow_patterns="red_prompts/*",
                 )
             )
-        except (OSError, ValueError, HTTPError):
+        except hub_errors():
             return None
 
 

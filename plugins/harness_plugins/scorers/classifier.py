@@ -33,6 +33,7 @@ from harness import (
     ScorerSession,
     UserError,
     hub_cache,
+    hub_errors,
     inspect_model,
     is_hub_id,
     nearest,
@@ -164,7 +165,6 @@ class ClassifierScorer(Scorer[Any]):
 
     def _fetch(self, config: Config, ref: str, commit: str) -> Path:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HTTPError
 
         patterns = [*_PATTERNS, *(["*.bin"] if config.allow_pickle else [])]
         try:
@@ -172,7 +172,7 @@ class ClassifierScorer(Scorer[Any]):
             folder = snapshot_download(
                 ref, revision=commit, allow_patterns=patterns, cache_dir=hub_cache(), local_files_only=offline()
             )
-        except (OSError, ValueError, HTTPError) as error:
+        except hub_errors() as error:
             raise self._missing(config, type(error).__name__) from None
         return Path(folder)
 
