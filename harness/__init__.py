@@ -63,6 +63,11 @@ if TYPE_CHECKING:
     from harness.contracts.hookspecs import (
         hookimpl as hookimpl,
     )
+    from harness.contracts.hub_files import (
+        HubFiles as HubFiles,
+        is_hub_id as is_hub_id,
+        model_files as model_files,
+    )
     from harness.contracts.merger import (
         Factors as Factors,
         Merged as Merged,
@@ -92,6 +97,10 @@ if TYPE_CHECKING:
     )
     from harness.core.config import (
         Config as Config,
+    )
+    from harness.core.costs import (
+        Costs as Costs,
+        JudgeCosts as JudgeCosts,
     )
     from harness.core.errors import (
         HarnessError as HarnessError,
@@ -147,6 +156,7 @@ if TYPE_CHECKING:
         __version__ as __version__,
     )
     from harness.data.hub import (
+        hub_errors as hub_errors,
         load_hub_dataset as load_hub_dataset,
         pinned_commit as pinned_commit,
         resolve_revision as resolve_revision,
@@ -226,6 +236,7 @@ _HOME = {
     "harness.contracts.engine": "Availability Capabilities Engine ServerCommand Serving Session",
     "harness.contracts.executor": "Event Executor ExecutorContext Failure Needs Order Pool WorkerContext",
     "harness.contracts.hookspecs": "hookimpl",
+    "harness.contracts.hub_files": "HubFiles is_hub_id model_files",
     "harness.contracts.merger": "Factors Merged Merger",
     "harness.contracts.plugin": "CONTRACT_VERSION Plugin",
     "harness.contracts.recipe": "Recipe",
@@ -233,6 +244,7 @@ _HOME = {
     "harness.contracts.scorer": "AnswerScorer ScoreJob Scorer ScorerContext ScorerSession",
     "harness.core.caches": "hub_cache offline",
     "harness.core.config": "Config",
+    "harness.core.costs": "Costs JudgeCosts",
     "harness.core.errors": "HarnessError StepError UserError nearest unknown",
     "harness.core.machine": "torch_device",
     "harness.core.records": (
@@ -245,7 +257,7 @@ _HOME = {
     ),
     "harness.core.stats": "cohen_kappa",
     "harness.core.version": "__version__",
-    "harness.data.hub": "load_hub_dataset pinned_commit resolve_revision revision_note",
+    "harness.data.hub": "hub_errors load_hub_dataset pinned_commit resolve_revision revision_note",
     "harness.evaluation.run": "Evaluation evaluate",
     "harness.judges.alpaca": (
         "LengthControl fit_length_control quiet_alpaca_eval read_alpaca_difficulties read_alpaca_gamed"

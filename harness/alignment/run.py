@@ -27,13 +27,15 @@ from harness.alignment.folder import (
 from harness.alignment.heldout import HELDOUT, means, summaries
 from harness.alignment.plan import AlignPlan, StagePlan, plan_align
 from harness.alignment.policy import release
-from harness.alignment.rows import described, open_tokenizer_of, prepare_rows
+from harness.alignment.rows import described, open_tokenizer_of, prepare_rows, row_length, row_tokens
 from harness.alignment.say import say_counts
 from harness.alignment.stage import StageTraining
 from harness.alignment.stopping import Stopping
+from harness.contracts.recipe import Recipe
 from harness.contracts.registry import Registry, load_plugins
 from harness.core.config import parse_options
 from harness.core.errors import Requeue, UserError
+from harness.core.machine import torch_device
 from harness.core.progress import Reporter
 from harness.core.records import StepRecord
 from harness.core.specs import AlignSpec, ModelSpec
@@ -179,6 +181,7 @@ class _Run:
         self.work, self.out = work, work.artifact
         self.tokenizer = open_tokenizer_of(plan)
         self.stopping = Stopping(self.reporter.note)
+        self._trained = 0
 
     def carry_out(self) -> Alignment:
         """All stages, each from what the one before has left."""
@@ -253,6 +256,14 @@ class _Run:
         names = [one.stage.name for one in self.plan.stages]
         self.runner.begin(self.plan.step, self.work, {**described, **({"stages": names} if len(names) > 1 else {})})
 
+    def _spent(self, trained_tokens: int) -> None:
+        """Count what a stage took to the alignment."""
+        self._trained += trained_tokens
+        self.runner.spent(self.work, trained_tokens=self._trained)
+        if self.plan.spec.processes > 1:
+            # Each rank is a process of its own, with a device of its own.
+            self.runner.spent(self.work, devices=self.plan.spec.processes if torch_device() == "cuda" else 0)
+
     def _train(
         self, stage: StagePlan, work: StepFolder, data: Prepared, since: tuple[Path | None, float]
     ) -> tuple[Ended, list[dict[str, Any]]]:
@@ -283,7 +294,17 @@ class _Run:
         write_json(work.path / RESULT, result)
         seconds = {"prepare": prepared - begun, "train": time.perf_counter() - prepared}
         counts = {"rows": len(data.train.rows), "micro_batch_size": micro}
+        self._spent(trained_tokens=trained_tokens(data.train.rows, stage.recipe, plan.spec.seed))
         return Ended("weights", "", counts=counts, seconds=seconds), measured
+
+
+def trained_tokens(rows: Sequence[Mapping[str, Any]], recipe: Recipe, seed: int) -> int:
+    """Tokens that the training passes of one run read, all steps together; held-out rows and references not counted."""
+    from harness.alignment.driver import order_rows
+
+    lengths = [row_length(row) for row in rows]
+    steps = order_rows(lengths, batch_size=recipe.batch_size, steps=recipe.steps, seed=seed)
+    return sum(row_tokens(rows[place]) for step in steps for place in step)
 
 
 def _differs(record: StepRecord, step: Step, weights: Path) -> str | None:

@@ -14,6 +14,7 @@ import typer
 from harness.cli.align import AlignCommand, align
 from harness.cli.data import data_app
 from harness.cli.eval import compare, eval_, report
+from harness.cli.fetch import fetch
 from harness.cli.judge import judge_app
 from harness.cli.merge import MergeCommand, fold, merge
 from harness.cli.options import Json
@@ -44,6 +45,7 @@ app.command("fold")(fold)
 app.command("serve")(serve)
 app.command("push")(push)
 app.command("tasks")(tasks)
+app.command("fetch")(fetch)
 app.add_typer(data_app, name="data")
 app.add_typer(judge_app, name="judge")
 app.add_typer(study_app, name="study")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from harness.core.errors import UserError
+
 if TYPE_CHECKING:
     from harness.contracts.registry import Registry
     from harness.core.specs import ModelSpec
@@ -40,6 +42,21 @@ def options_of(pairs: Sequence[str] | None) -> dict[str, Any]:
     for pair in pairs or ():
         set_path(options, pair)
     return options
+
+
+def models_of(pairs: Sequence[str] | None) -> dict[str, str]:
+    """The bases of a study that ``--model BASE=PATH`` names.
+
+    Raises:
+        UserError: no such pair.
+    """
+    found = {}
+    for pair in pairs or ():
+        name, equals, path = pair.partition("=")
+        if not equals or not name or not path:
+            raise UserError("--model", f"{pair!r} is not BASE=PATH", "Write for example --model llama=./llama-7b.")
+        found[name] = path
+    return found
 
 
 def with_defaults(plugins: Sequence[str] | None) -> tuple[UserDefaults, Registry]:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import shlex
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from harness.cli.options import DataRevisions, Json, PluginFiles, options_of
-from harness.cli.tables import print_json, print_table
+from harness.cli.options import DataRevisions, Json, PluginFiles, models_of, options_of
+from harness.cli.tables import print_json, print_table, say
 from harness.core.errors import ExitCode, UserError
-from harness.core.text import first_line, visible
+from harness.core.text import first_line, human_seconds, visible
 
 if TYPE_CHECKING:
+    from harness.study.card import Card
     from harness.study.plan import StudyPlan
+    from harness.study.status import StepState
 
 study_app = typer.Typer(
     rich_markup_mode=None,
@@ -22,67 +29,118 @@ study_app = typer.Typer(
     help="Plan, run and watch a whole grid of arms from one YAML file.",
 )
 File = Annotated[Path, typer.Argument(help="The study's YAML file, or the name of a shipped one.")]
-Out = Annotated[Path | None, typer.Option(help="Run folder; by default runs/STUDY.")]
-Model = Annotated[
-    list[str] | None, typer.Option("--model", metavar="BASE=PATH", help="Folder or hub id of a base (repeatable).")
-]
-Set = Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over a key of the file (repeatable).")]
+CardName = Annotated[str | None, typer.Option("--card", help="GPU that it is planned for, A100-40GB say.")]
+Memory = Annotated[str | None, typer.Option(help="Memory of that GPU, where it is another: 40GB.")]
 
 
-def _planned(
-    file: Path,
-    model: list[str] | None,
-    changes: list[str] | None,
-    revisions: list[str] | None,
-    plugin: list[str] | None,
-) -> StudyPlan:
-    from harness.cli.options import with_defaults
-    from harness.data.hub import parse_revisions
-    from harness.study.plan import plan_study
-    from harness.study.spec import find_study, read_study
+@dataclass(frozen=True)
+class Asked:
+    """What names a study, the same in every command."""
 
-    models = {}
-    for one in model or ():
-        name, equals, path = one.partition("=")
-        if not equals or not path:
-            raise UserError("--model", f"{one!r} is not BASE=PATH", "Write for example --model llama=./llama-7b.")
-        models[name] = path
-    found = find_study(file)
-    # Read twice, as its plugins must be loaded before it can be planned; it is small.
-    named = read_study(found, models=models, changes=tuple(changes or ())).spec
-    defaults, registry = with_defaults([*named.plugins, *(plugin or ())])
-    commits = {**defaults.data_revisions, **named.data_revisions, **parse_revisions(revisions or ())}
-    return plan_study(found, registry=registry, models=models, changes=tuple(changes or ()), revisions=commits)
+    file: File
+    out: Annotated[Path | None, typer.Option(help="Run folder; by default runs/STUDY.")] = None
+    model: Annotated[
+        list[str] | None, typer.Option("--model", metavar="BASE=PATH", help="Folder or hub id of a base (repeatable).")
+    ] = None
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE over a key of the file (repeatable).")
+    ] = None
+    data_revision: DataRevisions = None
+    plugin: PluginFiles = None
+    online: Annotated[bool, typer.Option("--online", help="Fetch from the hub what is not here.")] = False
+
+    def planned(self, changes: list[str] | None = None) -> StudyPlan:
+        """The study as it is asked for; ``changes`` in place of its own where they are given."""
+        from harness.core.caches import stay_offline
+
+        stay_offline(online=self.online)
+        try:
+            return self._planned(tuple(self.changes or () if changes is None else changes))
+        except UserError as error:
+            if "hf download" not in error.fix or self.online:
+                raise
+            more = f"`{self.fetching()}` fetches all that the study reads; with --online this command does."
+            raise UserError(error.where, error.what, f"{error.fix} {more}") from None
+
+    def _planned(self, changes: tuple[str, ...]) -> StudyPlan:
+        from harness.cli.options import with_defaults
+        from harness.data.hub import parse_revisions
+        from harness.study.plan import plan_study
+        from harness.study.spec import find_study, read_study
+
+        models, found = models_of(self.model), find_study(self.file)
+        # Read twice, as its plugins must be loaded before it can be planned; it is small.
+        named = read_study(found, models=models, changes=changes).spec
+        defaults, registry = with_defaults([*named.plugins, *(self.plugin or ())])
+        given = parse_revisions(self.data_revision or ())
+        commits = {**defaults.data_revisions, **named.data_revisions, **given}
+        return plan_study(found, registry=registry, models=models, changes=changes, revisions=commits)
+
+    def folder(self, plan: StudyPlan) -> Path:
+        """The run folder."""
+        return self.out if self.out is not None else Path("runs") / plan.read.spec.study
+
+    def fetching(self) -> str:
+        """The command that fetches what the study reads."""
+        options = {"--model": self.model, "--data-revision": self.data_revision, "--plugin": self.plugin}
+        words = [word for name, values in options.items() for one in values or () for word in (name, one)]
+        changes = (word for one in self.changes or () if not one.startswith("executor.") for word in ("--set", one))
+        return shlex.join(["harness", "fetch", str(self.file), *words, *changes])
 
 
-def _folder(plan: StudyPlan, out: Path | None) -> Path:
-    return out if out is not None else Path("runs") / plan.read.spec.study
+def _of_study(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command, whose first argument is :class:`Asked`, the arguments and options that make one."""
+    shared = list(inspect.signature(Asked).parameters.values())
+    own = list(inspect.signature(command).parameters.values())[1:]
+    hints = {**get_type_hints(Asked, include_extras=True), **get_type_hints(command, include_extras=True)}
+
+    @functools.wraps(command)
+    def called(**given: Any) -> Any:
+        asked = Asked(**{one.name: given.pop(one.name) for one in shared})
+        return command(asked, **given)
+
+    places = [
+        one.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[one.name])
+        for one in (shared[0], *own, *shared[1:])
+    ]
+    called.__signature__ = inspect.Signature(places)  # type: ignore[attr-defined]
+    called.__annotations__ = {one.name: one.annotation for one in places}
+    del called.__wrapped__
+    return called
 
 
 @study_app.command("plan")
+@_of_study
 def plan(
-    file: File,
-    out: Out = None,
+    asked: Asked,
     arms: Annotated[bool, typer.Option("--arms", help="List every arm, with the key of its step.")] = False,
-    why: Annotated[str | None, typer.Option(help="Key of a step: show all that its id is made of.")] = None,
-    model: Model = None,
-    set_: Set = None,
-    data_revision: DataRevisions = None,
-    plugin: PluginFiles = None,
+    why: Annotated[str | None, typer.Option(help="Key of a step: show what it is made of, and what changed.")] = None,
+    card: CardName = None,
+    memory: Memory = None,
+    costs_from: Annotated[
+        list[Path] | None, typer.Option("--costs-from", help="Run folder whose records say what steps take.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a study would do: arms, steps by kind, and what is done already; loads no model."""
+    """Say what a study would do, and what that takes: arms, steps, hours, memory, disk; loads no model."""
+    from harness.cli.study_tables import print_costs
+    from harness.study.costs import study_costs
     from harness.study.outline import counted, data_rows, families
     from harness.study.status import states_of, summary
 
-    found = _planned(file, model, set_, data_revision, plugin)
+    found = asked.planned()
+    spec, root = found.read.spec, asked.folder(found)
     if why is not None:
-        _say_why(found, why, _folder(found, out))
+        from harness.study.why import explain
+
+        print_json(explain(found, why, root))
         return
+    states = states_of(root) if (root / "plan.json").is_file() else []
+    chosen = _card(found, states, card, memory)
+    costs = study_costs(found, states, card=chosen, other_runs=costs_from or ())
     if as_json:
-        print_json(found.to_json())
+        print_json({**found.to_json(), "costs": costs.to_json()})
         return
-    spec, root = found.read.spec, _folder(found, out)
     print(visible(f"{spec.study}: {counted(found.arms)}, {len(found.graph)} steps"))
     if arms:
         every = [
@@ -94,13 +152,28 @@ def plan(
         print_table("Arms", ["kind", "arm", "bases", "seeds", "arms", "from"], families(found.arms))
     if spec.data:
         print_table("Data", ["data", "is", "rows stated", "rows here"], data_rows(spec, root))
-    if (root / "plan.json").is_file():
-        print_table("Steps", ["kind", "steps", "done", "failed", "begun", "ready", "waiting"], summary(states_of(root)))
-        return
-    asked = sum(len(one.arms) for one in found.evaluations)
-    rows: list[dict[str, Any]] = [{"kind": kind, "steps": count} for kind, count in found.graph.counts().items()]
-    print_table("Steps", ["kind", "steps"], rows)
-    print(f"{len(found.evaluations)} models are opened for {asked} arms; each scorer is opened once for all of them")
+    if states:
+        print_table("Steps", ["kind", "steps", "done", "failed", "begun", "ready", "waiting"], summary(states))
+    print_costs(costs)
+    answered = sum(len(one.arms) for one in found.evaluations)
+    print(f"{len(found.evaluations)} models are opened for {answered} arms; each scorer is opened once for all of them")
+
+
+def _card(plan: StudyPlan, states: list[StepState], card: str | None, memory: str | None) -> Card | None:
+    """The GPU that is asked for, or that is here; stops where a step certainly does not fit into what is asked for.
+
+    Raises:
+        UserError: an unknown card, or a step that needs more than its memory.
+    """
+    from harness.core.machine import gpu_names
+    from harness.study.card import card_named, card_of
+    from harness.study.costs import refuse_what_cannot_fit
+
+    chosen = card_of(card, memory, getattr(plan.read.spec, "resources", None))
+    if chosen is None:
+        return card_named(gpu_names())
+    refuse_what_cannot_fit(plan, {one.key for one in states if one.state == "done"}, chosen)
+    return chosen
 
 
 def _key(plan: StudyPlan, arm: str) -> str:
@@ -108,61 +181,38 @@ def _key(plan: StudyPlan, arm: str) -> str:
     return step.id[:12] if step is not None else ""
 
 
-def _say_why(plan: StudyPlan, key: str, root: Path) -> None:
-    """Print what a step's id is made of, and in what other records of its arm differ from it."""
-    from harness.steps.files import read_json
-    from harness.steps.step import unequal
-    from harness.study.folder import read_index
-    from harness.study.plan import STEP
-
-    found = [step for step in plan.graph if step.id.startswith(key)]
-    if len(found) != 1:
-        fix = "Give one from `harness study steps FILE`."
-        raise UserError(f"--why {key}", f"{len(found)} steps have such a key", fix)
-    step = found[0]
-    id_ = read_index(root).get(step.id, step.id)
-    was = {}
-    # Another step of this kind and arm, as an earlier version of the study had it.
-    for folder in sorted((root / "steps").glob(f"{step.kind}-{step.arm}-*")):
-        if not folder.name.endswith(id_[:12]):
-            before = read_json(folder / "step.json").get("identity") or {}
-            now = {key: value for key, value in step.identity.items() if key in before}
-            lines = unequal({key: before[key] for key in now}, now)
-            # What an input will be is known by its own step alone.
-            was[folder.name] = [line for line in lines if f"is '{STEP}" not in line]
-    told = {"kind": step.kind, "arm": step.arm, "key": step.id, "identity": step.identity}
-    print_json({**told, "differs_from": was})
-
-
 @study_app.command("run")
+@_of_study
 def run(
-    file: File,
-    out: Out = None,
+    asked: Asked,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run folder holds and start over.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try again what failed.")] = False,
     executor: Annotated[
         str | None, typer.Option(help="Who carries it out, in processes of its own; --set executor.KEY=V.")
     ] = None,
-    model: Model = None,
-    set_: Set = None,
-    data_revision: DataRevisions = None,
-    plugin: PluginFiles = None,
+    card: CardName = None,
+    memory: Memory = None,
 ) -> int:
     """Train, merge, answer and score all arms of a study; the same command goes on where it stopped."""
     from harness.cli.eval import print_report
+    from harness.core.caches import offline
     from harness.core.progress import for_terminal
     from harness.report.build import write_all
     from harness.steps.execute import Execution
+    from harness.study.needs import refuse_missing
     from harness.study.run import run_study
     from harness.study.workers import through
 
-    mine = [one for one in set_ or () if one.startswith("executor.")]
-    found = _planned(file, model, [one for one in set_ or () if one not in mine], data_revision, plugin)
-    root = _folder(found, out)
+    mine = [one for one in asked.changes or () if one.startswith("executor.")]
+    found = asked.planned([one for one in asked.changes or () if one not in mine])
+    root = asked.folder(found)
     options = options_of(mine).get("executor", {})
     elsewhere = (
         through(Execution(executor or "local", options), found.registry) if executor is not None or mine else None
     )
+    _card(found, _states_if_any(root), card, memory)
+    if offline():
+        refuse_missing(found.read, found.registry, asked.fetching())
     with for_terminal() as reporter:
         done = run_study(found, root, fresh=fresh, retry_failed=retry_failed, reporter=reporter, execute=elsewhere)
         for name, reason in done.failures.items():
@@ -172,6 +222,16 @@ def run(
     return ExitCode.STEPS_FAILED if done.failures else ExitCode.DONE
 
 
+def _states_if_any(root: Path) -> list[StepState]:
+    """The steps of a run folder; none of one whose plan is damaged, which is written again."""
+    from harness.study.status import states_of
+
+    try:
+        return states_of(root) if (root / "plan.json").is_file() else []
+    except UserError:
+        return []
+
+
 @study_app.command("status")
 def status(
     run: Annotated[Path, typer.Argument(help="Run folder of a study.")],
@@ -179,44 +239,37 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Say how far a study is, from its records alone; a study that runs is not disturbed."""
-    from harness.study.status import states_of, summary
+    from harness.cli.study_tables import print_status
+    from harness.study.status import states_of, summary, time_left
 
     while True:
         states = states_of(run)
+        left = time_left(states)
         if as_json:
-            print_json({"steps": [one.__dict__ for one in states], "kinds": summary(states)})
+            steps = [one.to_json() for one in states]
+            print_json({"steps": steps, "kinds": summary(states), "left": left.__dict__}, line=watch)
         else:
-            print_table(
-                str(run),
-                ["kind", "steps", "done", "failed", "begun", "ready", "waiting", "seconds"],
-                summary(states),
-            )
-            for one in states:
-                if one.state == "begun":
-                    print(visible(f"begun: {one.kind} {one.arm}, last heard of {one.silent:.0f} s ago"))
-                if one.state == "failed":
-                    print(visible(f"failed: {one.kind} {one.arm}: {first_line(one.error or '')}"))
+            print_status(str(run), states)
+            if left.seconds is not None and any(one.state not in ("done", "failed") for one in states):
+                least = "at least " if left.unknown else ""
+                print(f"left: {least}{human_seconds(left.seconds)}, with {left.at_once} at once")
         if not watch or all(one.state in ("done", "failed") for one in states):
             return
         time.sleep(2)
 
 
 @study_app.command("steps")
+@_of_study
 def steps(
-    file: File,
-    out: Out = None,
+    asked: Asked,
     ready: Annotated[bool, typer.Option("--ready", help="Only those that could begin now.")] = False,
-    model: Model = None,
-    set_: Set = None,
-    data_revision: DataRevisions = None,
-    plugin: PluginFiles = None,
     as_json: Json = False,
 ) -> None:
     """List a study's steps with their keys, for a scheduler that carries them out with `harness study step`."""
     from harness.study.status import states_of
 
-    found = _planned(file, model, set_, data_revision, plugin)
-    root = _folder(found, out)
+    found = asked.planned()
+    root = asked.folder(found)
     known = {one.key: one.state for one in states_of(root)} if (root / "plan.json").is_file() else {}
     ended = {key for key, state in known.items() if state == "done"}
     chosen = found.graph.ready(ended) if ready else list(found.graph)
@@ -231,28 +284,24 @@ def steps(
 
 
 @study_app.command("step")
+@_of_study
 def step(
-    file: File,
+    asked: Asked,
     key: Annotated[list[str], typer.Argument(help="Keys of steps, as `harness study steps` lists them.")],
-    out: Out = None,
-    model: Model = None,
-    set_: Set = None,
-    data_revision: DataRevisions = None,
-    plugin: PluginFiles = None,
 ) -> int:
     """Carry out single steps, while other processes may carry out others: for Slurm arrays, Airflow, Snakemake."""
     from harness.core.progress import for_terminal
     from harness.study.run import carry_out_steps
     from harness.study.status import states_of
 
-    found = _planned(file, model, set_, data_revision, plugin)
-    root = _folder(found, out)
+    found = asked.planned()
+    root = asked.folder(found)
     with for_terminal() as reporter:
         carry_out_steps(found, root, key, reporter=reporter)
     states = {one.key: one for one in states_of(root)}
     wrong = [states[one] for one in key if states[one].state != "done"]
     for one in wrong:
-        print(visible(f"{one.kind} {one.arm}: {one.state}{': ' + one.error if one.error else ''}"))
+        say(f"{one.kind} {one.arm}: {one.state}{': ' + one.error if one.error else ''}")
     return ExitCode.STEPS_FAILED if wrong else ExitCode.DONE
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Generic, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from harness.contracts.hub_files import HubFiles
 from harness.contracts.plugin import C, Plugin
 
 RowSchema = Literal["prompts", "demonstrations", "pairs", "rated"]
@@ -77,6 +78,10 @@ class Dataset(Plugin[C]):
     def heldout_split(self, job: DatasetJob[C]) -> str | None:
         """Name of the official held-out split; None: there is none, and a hash of each prompt decides."""
         return None
+
+    def hub_files(self, job: DatasetJob[C]) -> tuple[HubFiles, ...]:
+        """What :meth:`rows` reads from the hub: `harness fetch` brings it, a study that runs offline asks for it."""
+        return ()
 
     def identity(self, job: DatasetJob[C]) -> dict[str, Any]:
         """What pins the rows: enters the id of every step that reads them."""

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal
 
+from harness.contracts.hub_files import HubFiles
 from harness.contracts.plugin import C, Plugin
+from harness.core.costs import JudgeCosts
 from harness.core.records import Answer, Metric, Sample, Score
 
 
@@ -78,6 +80,10 @@ class ScorerSession(ABC):
         """What should stand beside the numbers of the last :meth:`score`: which judge, what it cost."""
         return ()
 
+    def paid(self) -> JudgeCosts | None:
+        """What the last :meth:`score` paid a judge for, also where it failed; None: no judge was asked."""
+        return None
+
     def close(self) -> None:  # noqa: B027 - optional
         """Release what was opened; a second call does nothing."""
 
@@ -111,6 +117,10 @@ class Scorer(Plugin[C]):
     def identity(self, config: C) -> dict[str, Any]:
         """What of the scorer enters a scores step's id; a scorer with a model adds the digest of its weights."""
         return {"name": self.name, "options": config.model_dump(mode="json")}
+
+    def hub_files(self, config: C) -> tuple[HubFiles, ...]:
+        """What it reads from the hub: `harness fetch` brings it."""
+        return ()
 
     def check(self, config: C) -> None:
         """Raise a UserError before anything runs if the scorer cannot work (a missing model, a missing key)."""

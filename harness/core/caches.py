@@ -39,3 +39,17 @@ def offline() -> bool:
     """Whether the user forbids the network: ``HF_HUB_OFFLINE`` or one of its older names."""
     names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
     return any(os.environ.get(name, "").upper() in _TRUE for name in names)
+
+
+def stay_offline(*, online: bool) -> None:
+    """Keep this process and those that it starts off the hub, unless the user asks for it.
+
+    Before huggingface_hub is imported, which reads the variable then. ``HF_HUB_OFFLINE=0`` in the environment is such
+    a wish too; ``online`` overrules a 1.
+    """
+    if online:
+        os.environ["HF_HUB_OFFLINE"] = "0"
+        os.environ.pop("HF_DATASETS_OFFLINE", None)
+        os.environ.pop("TRANSFORMERS_OFFLINE", None)
+    else:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from harness.core.caches import hub_cache, prepared_cache
@@ -130,6 +131,16 @@ def visible_devices() -> tuple[str, ...]:
     if named is not None:
         return tuple(one.strip() for one in named.split(",") if one.strip())
     return tuple(str(number) for number, _ in enumerate(Path("/dev").glob("nvidia[0-9]*")))
+
+
+@lru_cache(maxsize=1)
+def gpu_names() -> tuple[str, ...]:
+    """Names of the GPUs that this process may use; empty where there is none, or the driver does not say."""
+    visible = visible_devices()
+    names = [gpu.name for gpu in _gpus()[0]] if visible else []
+    numbers = [int(one) for one in visible if one.isdigit() and int(one) < len(names)]
+    # Where devices are named by their UUID, those that there are will do.
+    return tuple(names[number] for number in numbers) or tuple(names)
 
 
 def _read(file: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from harness.core.config import Config
+from harness.core.costs import Costs
 from harness.core.specs import Decoding
 
 SCHEMA_VERSION = 1
@@ -294,6 +295,7 @@ class StepRecord(Config):
     made_from: dict[str, str] = Field(default_factory=dict, description="what it was made from: part -> digest")
     counts: dict[str, int] = Field(default_factory=dict)
     seconds: dict[str, float] = Field(default_factory=dict, description="import, load, compute (seconds)")
+    costs: Costs | None = Field(None, description="what it took; None: recorded by a version that did not say")
     notes: tuple[str, ...] = ()
     checksum: str | None = Field(None, exclude=True, description="of the file; `read_json` checks it and takes it away")
 

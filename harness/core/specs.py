@@ -64,6 +64,7 @@ class TaskSpec(Config):
     source: str = Field("", description="where data and prompt come from")
     licence: str = Field("unknown", description="licence of the data")
     size: int | None = Field(None, description="number of samples, where known beforehand")
+    leaves: int | None = Field(None, ge=1, description="number of leaf tasks (subjects, say), where known beforehand")
     notes: tuple[str, ...] = Field((), description="what is our choice rather than the source's")
     needs: tuple[Literal["generate", "loglikelihood"], ...] = Field(
         (), description="what it asks of an engine; by default `generate`, and both for an lm-eval task"

@@ -86,3 +86,22 @@ def number(value: float | None, *, minus: str = "-", digits: int = DIGITS) -> st
 def task_label(task: str, variant: str) -> str:
     """Task with its prompt variant."""
     return visible(task if task.endswith(f":{variant}") else f"{task}:{variant}")
+
+
+def human_bytes(count: float) -> str:
+    """A size in the unit that suits it: ``1.4 GB`` (10^9 bytes)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
+
+
+def human_seconds(seconds: float) -> str:
+    """A duration in two units: ``2 h 10 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600:,} h {whole % 3600 // 60} min"

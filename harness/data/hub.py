@@ -165,12 +165,22 @@ def _prepared(path: str) -> list[str]:
     return list(dict.fromkeys(commit for _, commit in sorted(found, reverse=True)))
 
 
-def _ask_hub(path: str, revision: str, repo_type: str) -> str | None:
-    import httpx
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises where the hub refuses, or does not answer.
 
-    with contextlib.suppress(HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError):
+    Of the HTTP library's errors the class that its own is built on: httpx's in one version, httpx2's in the next.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    found = next(one for one in HfHubHTTPError.__mro__ if one.__name__ == "HTTPError")
+    assert issubclass(found, Exception)
+    return OSError, ValueError, found
+
+
+def _ask_hub(path: str, revision: str, repo_type: str) -> str | None:
+    from huggingface_hub import HfApi
+
+    with contextlib.suppress(*hub_errors()):
         sha = HfApi().repo_info(path, repo_type=repo_type, revision=revision).sha
         return str(sha) if sha else None
     return None
@@ -225,10 +235,8 @@ class _UnavailableError(Exception):
 def _open(source: str, wanted: dict[str, str | None], commit: str | None) -> Any:
     """All splits from one source, checked to be of that commit (None: a folder, which is what it is)."""
     import datasets
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError
 
-    broken = (ValueError, OSError, datasets.exceptions.DatasetsError, HfHubHTTPError, httpx.HTTPError)
+    broken = (*hub_errors(), datasets.exceptions.DatasetsError)
     try:
         builder = datasets.load_dataset_builder(source, **wanted, revision=commit, cache_dir=str(prepared_cache()))
         if commit is not None and builder.hash != commit:

@@ -261,7 +261,7 @@ def identity_of(
     """What pins a selection, found out without reading a row; ``numbers`` are seed, samples and held-out rows."""
 
     def identity(part: Part) -> dict[str, Any]:
-        dataset, job = _open(part, registry, options, None)
+        dataset, job = open_part(part, registry, options, None)
         share = "all" if part.concatenated else f"{part.weight.numerator}/{part.weight.denominator}"
         pinned = {"dataset": dataset.identity(job), "heldout": dataset.heldout_split(job), "weight": share}
         # What the rows of a data set are can cost reading them.
@@ -282,9 +282,10 @@ def identity_of(
     }
 
 
-def _open(
+def open_part(
     part: Part, registry: Registry, options: Mapping[str, Mapping[str, Any]] | None, split: str | None
 ) -> tuple[Dataset, DatasetJob]:
+    """The data set of one term of an expression, and the job that reads it."""
     dataset = registry.find(Dataset, part.name, OPTION)
     if dataset.schema == "prompts":
         raise unknown(f"{OPTION} {part.label}", "data set to train on", part.name, trainable(registry), LISTING)
@@ -297,7 +298,7 @@ def _load(
     part: Part, registry: Registry, options: Mapping[str, Mapping[str, Any]] | None, selection: Selection
 ) -> _Loaded:
     """All rows of one part, split into train and held-out by prompt."""
-    dataset, job = _open(part, registry, options, "train")
+    dataset, job = open_part(part, registry, options, "train")
     official = dataset.heldout_split(job)
     schema = dataset.schema_of(job)
     rows = list(_read(part, dataset, job, schema))
@@ -310,7 +311,7 @@ def _load(
         kept = {row.id for row in held}
         rows = [row for row in rows if row.id not in kept]
     else:
-        _, test = _open(part, registry, options, official)
+        _, test = open_part(part, registry, options, official)
         held = list(_read(part, dataset, test, schema))
         _add(selection.heldout_dropped, test.dropped)
         job.notes += [note for note in test.notes if note not in job.notes]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
 from harness.contracts.engine import Session
+from harness.core.records import Answer, Sample
 from harness.evaluation import ask
 from harness.evaluation.load import Group, Loaded
 from harness.evaluation.resume import ANSWERS_FILE
@@ -100,6 +101,8 @@ class Answering:
             "notes": list(opened.notes),
         }
         run.runner.begin(unit.task.answers, folder, described)
+        # An engine's own processes have devices that this process sees nothing of.
+        run.runner.spent(folder, devices=run.plan.engine.devices(run.plan.engine_options))
         return ask.Part(opened.samples, journal, self._engine.sender(unit.arm))
 
     def _ask(self, asked: Sequence[tuple[Unit, ask.Part]]) -> None:
@@ -147,6 +150,7 @@ class Answering:
         if failed is not None:
             run.runner.fail(unit.task.answers, folder, failed)
             return
+        run.runner.spent(folder, **tokens_of(opened.samples, answered.answers), reused=answered.reused)
         counts = {
             "samples": len(opened.samples),
             "requests": total,
@@ -163,3 +167,21 @@ class Answering:
             self.answered[unit.id] = answered
         else:
             self.run.forget(unit)
+
+
+def tokens_of(samples: Sequence[Sample], answers: Sequence[Answer]) -> dict[str, int]:
+    """Tokens of all requests and of all answers. Where a server alone knows them, there is no entry: they are not 0.
+
+    A request for a log-probability has its continuation in the prompt that a model reads, and no answer.
+    """
+    requests = [request for sample in samples for request in sample.requests]
+    outputs = [output for answer in answers for output in answer.outputs if output.error is None]
+    found = {
+        "prompt_tokens": [len(request.prompt_ids) + len(request.continuation_ids) for request in requests],
+        "completion_tokens": [len(output.token_ids) for output in outputs],
+    }
+    untold = (
+        any(not request.prompt_ids for request in requests),
+        any(output.text and not output.token_ids for output in outputs),
+    )
+    return {name: sum(counts) for (name, counts), missing in zip(found.items(), untold, strict=True) if not missing}

@@ -408,7 +408,7 @@ def _with_cost(config: type[Config], given: dict[str, Any], most: float | None) 
 
 def _portable_task(chosen: Chosen) -> dict[str, Any]:
     """What of a task decides its questions; where its files lie does not (``data`` has their digests)."""
-    left_out = {"scorers", "summary", "notes", "licence", "size", "source", "generative"}
+    left_out = {"scorers", "summary", "notes", "licence", "size", "leaves", "source", "generative"}
     task: dict[str, Any] = chosen.spec.model_dump(mode="json", exclude=left_out)
     if task["lm_eval"] is not None and task["lm_eval"]["include"] is not None:
         task["lm_eval"]["include"] = "its folder"

@@ -13,7 +13,8 @@ from functools import partial
 from typing import Any
 
 from harness.contracts.scorer import ScoreJob, ScorerContext, ScorerSession
-from harness.core.errors import CorruptionError
+from harness.core.costs import JudgeCosts
+from harness.core.errors import CorruptionError, StepError
 from harness.core.progress import Bar
 from harness.core.records import Score
 from harness.evaluation import ask
@@ -42,6 +43,7 @@ class ScoresOrder:
         first = self.steps[0][0].run
         with first.clock("score"):
             context = ScorerContext(first.plan.spec.seed, first.store.judge, _opener(first))
+            begun = time.perf_counter()
             try:
                 session = self.scorer.plugin.open(self.scorer.config, context)
             except Exception as error:
@@ -50,9 +52,12 @@ class ScoresOrder:
                 for scoring, unit, plan in self.steps:
                     scoring.run.runner.fail(plan.step, scoring.run.scores_folder(unit, plan), error)
                 return
+            # What opened it for all of them is told with the first.
+            load = time.perf_counter() - begun
             try:
                 for scoring, unit, plan in self.steps:
-                    scoring.score(session, unit, plan)
+                    scoring.score(session, unit, plan, load)
+                    load = 0.0
             finally:
                 self._close(session, first)
 
@@ -102,15 +107,15 @@ class Scoring:
         folder.reopen(status.error or "the answers it scored have changed")
         return True
 
-    def score(self, session: ScorerSession, unit: Unit, plan: ScoresPlan) -> None:
-        """Score one unit with an open scorer; a failure is recorded."""
+    def score(self, session: ScorerSession, unit: Unit, plan: ScoresPlan, load: float = 0.0) -> None:
+        """Score one unit with an open scorer, which took ``load`` seconds to open; a failure is recorded."""
         runner, folder = self.run.runner, self.run.scores_folder(unit, plan)
         with runner.holding(folder) as free:
             if free:
                 with runner.contained(plan.step, folder, mistakes=True):
-                    self._score(session, unit, plan)
+                    self._score(session, unit, plan, load)
 
-    def _score(self, session: ScorerSession, unit: Unit, step: ScoresPlan) -> None:
+    def _score(self, session: ScorerSession, unit: Unit, step: ScoresPlan, load: float) -> None:
         run, folder, scorer = self.run, self.run.scores_folder(unit, step), step.scorer
         begun = time.perf_counter()
         asked, answered = run.stored(unit), self._answers(unit)
@@ -119,7 +124,11 @@ class Scoring:
         job = ScoreJob(unit.task.name, folder.artifact, bar.advance, bar.stored, lambda: run.questions(unit).runtime)
         begun_of = replace(step.step, made_from={"answers": answered.digest})
         run.runner.begin(begun_of, folder, self._json(unit, step, asked))
-        scores = session.score(asked.samples, answered.answers, job)
+        try:
+            scores = session.score(asked.samples, answered.answers, job)
+        finally:
+            # Also what a judge was paid whose verdicts did not all come.
+            run.runner.spent(folder, judge=_paid(session, step.ref.name))
         bar.fill()
         # lm-eval's metrics are known once its task has been scored.
         learnt = session.metrics()
@@ -133,7 +142,7 @@ class Scoring:
         )
         write_json(folder.artifact / SCORES_FILE, {"rows": [row.model_dump(mode="json") for row in numbers]})
         files = {SCORES_FILE: file_digest(folder.artifact / SCORES_FILE)}
-        seconds = {"compute": time.perf_counter() - begun}
+        seconds = {"load": load, "compute": time.perf_counter() - begun}
         run.runner.finish(
             begun_of, folder, Ended("scores", rows_digest(rows), files, counts=_counts(scores), seconds=seconds)
         )
@@ -181,6 +190,13 @@ class Scoring:
                 *((folded,) if arm.folded is not None else ()),
             ),
         )
+
+
+def _paid(session: ScorerSession, name: str) -> JudgeCosts | None:
+    paid = session.paid()
+    if paid is not None and not isinstance(paid, JudgeCosts):
+        raise StepError(f"scorer {name}", f"paid() gave {paid!r}", "It gives a harness.JudgeCosts, or None.")
+    return paid
 
 
 def _counts(scores: Sequence[Score]) -> dict[str, int]:

@@ -50,11 +50,11 @@ class EvalSession:
         observers: Observers | None = None,
     ) -> None:
         """``observers``: hear of the steps; those of the registry by default."""
-        self.plan, self.registry, self.store, self.reporter = plan, registry, store, reporter
+        self.plan, self.registry, self.store = plan, registry, store
         self.scratch = store.scratch
         """Folder of what goes when it has been used, of the order in hand alone."""
         self.seconds: dict[str, float] = {"prepare": 0.0, "load": 0.0, "answer": 0.0, "score": 0.0}
-        self.runner = Runner(observers or registry, reporter)
+        self.report_to(reporter, observers or registry)
         self._tokenizers: dict[str | None, Any] = {}
         self._questions: dict[tuple[int, str, str | None], Questions] = {}
         self._open: dict[str, Questions] = {}
@@ -71,7 +71,8 @@ class EvalSession:
 
     def report_to(self, reporter: Reporter, observers: Observers) -> None:
         """Tell somebody else from now on: of another order, in a process that carries out several."""
-        self.reporter, self.runner = reporter, Runner(observers, reporter)
+        self.runner = Runner(observers, reporter)
+        self.reporter = self.runner.reporter
 
     def folder(self, unit: Unit) -> StepFolder:
         """Of the answers."""

@@ -6,13 +6,12 @@ import os
 import re
 from pathlib import Path
 
+from harness.contracts.hub_files import MODEL_PATTERNS
 from harness.core.errors import UserError, nearest
 from harness.models.files import (
     check_folder,
 )
 from harness.steps.checksums import refuse_damaged
-
-_MODEL_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
 
 
 def is_url(ref: str) -> bool:
@@ -73,7 +72,7 @@ def _snapshot(ref: str, revision: str | None, where: str, path: Path) -> tuple[P
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        folder = Path(snapshot_download(ref, revision=revision, allow_patterns=_MODEL_PATTERNS))
+        folder = Path(snapshot_download(ref, revision=revision, allow_patterns=list(MODEL_PATTERNS)))
     except RepositoryNotFoundError:
         raise UserError(
             f"{where} {ref}", "neither a folder here nor a model on the hub", "Check the name (and your access token)."

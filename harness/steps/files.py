@@ -33,8 +33,11 @@ def stays_inside(name: str) -> bool:
     return name not in ("", ".") and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a whole file atomically and durably: temporary name, fsync, rename, fsync of the folder."""
+def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Write a whole file atomically and durably: temporary name, fsync, rename, fsync of the folder.
+
+    ``durable=False``: without the two fsyncs, for what may be lost with the machine.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,21 +45,24 @@ def write_bytes(path: Path, data: bytes) -> None:
             with temporary.open("wb") as stream:
                 stream.write(data)
                 stream.flush()
-                os.fsync(stream.fileno())
+                if durable:
+                    os.fsync(stream.fileno())
             temporary.replace(path)
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
-        fsync_folder(path.parent)
+        if durable:
+            fsync_folder(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     """Write JSON for people and machines (sorted keys, indented); an object with a schema version and a checksum."""
     data = value
     if isinstance(value, dict):
         data = {"schema_version": SCHEMA_VERSION, **{key: kept for key, kept in value.items() if key != CHECKSUM}}
     text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False).encode()
-    write_bytes(path, _sealed(text.removesuffix(b"\n}")) if isinstance(value, dict) else text + b"\n")
+    sealed = _sealed(text.removesuffix(b"\n}")) if isinstance(value, dict) else text + b"\n"
+    write_bytes(path, sealed, durable=durable)
 
 
 def _sealed(text: bytes) -> bytes:

@@ -76,6 +76,10 @@ class StepFolder:
             return int(read_json(self.path / STEP).get("attempt", 1))
         return 0
 
+    def is_current(self) -> bool:
+        """Whether no other attempt has begun since this process's own."""
+        return not self.attempt or self._begun() == self.attempt
+
     def log(self, event: str, **fields: Any) -> None:
         """Append one line to log.jsonl."""
         line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, ensure_ascii=False)
@@ -105,7 +109,8 @@ class StepFolder:
         Raises:
             SupersededError: it has: a worker that was cut off from its cluster must not end what another does again.
         """
-        if self.attempt and (now := self._begun()) != self.attempt:
+        if not self.is_current():
+            now = self._begun()
             raise SupersededError(
                 self.name, f"attempt {now} has begun since this one, {self.attempt}", "Its result is the one kept."
             )

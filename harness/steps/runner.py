@@ -14,6 +14,7 @@ from harness.core.errors import HarnessError, StepError, UserError
 from harness.core.progress import Reporter
 from harness.core.records import ArtifactKind, StepRecord
 from harness.core.text import portable
+from harness.steps.costs import Meters, Watched
 from harness.steps.files import is_disk_full
 from harness.steps.folder import STEP, StepFolder, SupersededError
 from harness.steps.lock import FolderLock, FolderTakenError
@@ -43,7 +44,8 @@ class Runner:
 
     def __init__(self, observers: Observers | None, reporter: Reporter) -> None:
         """``observers``: hear of every step, as a registry's do; None: nobody does."""
-        self.reporter, self._observers = reporter, observers
+        self._meters = Meters()
+        self.reporter, self._observers = Watched(reporter, self._meters), observers
         self.failures: dict[str, str] = {}
         """Step folder name -> why it failed."""
         self.last_error: HarnessError | None = None
@@ -66,6 +68,11 @@ class Runner:
         self._announce("step_started", step, folder)
         folder.begin(step, described or {}, provenance_record(provenance or {}))
         folder.log("begun", attempt=folder.attempt)
+        self._meters.begin(folder)
+
+    def spent(self, folder: StepFolder, **facts: Any) -> None:
+        """Say of a step that is under way what it alone knows: fields of :class:`harness.core.costs.Costs`."""
+        self._meters.spent(folder, **facts)
 
     @contextmanager
     def contained(self, step: Step, folder: StepFolder, *, mistakes: bool = False) -> Iterator[None]:
@@ -85,9 +92,10 @@ class Runner:
         """A step that fails is recorded, and the error goes on: for a command that carries out this step alone."""
         try:
             yield
-        except Exception as error:
-            if not is_fatal(error):
+        except BaseException as error:
+            if isinstance(error, Exception) and not is_fatal(error):
                 self.fail(step, folder, error, said=False)
+            self._meters.stop(folder)
             raise
 
     @contextmanager
@@ -107,6 +115,7 @@ class Runner:
         try:
             yield True
         finally:
+            self._meters.stop(folder)
             lock.release()
 
     def fail(self, step: Step, folder: StepFolder, error: Exception, *, said: bool = True) -> None:
@@ -133,6 +142,7 @@ class Runner:
                 attempt=max(1, folder.attempt),
                 error=portable(str(kept)),
                 made_from=dict(step.made_from),
+                costs=self._meters.end(folder, None, well=False),
             ),
         )
 
@@ -152,6 +162,7 @@ class Runner:
             made_from=dict(step.made_from),
             counts=dict(ended.counts),
             seconds={name: round(value, 3) for name, value in ended.seconds.items()},
+            costs=self._meters.end(folder, sum(ended.seconds.values()), well=True),
             notes=ended.notes,
         )
         self._end(step, folder, record)

@@ -148,16 +148,25 @@ class StudySpec(Config):
     )
 
 
+def is_study(file: Path) -> bool:
+    """Whether this is a file, or the name of a shipped study."""
+    return file.is_file() or str(file) in _shipped()
+
+
+def _shipped() -> dict[str, Path]:
+    folder = Path(find_spec("harness_tasks").submodule_search_locations[0]) / "studies"  # type: ignore[union-attr, index]
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
 def find_study(file: Path) -> Path:
     """The file of a study: as given, or a shipped one of that name.
 
     Raises:
         UserError: neither.
     """
+    shipped = _shipped()
     if file.is_file():
         return file
-    folder = Path(find_spec("harness_tasks").submodule_search_locations[0]) / "studies"  # type: ignore[union-attr, index]
-    shipped = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
     if str(file) in shipped:
         return shipped[str(file)]
     raise unknown(str(file), "study", str(file), shipped, "harness study --help")

@@ -19,10 +19,12 @@ from harness import (
     Dataset,
     DatasetJob,
     DatasetRow,
+    HubFiles,
     UserError,
     digest_of,
     file_digest,
     hub_cache,
+    hub_errors,
     nearest,
     offline,
     pinned_commit,
@@ -77,6 +79,12 @@ class AlpacaEval(Dataset["AlpacaEval.Config"]):
                     "reference_generator": chosen.get("generator"),
                 },
             )
+
+    def hub_files(self, job: DatasetJob[Config]) -> tuple[HubFiles, ...]:
+        """The instructions and one reference's outputs, unless they are files of the user's own."""
+        own = [] if job.options.prompts else [PROMPTS]
+        own += [] if job.options.reference == "file" else [FILES[job.options.reference]]
+        return (HubFiles(self.source, "dataset", job.revision or self.revision, tuple(own)),) if own else ()
 
     def identity(self, job: DatasetJob[Config]) -> dict[str, Any]:
         """The commit that is read, and files by their content, never by their path."""
@@ -156,9 +164,7 @@ class AlpacaEval(Dataset["AlpacaEval.Config"]):
         return cached if cached.is_file() else self._fetch(commit, name)
 
     def _fetch(self, commit: str, name: str) -> Path:
-        import httpx
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError
 
         reach = "the network is switched off (HF_HUB_OFFLINE)"
         if not offline():
@@ -166,7 +172,7 @@ class AlpacaEval(Dataset["AlpacaEval.Config"]):
                 return Path(
                     hf_hub_download(self.source, name, repo_type="dataset", revision=commit, cache_dir=hub_cache())
                 )
-            except (OSError, ValueError, HfHubHTTPError, httpx.HTTPError) as error:
+            except hub_errors() as error:
                 reach = f"the hub cannot be reached or lacks it ({type(error).__name__})"
         raise UserError(
             f"dataset {self.name}",

@@ -15,9 +15,11 @@ from harness import (
     Dataset,
     DatasetJob,
     DatasetRow,
+    HubFiles,
     UserError,
     file_digest,
     files_digest,
+    is_hub_id,
     load_hub_dataset,
     nearest,
     pinned_commit,
@@ -55,6 +57,11 @@ class HubDataset(Dataset["HubDataset.Config"]):
         seen = _Unique(f"{where} {options.path}, options.id")
         for position, row in enumerate(loaded):
             yield DatasetRow(seen(position if options.id is None else row[options.id], f"row {position}"), row)
+
+    def hub_files(self, job: DatasetJob[Config]) -> tuple[HubFiles, ...]:
+        """The whole repository, unless it is a folder."""
+        path = job.options.path
+        return (HubFiles(path, "dataset", job.revision),) if is_hub_id(path) else ()
 
     def identity(self, job: DatasetJob[Config]) -> dict[str, Any]:
         """Pinned by the commit; a folder by its contents, never by its path."""
@@ -153,6 +160,10 @@ class RealToxicityPrompts(Dataset["RealToxicityPrompts.Config"]):
         by: Attribute = Field(
             "severe_toxicity", description="the prompt's Perspective score that `most_severe` sorts by"
         )
+
+    def hub_files(self, job: DatasetJob[Config]) -> tuple[HubFiles, ...]:
+        """The whole repository."""
+        return (HubFiles(self.source, "dataset", job.revision or self.revision),)
 
     def rows(self, job: DatasetJob[Config]) -> Iterator[DatasetRow]:
         """Rows in the order of their ids; `most_severe` by falling score, equal scores in the order of their ids.

@@ -10,7 +10,17 @@ from typing import Any, ClassVar, Literal, get_args
 from pydantic import Field
 
 import harness
-from harness import Dataset, DatasetJob, DatasetRow, UserError, load_hub_dataset, pinned_commit, revision_note, unknown
+from harness import (
+    Dataset,
+    DatasetJob,
+    DatasetRow,
+    HubFiles,
+    UserError,
+    load_hub_dataset,
+    pinned_commit,
+    revision_note,
+    unknown,
+)
 
 Messages = list[dict[str, str]]
 
@@ -135,6 +145,10 @@ class _HubPairs(Dataset):
     def identity(self, job: DatasetJob) -> dict[str, Any]:
         """As for any data set, with the commit that will really be read."""
         return {**super().identity(job), "revision": self.commit(job)}
+
+    def hub_files(self, job: DatasetJob) -> tuple[HubFiles, ...]:
+        """The whole repository."""
+        return (HubFiles(self.source, "dataset", job.revision or self.revision),)
 
     def load(self, job: DatasetJob, **how: Any) -> Any:
         """One split at the commit in force; a note where that is not the pinned one."""

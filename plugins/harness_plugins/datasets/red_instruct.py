@@ -22,9 +22,11 @@ from harness import (
     Dataset,
     DatasetJob,
     DatasetRow,
+    HubFiles,
     UserError,
     files_digest,
     hub_cache,
+    hub_errors,
     load_hub_dataset,
     offline,
     pinned_commit,
@@ -91,6 +93,16 @@ class RedQuestions(Dataset["RedQuestions.Config"]):
         if subset not in self.files:
             raise unknown(f"dataset {self.name}, subset", "subset", subset, self.files, "harness data list")
         return subset
+
+    def hub_files(self, job: DatasetJob[Config]) -> tuple[HubFiles, ...]:
+        """Questions and, where they are put into one, the template, unless both lie in a folder."""
+        if job.options.path is not None:
+            return ()
+        own = HubFiles(self.source, "dataset", job.revision or self.revision)
+        if self.source == TEMPLATES or job.options.template == "standard":
+            return (own,)
+        revision = job.options.templates_revision or TEMPLATES_REVISION
+        return own, HubFiles(TEMPLATES, "dataset", revision, ("red_prompts/*",))
 
     # -------------------------------------------------------------------------------------------------- the questions
 
@@ -178,9 +190,7 @@ class RedQuestions(Dataset["RedQuestions.Config"]):
         folder = hub_cache() / f"datasets--{TEMPLATES.replace('/', '--')}" / "snapshots" / commit
         if folder.is_dir() or offline():
             return folder if folder.is_dir() else None
-        import httpx
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError
 
         try:
             return Path(
@@ -192,7 +202,7 @@ class RedQuestions(Dataset["RedQuestions.Config"]):
                     allow_patterns="red_prompts/*",
                 )
             )
-        except (OSError, ValueError, HfHubHTTPError, httpx.HTTPError):
+        except hub_errors():
             return None
 
 

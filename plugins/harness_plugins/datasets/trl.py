@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field
 
 import harness
-from harness import Dataset, DatasetJob, DatasetRow, RowSchema, UserError, load_hub_dataset
+from harness import Dataset, DatasetJob, DatasetRow, HubFiles, RowSchema, UserError, is_hub_id, load_hub_dataset
 from harness_plugins.datasets.files import HubDataset, JsonlDataset
 from harness_plugins.datasets.preferences import (
     Messages,
@@ -52,6 +52,11 @@ class TrlFormats(Dataset["TrlFormats.Config"]):
         config: str | None = Field(None, description="configuration of the hub data set, where it has several")
         split: str | None = Field(None, description="training split of the hub data set; `train` when absent")
         heldout: str | None = Field(None, description="held-out split; `test` or `validation` where there is one")
+
+    def hub_files(self, job: DatasetJob[Config]) -> tuple[HubFiles, ...]:
+        """The whole repository, unless it is a file or a folder."""
+        path = job.options.path
+        return (HubFiles(path, "dataset", job.revision),) if is_hub_id(path) else ()
 
     def schema_of(self, job: DatasetJob[Config]) -> RowSchema:
         """By the columns.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import Decoding, Journal, StepError, digest_of
+from harness import Decoding, Journal, JudgeCosts, StepError, digest_of
 from harness_plugins.judges.options import JudgeOptions, check_judge, judge_identity, judge_label, settled, slug_of
 from harness_plugins.judges.words import Ask, Budget, Judged, Question, Reply, Spent, T, Unparsable, Usage
 
@@ -56,6 +56,8 @@ class Judge:
         check_judge(options, where)
         self.options, self.where = settled(options, where), where
         self.usage = Usage()
+        self.bill = JudgeCosts()
+        """What replies have cost that came since :meth:`new_bill`: those of the journal were paid for before."""
         self.facts: dict[str, Any] = {}
         self._identity = judge_identity(self.options, where)
         self._open_engine = open_engine
@@ -70,6 +72,10 @@ class Judge:
     def spent(self) -> float:
         """What all replies in the journal cost (USD)."""
         return self._budget.paid.cost
+
+    def new_bill(self) -> None:
+        """Count what is paid from here on."""
+        self.bill = JudgeCosts()
 
     def ask(
         self,
@@ -185,6 +191,9 @@ class Judge:
     def _keep(self, replies: Sequence[tuple[str, Reply]]) -> None:
         """A call that failed is not kept: the next run makes it again."""
         self.usage.calls += len(replies)
+        prompt, said = (sum(getattr(reply, name) for _, reply in replies) for name in ("prompt_tokens", "reply_tokens"))
+        usd = self.options.price(prompt, said) if self.options.priced else None
+        self.bill += JudgeCosts(calls=len(replies), prompt_tokens=prompt, reply_tokens=said, usd=usd)
         kept = [(name, reply) for name, reply in replies if reply.error is None]
         if self._journal is not None and kept:
             self._journal.append([{"key": name, "reply": _stored(reply)} for name, reply in kept])

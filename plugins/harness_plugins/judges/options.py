@@ -75,6 +75,11 @@ class JudgeOptions(harness.Config):
         """What a scorer needs for this judge: an engine that opens it here, or its server."""
         return "endpoint" if self.remote else "engine"
 
+    @property
+    def priced(self) -> bool:
+        """Whether it is known what a reply costs: nothing where the judge is opened here."""
+        return not self.remote or self.price_input > 0 or self.price_output > 0
+
     def price(self, prompt_tokens: int, reply_tokens: int) -> float:
         """What so many tokens cost (USD)."""
         return (prompt_tokens * self.price_input + reply_tokens * self.price_output) / MILLION

@@ -21,6 +21,7 @@ import harness
 from harness import (
     LOGIT_RESOLUTION,
     Answer,
+    HubFiles,
     Metric,
     ModelInfo,
     ModelSpec,
@@ -32,7 +33,9 @@ from harness import (
     ScorerSession,
     UserError,
     hub_cache,
+    hub_errors,
     inspect_model,
+    is_hub_id,
     nearest,
     offline,
     resolve_revision,
@@ -105,6 +108,14 @@ class ClassifierScorer(Scorer[Any]):
         left_out = {"model", "revision", "device", "allow_pickle", "trust_remote_code"}
         return {"name": self.name, "options": config.model_dump(mode="json", exclude=left_out), **pinned}
 
+    def hub_files(self, config: Config) -> tuple[HubFiles, ...]:
+        """The checkpoint, unless it is a folder."""
+        ref = config.model or self.default_model
+        if ref is None or not is_hub_id(ref):
+            return ()
+        patterns = (*_PATTERNS, *(("*.bin",) if config.allow_pickle else ()))
+        return (HubFiles(ref, "model", self._revision(config), patterns),)
+
     def check(self, config: Config) -> None:
         """Whether there is a checkpoint, and one that can be used as it is asked to.
 
@@ -153,9 +164,7 @@ class ClassifierScorer(Scorer[Any]):
         return folder if (folder / "config.json").is_file() else None
 
     def _fetch(self, config: Config, ref: str, commit: str) -> Path:
-        import httpx
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError
 
         patterns = [*_PATTERNS, *(["*.bin"] if config.allow_pickle else [])]
         try:
@@ -163,7 +172,7 @@ class ClassifierScorer(Scorer[Any]):
             folder = snapshot_download(
                 ref, revision=commit, allow_patterns=patterns, cache_dir=hub_cache(), local_files_only=offline()
             )
-        except (OSError, ValueError, HfHubHTTPError, httpx.HTTPError) as error:
+        except hub_errors() as error:
             raise self._missing(config, type(error).__name__) from None
         return Path(folder)
 

@@ -18,6 +18,8 @@ from pydantic import Field
 from harness import (
     SHARE_RESOLUTION,
     Answer,
+    HubFiles,
+    JudgeCosts,
     JudgedPair,
     LengthControl,
     Metric,
@@ -30,6 +32,7 @@ from harness import (
     UserError,
     file_digest,
     fit_length_control,
+    model_files,
     read_alpaca_difficulties,
     read_alpaca_gamed,
 )
@@ -109,6 +112,10 @@ class AlpacaEvalScorer(Scorer["AlpacaEvalScorer.Config"]):
             **asked,
         }
 
+    def hub_files(self, config: Any) -> tuple[HubFiles, ...]:
+        """The judge, where it is opened here."""
+        return model_files(config.model, config.revision)
+
     def check(self, config: Config) -> None:
         """Whether judge and tables are there.
 
@@ -163,6 +170,7 @@ class AlpacaSession(ScorerSession):
         questions = [self._question(pair) for _, pair in asked]
         verdicts: Mapping[int, Judged[float]] = {}
         self._usage = None
+        self._judge.new_bill()
         if questions:
             found = self._judge.ask(questions, self._annotator.preference, job.progress, job.stored)
             self._usage = str(self._judge.usage)
@@ -193,6 +201,10 @@ class AlpacaSession(ScorerSession):
         if self._glm is not None:
             notes.append(f"{CONTROLLED.name}: {self._glm} of the alpaca-eval package, fitted to this run's verdicts")
         return tuple(notes)
+
+    def paid(self) -> JudgeCosts:
+        """The judge's bill."""
+        return self._judge.bill
 
     def close(self) -> None:
         """Let go of the judge."""

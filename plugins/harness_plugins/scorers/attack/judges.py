@@ -26,6 +26,8 @@ import harness
 from harness import (
     SHARE_RESOLUTION,
     Answer,
+    HubFiles,
+    JudgeCosts,
     Metric,
     Sample,
     Score,
@@ -33,6 +35,7 @@ from harness import (
     Scorer,
     ScorerContext,
     ScorerSession,
+    model_files,
 )
 from harness_plugins.judges.judge import Judge, check_judge, judge_identity, judge_label
 from harness_plugins.scorers.attack.question import AttackJudgeOptions, question_of, read_verdict
@@ -287,6 +290,10 @@ class AttackLlm(AttackScorer):
         """Whether there is a judge that can be asked."""
         check_judge(config, self.where)
 
+    def hub_files(self, config: Any) -> tuple[HubFiles, ...]:
+        """The judge, where it is opened here."""
+        return model_files(config.model, config.revision)
+
     def identity(self, config: Any) -> dict[str, Any]:
         """Who judges and how it is asked; not what that costs."""
         asked = config.model_dump(mode="json", include={"system", "template", "thought"})
@@ -314,6 +321,7 @@ class _Llm(AttackSession):
     def verdicts(self, samples: Sequence[Sample], answers: Sequence[Answer], job: ScoreJob) -> list[Verdict]:
         """One question to the judge for each answer."""
         config = self._config
+        self._judge.new_bill()
         found = [Verdict(None, answer.error or "not scored") for answer in answers]
         asked = [index for index, answer in enumerate(answers) if answer.error is None]
         job.progress(len(answers) - len(asked))
@@ -327,6 +335,10 @@ class _Llm(AttackSession):
             said = {"attempts": one.attempts, **detail}
             found[index] = Verdict(one.value, one.reason, said, one.again)
         return found
+
+    def paid(self) -> JudgeCosts:
+        """The judge's bill."""
+        return self._judge.bill
 
     def close(self) -> None:
         """Release the judge."""

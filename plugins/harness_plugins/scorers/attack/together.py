@@ -12,6 +12,8 @@ from pydantic import Field, model_validator
 import harness
 from harness import (
     Answer,
+    HubFiles,
+    JudgeCosts,
     Metric,
     Sample,
     Score,
@@ -98,6 +100,10 @@ class Attack(Scorer["Attack.Config"]):
             ]
         return tuple(found)
 
+    def hub_files(self, config: Config) -> tuple[HubFiles, ...]:
+        """What the judges read that are asked."""
+        return tuple(files for judge in config.judges for files in PARTS[judge].hub_files(getattr(config, judge)))
+
     def check(self, config: Config) -> None:
         """Every judge's own check.
 
@@ -174,6 +180,11 @@ class _Together(ScorerSession):
         first = next(iter(self._parts))
         telling = (part for judge, part in self._parts.items() if judge in (first, "classifier", "llm"))
         return tuple(note for part in telling for note in part.notes())
+
+    def paid(self) -> JudgeCosts | None:
+        """The bills of those that send one, together."""
+        bills = [bill for part in self._parts.values() if (bill := part.paid()) is not None]
+        return sum(bills, JudgeCosts()) if bills else None
 
     def close(self) -> None:
         """Release every judge."""
