@@ -1,0 +1,408 @@
+"""lm-eval's output: `results_*.json`, and beside it `samples_*.jsonl` where it was asked for with `--log_samples`.
+
+Samples are told apart by `doc_id` (and the subtask, within a group). Whether they are the same question in two logs is
+decided by the hashes that lm-eval wrote of document, prompt and target.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from harness.core.errors import CorruptionError, UserError
+from harness.core.records import Output
+from harness.report.external.made import Logged, Reported, run_of_log, task_of
+from harness.report.read import RunResult, Texts
+
+PROGRAM = "lm-eval"
+HASHES = ("doc_hash", "prompt_hash", "target_hash")
+_DATED = re.compile(r"_(\d{4}-\d\d-\d\dT[\d.-]+)\.json$")
+_NAMES = ("peft", "delta", "pretrained", "model", "path", "engine")
+"""Keys of model_args that name what is evaluated, as lm-eval itself looks for its name."""
+_SAID_ELSEWHERE = (*_NAMES, "dtype")
+
+
+def result_files(folder: Path) -> list[Path]:
+    """The result files of a folder, or of the model folders in it, oldest first."""
+    found = [file for pattern in ("results_*.json", "*/results_*.json") for file in folder.glob(pattern)]
+    return sorted(found, key=lambda file: (file.parent, file.name))
+
+
+def read_lm_eval(path: Path) -> RunResult:
+    """Read a result file and its samples; of a folder the newest result file.
+
+    Raises:
+        UserError: a folder holds several models; samples are there twice, are missing, or are not those of the
+            results; the log is too old to tell its questions apart.
+        CorruptionError: a file is torn.
+    """
+    file, notes = (path, ()) if path.is_file() else _newest(path)
+    results = _json(file)
+    if not isinstance(results.get("results"), dict) or not isinstance(results.get("configs"), dict):
+        raise UserError(str(file), "has no `results` and `configs`", "Give a results_*.json that lm-eval 0.4 wrote.")
+    log = _Results(file, results)
+    tasks = [task_of(one) for one in log.tasks()]
+    if not tasks:
+        raise UserError(str(file), "holds no number of any task", "Was it made with --predict_only? Evaluate without.")
+    config = results.get("config") or {}
+    plan = {
+        "source": PROGRAM,
+        "model": {"name": log.model, "ref": log.model},
+        "adapter": None if log.adapter is None else {"name": log.adapter},
+        "engine": {"name": str(config.get("model") or "unknown")},
+        "spec": {
+            "model": {"dtype": log.dtype, "args": _args_apart(config.get("model_args"))},
+            "limit": None,
+            "seed": config.get("random_seed"),
+        },
+        "left_out": dict.fromkeys(notes, "an older result file of the folder, not read; name it to read it"),
+    }
+    return run_of_log(file.parent, plan, tasks)
+
+
+def _newest(folder: Path) -> tuple[Path, tuple[str, ...]]:
+    files = result_files(folder)
+    folders = sorted({file.parent for file in files})
+    if len(folders) > 1:
+        named = ", ".join(repr(str(one)) for one in folders[:6])
+        raise UserError(str(folder), f"holds lm-eval results of {len(folders)} models", f"Give one of {named}.")
+    return files[-1], tuple(file.name for file in files[:-1])
+
+
+class _Results:
+    """One result file, with what lies beside it."""
+
+    def __init__(self, file: Path, results: dict[str, Any]) -> None:
+        self.file, self.results = file, results
+        config = results.get("config") or {}
+        args = _args(config.get("model_args"))
+        named = args.get("pretrained") or args.get("model") or args.get("path") or results.get("model_name")
+        self.model = str(named or config.get("model") or "model")
+        adapter = args.get("peft") or args.get("delta")
+        self.adapter = None if adapter is None else str(adapter)
+        dtype = config.get("model_dtype") or args.get("dtype")
+        self.dtype = None if dtype is None else str(dtype).removeprefix("torch.")
+
+    def tasks(self) -> Iterator[Logged]:
+        """Groups that lm-eval gave a number for, each with its subtasks as leaves; then every other task."""
+        subtasks: dict[str, list[str]] = self.results.get("group_subtasks") or {}
+        numbers = {name for name in self.results["results"] if self._keys(name)}
+        inside: set[str] = set()
+        for group in [name for name in subtasks if not any(name in others for others in subtasks.values())]:
+            leaves = [name for name in _leaves(group, subtasks) if name in numbers]
+            if group in numbers and leaves and group not in leaves:
+                made = self._group(group, leaves)
+                if made is not None:
+                    inside |= set(leaves)
+                    yield made
+        for name in self.results["results"]:
+            if name in numbers and name not in inside and not subtasks.get(name):
+                samples = self._samples(name, None)
+                yield self._logged(name, [*self._reported(name)], [samples])
+
+    def _group(self, group: str, leaves: list[str]) -> Logged | None:
+        """A group as one task; None where none of its numbers is a mean over samples, so that its tasks stand alone."""
+        read = [self._samples(leaf, leaf) for leaf in leaves]
+        numbers = [*self._reported(group), *(one for leaf in leaves for one in self._reported(leaf, leaf=leaf))]
+        made = self._logged(group, numbers, read)
+        pairable = any(metric.aggregate == "mean" for step in task_of(made).scores for metric in step.metrics)
+        return made if pairable else None
+
+    def _logged(self, name: str, reported: list[Reported], read: list[_Samples]) -> Logged:
+        first = read[0].task
+        sources = {str(self._config(one.task).get("dataset_path") or "") for one in read}
+        chat = self.results.get("chat_template") is not None
+        version, whole = self._version(name)
+        counts = [self._counts(one.task) for one in read]
+        limits = [effective for original, effective in counts if effective is not None and effective != original]
+        missing = [one.task for one in read if not one.rows]
+        rows = {} if missing else {key: row for one in read for key, row in one.rows.items()}
+        notes = [f"no samples of {', '.join(missing)}: means alone"] if missing and len(missing) < len(read) else []
+        return Logged(
+            where=self.file,
+            program=PROGRAM,
+            model=self.model,
+            name=name,
+            reported=reported,
+            samples=rows,
+            info={
+                "variant": "chat" if chat else "raw",
+                "template": self.results.get("chat_template_sha"),
+                "version": whole,
+                "limit": max(limits) if limits else None,
+                "source": ", ".join(sorted(sources - {""})),
+                "asked": {**self._asked(read, chat), **({} if whole is not None else {"version": version})},
+                "questions": {key: digest for one in read for key, digest in one.questions.items()},
+            },
+            scorer=[
+                {key: self._config(one.task).get(key) for key in ("metric_list", "filter_list", "output_type")}
+                for one in read
+            ],
+            adapter=self.adapter,
+            dtype=self.dtype,
+            texts=partial(_texts, tuple((one.file, one.leaf) for one in read if one.file is not None)),
+            provenance={
+                "libraries": {"lm-eval": self.results.get("lm_eval_version"), "transformers": self._transformers()},
+                "config": {
+                    key: value for key, value in (self.results.get("config") or {}).items() if value is not None
+                },
+                "first_task": first,
+            },
+            notes=tuple(notes),
+        )
+
+    def _transformers(self) -> Any:
+        return self.results.get("transformers_version")
+
+    def _config(self, task: str) -> Mapping[str, Any]:
+        return self.results["configs"].get(task) or {}
+
+    def _version(self, name: str) -> tuple[Any, int | None]:
+        """The version of a task as it stands, and as the whole number that it mostly is."""
+        said = (self.results.get("versions") or {}).get(name)
+        try:
+            return said, int(float(said)) if float(said).is_integer() else None
+        except (TypeError, ValueError):
+            return said, None
+
+    def _asked(self, read: list[_Samples], chat: bool) -> dict[str, Any]:
+        """What was asked besides the prompts, so far as it can move a number."""
+        shots = self.results.get("n-shot") or {}
+        configs = [self._config(one.task) for one in read]
+        return {
+            "num_fewshot": [
+                shots.get(one.task, config.get("num_fewshot")) for one, config in zip(read, configs, strict=True)
+            ],
+            "system instruction": self.results.get("system_instruction_sha"),
+            "few-shot as turns": self.results.get("fewshot_as_multiturn") if chat else None,
+            "generation": [config.get("generation_kwargs") for config in configs],
+            "repeats": [config.get("repeats", 1) for config in configs],
+        }
+
+    def _counts(self, task: str) -> tuple[int | None, int | None]:
+        counts = (self.results.get("n-samples") or {}).get(task) or {}
+        return counts.get("original"), counts.get("effective")
+
+    def _keys(self, name: str) -> dict[str, tuple[str, str]]:
+        """Key of a number in the results -> (metric, filter)."""
+        found = {}
+        for key, value in self.results["results"][name].items():
+            metric, _, kept = key.partition(",")
+            plain = metric in ("alias", "name", "sample_len", "sample_count", "samples", "bypass", " ")
+            if not plain and not metric.endswith("_stderr") and (_is_number(value) or value == "N/A"):
+                found[key] = (metric, kept or "none")
+        return found
+
+    def _reported(self, name: str, *, leaf: str | None = None) -> Iterator[Reported]:
+        results = self.results["results"][name]
+        directions = (self.results.get("higher_is_better") or {}).get(name) or {}
+        declared = {one.get("metric"): one for one in self._config(name).get("metric_list") or ()}
+        counts = [self._counts(task)[1] for task in _leaves(name, self.results.get("group_subtasks") or {})]
+        for key, (metric, kept) in self._keys(name).items():
+            said = declared.get(metric, {})
+            direction = directions.get(metric, said.get("higher_is_better"))
+            stderr = results.get(f"{metric}_stderr{key[len(metric) :]}")
+            yield Reported(
+                metric=metric_name(metric, kept),
+                mean=float(results[key]) if _is_number(results[key]) else None,
+                stderr=float(stderr) if _is_number(stderr) and math.isfinite(stderr) else None,
+                leaf=leaf,
+                n=None if None in counts else sum(count or 0 for count in counts),
+                aggregation=said.get("aggregation") if isinstance(said.get("aggregation"), str) else None,
+                higher_is_better=direction if isinstance(direction, bool) else None,
+                notes=() if isinstance(direction, bool) else ("lm-eval does not say whether higher is better",),
+            )
+
+    def _samples(self, task: str, leaf: str | None) -> _Samples:
+        dated = _DATED.search(self.file.name)
+        file = self.file.with_name(f"samples_{task}_{dated[1]}.jsonl") if dated else None
+        if file is None or not file.is_file():
+            return _Samples(task, leaf, None, {}, {})
+        wanted = {metric_name(metric, kept) for metric, kept in self._keys(task).values()}
+        read = _read_samples(file, task, leaf, wanted)
+        expected = self._counts(task)[1]
+        if expected is not None and expected != len(read.rows):
+            raise UserError(
+                str(file),
+                f"holds {len(read.rows):,} samples, and {self.file.name} counts {expected:,}",
+                "Samples are missing or another run's are among them: evaluate again.",
+            )
+        self._check_hash(file, task)
+        return read
+
+    def _check_hash(self, file: Path, task: str) -> None:
+        """Hold the samples against the hash that lm-eval left of theirs in the results."""
+        said = (self.results.get("task_hashes") or {}).get(task)
+        if said is None:
+            return
+        whole = hashlib.sha256()
+        for _, row in _rows(file):
+            whole.update("".join(str(row.get(name)) for name in HASHES).encode())
+        if whole.hexdigest() != said:
+            raise UserError(
+                str(file),
+                f"its questions are not those that {self.file.name} was made from (task_hashes differ)",
+                "The two files are of different runs, or one was changed: evaluate again.",
+            )
+
+
+@dataclass(frozen=True)
+class _Samples:
+    task: str
+    leaf: str | None
+    file: Path | None
+    rows: dict[str, dict[str, Any]]
+    questions: dict[str, str]
+
+
+def metric_name(metric: str, kept: str) -> str:
+    """A metric's name, with lm-eval's filter where there is one."""
+    return metric if kept == "none" else f"{metric},{kept}"
+
+
+def _read_samples(file: Path, task: str, leaf: str | None, wanted: Collection[str]) -> _Samples:
+    rows: dict[str, dict[str, Any]] = {}
+    questions: dict[str, str] = {}
+    seen: dict[tuple[str, str], int] = {}
+    for line, row in _rows(file):
+        where = f"{file}:{line}"
+        if "doc_id" not in row or not all(isinstance(row.get(name), str) for name in HASHES):
+            fix = "lm-eval writes doc_id, doc_hash, prompt_hash and target_hash since 0.4.3; evaluate again with it."
+            raise UserError(where, f"has no {' or no '.join(n for n in ('doc_id', *HASHES) if n not in row)}", fix)
+        key, kept = _sample_id(row, leaf), str(row.get("filter") or "none")
+        first = seen.setdefault((key, kept), line)
+        if first != line:
+            raise UserError(
+                where,
+                f"doc_id {row['doc_id']} is in it twice (filter {kept}; first in line {first})",
+                "A second run was appended, or several processes wrote it: every mean over it would count some "
+                "samples twice. Evaluate again into an empty folder.",
+            )
+        digest = hashlib.sha256("".join(row[name] for name in HASHES).encode()).hexdigest()
+        if questions.setdefault(key, digest) != digest:
+            raise UserError(where, f"doc_id {row['doc_id']} has other hashes than in another line", "Evaluate again.")
+        sample = rows.setdefault(key, {"id": key, "leaf": leaf, "values": {}, "reason": None})
+        for metric in row.get("metrics") or ():
+            name = metric_name(str(metric), kept)
+            if name in wanted:
+                sample["values"][name], why = _value(row.get(metric))
+                sample["reason"] = sample["reason"] or (
+                    None if why is None else f"{name}: {row.get('unscored') or why}"
+                )
+    for key, sample in rows.items():
+        if lost := sorted(wanted - sample["values"].keys()):
+            fix = "The file was cut off, or lines were taken out: evaluate again."
+            raise UserError(str(file), f"sample {key} of {task} has no {', '.join(lost)}", fix)
+    return _Samples(task, leaf, file, rows, questions)
+
+
+def _sample_id(row: Mapping[str, Any], leaf: str | None) -> str:
+    return str(row["doc_id"]) if leaf is None else f"{leaf}/{row['doc_id']}"
+
+
+def _value(value: Any) -> tuple[float | None, str | None]:
+    """A sample's number; None with the reason where it is none."""
+    if value is None:
+        return None, "no value"
+    if not isinstance(value, int | float):
+        return None, "the value of a sample is no number, but part of one"
+    return (float(value), None) if math.isfinite(value) else (None, f"lm-eval recorded {float(value)!r}")
+
+
+def _texts(files: tuple[tuple[Path, str | None], ...], ids: Collection[str]) -> dict[str, Texts]:
+    """Prompt, target and answers of some samples, read again: five-shot prompts would fill the memory."""
+    wanted = set(ids)
+    found: dict[str, Texts] = {}
+    for file, leaf in files:
+        if not wanted - found.keys():
+            break
+        for _, row in _rows(file):
+            key = _sample_id(row, leaf)
+            if key in wanted and key not in found:
+                found[key] = _text(row)
+    return found
+
+
+def _text(row: Mapping[str, Any]) -> Texts:
+    requests, outputs = [], []
+    answers = row.get("resps") or []
+    for index, argument in enumerate((row.get("arguments") or {}).values()):
+        prompt, second = argument.get("arg_0"), argument.get("arg_1")
+        answer = answers[index] if index < len(answers) else None
+        while isinstance(answer, list) and len(answer) == 1:
+            answer = answer[0]
+        if isinstance(second, str):
+            requests.append({"kind": "loglikelihood", "prompt": prompt, "continuation": second})
+            value = answer[0] if isinstance(answer, list) and answer else answer
+            outputs.append(Output(logprob=_float(value)))
+        else:
+            requests.append({"kind": "generate", "prompt": prompt, "decoding": second or {}})
+            text = "\n".join(map(str, answer)) if isinstance(answer, list) else str(answer)
+            outputs.append(Output(text=text))
+    target = row.get("target")
+    prompt = str(requests[0]["prompt"]) if requests else json.dumps(row.get("doc"), ensure_ascii=False)
+    return Texts(prompt, None if target is None else str(target), tuple(requests), tuple(outputs))
+
+
+def _float(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _leaves(name: str, subtasks: Mapping[str, list[str]]) -> list[str]:
+    """The tasks below a group, each once; a task itself."""
+    children = subtasks.get(name) or ()
+    return list(dict.fromkeys(leaf for child in children for leaf in _leaves(child, subtasks))) if children else [name]
+
+
+def _args(given: Any) -> dict[str, Any]:
+    if isinstance(given, Mapping):
+        return dict(given)
+    pairs = (part.partition("=") for part in str(given or "").split(",") if "=" in part)
+    return {key.strip(): value for key, _, value in pairs}
+
+
+def _args_apart(given: Any) -> str | None:
+    """model_args without what names the model and its type, in one line."""
+    left = {key: value for key, value in _args(given).items() if key not in _SAID_ELSEWHERE}
+    return ", ".join(f"{key}={value}" for key, value in sorted(left.items())) or None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CorruptionError(f"{file}: damaged ({error})\n  Evaluate again.") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Lines of a samples file with their numbers.
+
+    Raises:
+        CorruptionError: a line is torn.
+    """
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise CorruptionError(f"{file}:{number}: damaged ({error})\n  Evaluate again.") from None
+            if not isinstance(row, dict):
+                raise CorruptionError(f"{file}:{number}: not a sample, but {type(row).__name__}\n  Evaluate again.")
+            yield number, row
