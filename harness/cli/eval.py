@@ -165,9 +165,7 @@ def report(
 
 
 def compare(
-    run_a: Annotated[
-        Path, typer.Argument(help="Run folder or log of the reference; alone: its arms against its base.")
-    ],
+    run_a: Annotated[Path, typer.Argument(help="Run folder or log to compare with; alone: its arms against its base.")],
     run_b: Annotated[Path | None, typer.Argument(help="Run folder or log of the candidate.")] = None,
     fail_if_worse: Annotated[bool, typer.Option("--fail-if-worse", help="Exit 4 if B is significantly worse.")] = False,
     show: Annotated[int, typer.Option(help="Samples that changed, per metric, to show.")] = 3,

@@ -15,7 +15,7 @@ from harness.core.records import Row
 from harness.core.stats import Interval, compare_paired, holm, holm_levels
 from harness.core.text import clip, task_label, visible
 from harness.report.engines import check_engines
-from harness.report.external.open import check_sources
+from harness.report.external.open import check_sources, source
 from harness.report.external.unpaired import TEST as UNPAIRED, unpaired
 from harness.report.model import ChangedSample, ComparisonReport, Difference
 from harness.report.pairing import (
@@ -295,6 +295,9 @@ def _notes(a: RunResult, b: RunResult) -> tuple[str, ...]:
         values = [_at(run.plan, keys) for run in (a, b)]
         if values[0] != values[1]:
             notes.append(f"{word} differs: {visible(str(values[0]))} in A, {visible(str(values[1]))} in B")
+    for name, run in (("A", a), ("B", b)):
+        left = run.plan.get("left_out", {}) if source(run) is not None else {}
+        notes += [f"{name}: {visible(file)}: {why}" for file, why in left.items()]
     return tuple(notes)
 
 

@@ -163,12 +163,9 @@ def _numbers(
         notes.append(f"inspect counts {len(unreadable):,} values that are no number as 0 ({shown})")
     if spread is not None and spread.params.get("cluster"):
         notes.append(f"inspect's standard error is clustered by {spread.params['cluster']!r}; the tests here are not")
-    built_in = {
-        name
-        for name in _MEANS
-        if f'"inspect_ai/{name}", "options": {{}}'
-        in json.dumps([one.model_dump(mode="json") for one in log.eval.scorers or ()])
-    }
+    declared = json.dumps([one.model_dump(mode="json") for one in log.eval.scorers or ()], default=str)
+    built_in = {name for name in _MEANS if f'"inspect_ai/{name}", "options": {{}}' in declared}
+    averaged = not unreadable and (epochs == 1 or score.reducer is not None)
     for index, (name, metric) in enumerate(metrics.items()):
         label = f"{score.name}/{name}" + (f" ({score.reducer})" if reduced else "")
         for key, value in values.items():
@@ -182,9 +179,7 @@ def _numbers(
             mean=float(metric.value),
             stderr=float(spread.value) if spread is not None and math.isfinite(spread.value) else None,
             n=score.scored_samples,
-            aggregation="mean"
-            if metric.name in built_in and not unreadable and (epochs == 1 or score.reducer)
-            else None,
+            aggregation="mean" if averaged and metric.name in built_in else None,
             higher_is_better=direction,
             primary=index == 0,
             notes=(*notes, *unknown),

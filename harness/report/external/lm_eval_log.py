@@ -116,9 +116,11 @@ class _Results:
         return made if pairable else None
 
     def _logged(self, name: str, reported: list[Reported], read: list[_Samples]) -> Logged:
-        first = read[0].task
+        config = self.results.get("config") or {}
         sources = {str(self._config(one.task).get("dataset_path") or "") for one in read}
         chat = self.results.get("chat_template") is not None
+        # Of a run of ours, which asks each task in its own way, the task says it.
+        said = self._config(read[0].task).get("metadata") or {}
         version, whole = self._version(name)
         counts = [self._counts(one.task) for one in read]
         limits = [effective for original, effective in counts if effective is not None and effective != original]
@@ -133,8 +135,8 @@ class _Results:
             reported=reported,
             samples=rows,
             info={
-                "variant": "chat" if chat else "raw",
-                "template": self.results.get("chat_template_sha"),
+                "variant": said.get("variant") or ("chat" if chat else "raw"),
+                "template": said.get("template") or self.results.get("chat_template_sha"),
                 "version": whole,
                 "limit": max(limits) if limits else None,
                 "source": ", ".join(sorted(sources - {""})),
@@ -143,23 +145,21 @@ class _Results:
             },
             scorer=[
                 {key: self._config(one.task).get(key) for key in ("metric_list", "filter_list", "output_type")}
+                | {"scorers": (self._config(one.task).get("metadata") or {}).get("scorers")}
                 for one in read
             ],
             adapter=self.adapter,
             dtype=self.dtype,
             texts=partial(_texts, tuple((one.file, one.leaf) for one in read if one.file is not None)),
             provenance={
-                "libraries": {"lm-eval": self.results.get("lm_eval_version"), "transformers": self._transformers()},
-                "config": {
-                    key: value for key, value in (self.results.get("config") or {}).items() if value is not None
+                "libraries": {
+                    "lm-eval": self.results.get("lm_eval_version"),
+                    "transformers": self.results.get("transformers_version"),
                 },
-                "first_task": first,
+                "config": {key: value for key, value in config.items() if value is not None},
             },
             notes=tuple(notes),
         )
-
-    def _transformers(self) -> Any:
-        return self.results.get("transformers_version")
 
     def _config(self, task: str) -> Mapping[str, Any]:
         return self.results["configs"].get(task) or {}
@@ -177,9 +177,7 @@ class _Results:
         shots = self.results.get("n-shot") or {}
         configs = [self._config(one.task) for one in read]
         return {
-            "num_fewshot": [
-                shots.get(one.task, config.get("num_fewshot")) for one, config in zip(read, configs, strict=True)
-            ],
+            "num_fewshot": [shots.get(one.task, self._config(one.task).get("num_fewshot")) for one in read],
             "system instruction": self.results.get("system_instruction_sha"),
             "few-shot as turns": self.results.get("fewshot_as_multiturn") if chat else None,
             "generation": [config.get("generation_kwargs") for config in configs],
@@ -293,11 +291,12 @@ def _read_samples(file: Path, task: str, leaf: str | None, wanted: Collection[st
             name = metric_name(str(metric), kept)
             if name in wanted:
                 sample["values"][name], why = _value(row.get(metric))
-                sample["reason"] = sample["reason"] or (
-                    None if why is None else f"{name}: {row.get('unscored') or why}"
-                )
+                if why is not None and sample["reason"] is None:
+                    sample["reason"] = f"{name}: {row.get('unscored') or why}"
+    # What no sample has is a number of the whole alone; what some have, all must.
+    given = {name for sample in rows.values() for name in sample["values"]}
     for key, sample in rows.items():
-        if lost := sorted(wanted - sample["values"].keys()):
+        if lost := sorted(given - sample["values"].keys()):
             fix = "The file was cut off, or lines were taken out: evaluate again."
             raise UserError(str(file), f"sample {key} of {task} has no {', '.join(lost)}", fix)
     return _Samples(task, leaf, file, rows, questions)

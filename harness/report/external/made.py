@@ -171,6 +171,9 @@ def _row(log: Logged, step: str, one: Reported) -> tuple[Row, Any]:
     }
     mine = [row for row in log.samples.values() if one.leaf is None or row.get("leaf") == one.leaf]
     mine = [row for row in mine if one.metric in row["values"]]
+    if not mine and log.samples:
+        note = "a number of the whole: no sample has it, so that it is shown as it stands, and not paired"
+        return Row(**base, mean=one.mean, stderr=one.stderr, n=one.n or 0, notes=(note, *one.notes)), "corpus"
     if not mine:
         note = "from the log's own mean and standard error, without its samples"
         known = {"mean": one.mean, "stderr": one.stderr, "n": one.n or 0, "notes": (note, *one.notes)}

@@ -1,4 +1,4 @@
-"""One door to whatever can be reported on or compared: a run folder of ours, or a log of lm-eval, inspect, AlpacaEval."""
+"""One door to whatever can be reported on or compared: a run folder of ours, or another program's log."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def open_any(path: Path) -> RunResult:
         UserError: it is none of them.
         CorruptionError: a file of it is damaged.
     """
-    return open_log(path) or open_run(path)
+    log = open_log(path)
+    return open_run(path) if log is None else log
 
 
 def open_log(path: Path) -> RunResult | None:

@@ -1,8 +1,7 @@
-"""Makes what lies under fixtures/: logs written by lm-eval, inspect and alpaca-eval themselves, on rows made up here.
+"""Makes what lies under fixtures/: logs written by lm-eval and inspect themselves, on rows made up here.
 
     HARNESS_SHARED=FOLDER python tests/report/external/make_fixtures.py lm-eval     # needs its tiny models
     python tests/report/external/make_fixtures.py inspect                           # needs harness-align[inspect]
-    python tests/report/external/make_fixtures.py alpaca
 
 Each part replaces its folder. Afterwards only what names the machine is taken out of the files (`pretty_env_info`, and
 of inspect the working folder); every number, hash and text is as the program wrote it.
