@@ -34,15 +34,24 @@ def open_ended(root: Path) -> RunResult:
         UserError: the folder is not a run, or the run has not ended.
     """
     run = open_any(root)
+    check_ended(run)
+    return run
+
+
+def check_ended(run: RunResult) -> None:
+    """Refuse a run with steps that have not ended.
+
+    Raises:
+        UserError: it has some.
+    """
     waiting = [task_label(task.name, task.variant) for task in run.tasks if task.unfinished()]
     if waiting:
         shown = ", ".join(waiting[:4]) + (", ..." if len(waiting) > 4 else "")
         raise UserError(
-            str(root),
+            str(run.root),
             f"the run has not ended: {len(waiting)} of {len(run.tasks)} tasks are unfinished ({shown})",
             "Run its `harness eval` command again: it continues where it stopped. Then compare.",
         )
-    return run
 
 
 def base_of(run: RunResult) -> tuple[RunResult | None, list[RunResult]]:

@@ -10,19 +10,17 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from harness.core.errors import CorruptionError, UserError
-from harness.core.records import Output
+from harness.report.external.lm_eval_samples import HASHES, Samples, metric_name, read_samples, sample_lines, texts_of
 from harness.report.external.made import Logged, Reported, run_of_log, task_of
-from harness.report.read import RunResult, Texts
+from harness.report.read import RunResult
 
 PROGRAM = "lm-eval"
-HASHES = ("doc_hash", "prompt_hash", "target_hash")
 _DATED = re.compile(r"_(\d{4}-\d\d-\d\dT[\d.-]+)\.json$")
 _NAMES = ("peft", "delta", "pretrained", "model", "path", "engine")
 """Keys of model_args that name what is evaluated, as lm-eval itself looks for its name."""
@@ -115,7 +113,7 @@ class _Results:
         pairable = any(metric.aggregate == "mean" for step in task_of(made).scores for metric in step.metrics)
         return made if pairable else None
 
-    def _logged(self, name: str, reported: list[Reported], read: list[_Samples]) -> Logged:
+    def _logged(self, name: str, reported: list[Reported], read: list[Samples]) -> Logged:
         config = self.results.get("config") or {}
         sources = {str(self._config(one.task).get("dataset_path") or "") for one in read}
         chat = self.results.get("chat_template") is not None
@@ -150,7 +148,7 @@ class _Results:
             ],
             adapter=self.adapter,
             dtype=self.dtype,
-            texts=partial(_texts, tuple((one.file, one.leaf) for one in read if one.file is not None)),
+            texts=partial(texts_of, tuple((one.file, one.leaf) for one in read if one.file is not None)),
             provenance={
                 "libraries": {
                     "lm-eval": self.results.get("lm_eval_version"),
@@ -172,7 +170,7 @@ class _Results:
         except (TypeError, ValueError):
             return said, None
 
-    def _asked(self, read: list[_Samples], chat: bool) -> dict[str, Any]:
+    def _asked(self, read: list[Samples], chat: bool) -> dict[str, Any]:
         """What was asked besides the prompts, so far as it can move a number."""
         shots = self.results.get("n-shot") or {}
         configs = [self._config(one.task) for one in read]
@@ -218,13 +216,13 @@ class _Results:
                 notes=() if isinstance(direction, bool) else ("lm-eval does not say whether higher is better",),
             )
 
-    def _samples(self, task: str, leaf: str | None) -> _Samples:
+    def _samples(self, task: str, leaf: str | None) -> Samples:
         dated = _DATED.search(self.file.name)
         file = self.file.with_name(f"samples_{task}_{dated[1]}.jsonl") if dated else None
         if file is None or not file.is_file():
-            return _Samples(task, leaf, None, {}, {})
+            return Samples(task, leaf, None, {}, {})
         wanted = {metric_name(metric, kept) for metric, kept in self._keys(task).values()}
-        read = _read_samples(file, task, leaf, wanted)
+        read = read_samples(file, task, leaf, wanted)
         expected = self._counts(task)[1]
         if expected is not None and expected != len(read.rows):
             raise UserError(
@@ -241,7 +239,7 @@ class _Results:
         if said is None:
             return
         whole = hashlib.sha256()
-        for _, row in _rows(file):
+        for _, row in sample_lines(file):
             whole.update("".join(str(row.get(name)) for name in HASHES).encode())
         if whole.hexdigest() != said:
             raise UserError(
@@ -249,112 +247,6 @@ class _Results:
                 f"its questions are not those that {self.file.name} was made from (task_hashes differ)",
                 "The two files are of different runs, or one was changed: evaluate again.",
             )
-
-
-@dataclass(frozen=True)
-class _Samples:
-    task: str
-    leaf: str | None
-    file: Path | None
-    rows: dict[str, dict[str, Any]]
-    questions: dict[str, str]
-
-
-def metric_name(metric: str, kept: str) -> str:
-    """A metric's name, with lm-eval's filter where there is one."""
-    return metric if kept == "none" else f"{metric},{kept}"
-
-
-def _read_samples(file: Path, task: str, leaf: str | None, wanted: Collection[str]) -> _Samples:
-    rows: dict[str, dict[str, Any]] = {}
-    questions: dict[str, str] = {}
-    seen: dict[tuple[str, str], int] = {}
-    for line, row in _rows(file):
-        where = f"{file}:{line}"
-        if "doc_id" not in row or not all(isinstance(row.get(name), str) for name in HASHES):
-            fix = "lm-eval writes doc_id, doc_hash, prompt_hash and target_hash since 0.4.3; evaluate again with it."
-            raise UserError(where, f"has no {' or no '.join(n for n in ('doc_id', *HASHES) if n not in row)}", fix)
-        key, kept = _sample_id(row, leaf), str(row.get("filter") or "none")
-        first = seen.setdefault((key, kept), line)
-        if first != line:
-            raise UserError(
-                where,
-                f"doc_id {row['doc_id']} is in it twice (filter {kept}; first in line {first})",
-                "A second run was appended, or several processes wrote it: every mean over it would count some "
-                "samples twice. Evaluate again into an empty folder.",
-            )
-        digest = hashlib.sha256("".join(row[name] for name in HASHES).encode()).hexdigest()
-        if questions.setdefault(key, digest) != digest:
-            raise UserError(where, f"doc_id {row['doc_id']} has other hashes than in another line", "Evaluate again.")
-        sample = rows.setdefault(key, {"id": key, "leaf": leaf, "values": {}, "reason": None})
-        for metric in row.get("metrics") or ():
-            name = metric_name(str(metric), kept)
-            if name in wanted:
-                sample["values"][name], why = _value(row.get(metric))
-                if why is not None and sample["reason"] is None:
-                    sample["reason"] = f"{name}: {row.get('unscored') or why}"
-    # What no sample has is a number of the whole alone; what some have, all must.
-    given = {name for sample in rows.values() for name in sample["values"]}
-    for key, sample in rows.items():
-        if lost := sorted(given - sample["values"].keys()):
-            fix = "The file was cut off, or lines were taken out: evaluate again."
-            raise UserError(str(file), f"sample {key} of {task} has no {', '.join(lost)}", fix)
-    return _Samples(task, leaf, file, rows, questions)
-
-
-def _sample_id(row: Mapping[str, Any], leaf: str | None) -> str:
-    return str(row["doc_id"]) if leaf is None else f"{leaf}/{row['doc_id']}"
-
-
-def _value(value: Any) -> tuple[float | None, str | None]:
-    """A sample's number; None with the reason where it is none."""
-    if value is None:
-        return None, "no value"
-    if not isinstance(value, int | float):
-        return None, "the value of a sample is no number, but part of one"
-    return (float(value), None) if math.isfinite(value) else (None, f"lm-eval recorded {float(value)!r}")
-
-
-def _texts(files: tuple[tuple[Path, str | None], ...], ids: Collection[str]) -> dict[str, Texts]:
-    """Prompt, target and answers of some samples, read again: five-shot prompts would fill the memory."""
-    wanted = set(ids)
-    found: dict[str, Texts] = {}
-    for file, leaf in files:
-        if not wanted - found.keys():
-            break
-        for _, row in _rows(file):
-            key = _sample_id(row, leaf)
-            if key in wanted and key not in found:
-                found[key] = _text(row)
-    return found
-
-
-def _text(row: Mapping[str, Any]) -> Texts:
-    requests, outputs = [], []
-    answers = row.get("resps") or []
-    for index, argument in enumerate((row.get("arguments") or {}).values()):
-        prompt, second = argument.get("arg_0"), argument.get("arg_1")
-        answer = answers[index] if index < len(answers) else None
-        while isinstance(answer, list) and len(answer) == 1:
-            answer = answer[0]
-        if isinstance(second, str):
-            requests.append({"kind": "loglikelihood", "prompt": prompt, "continuation": second})
-            value = answer[0] if isinstance(answer, list) and answer else answer
-            outputs.append(Output(logprob=_float(value)))
-        else:
-            requests.append({"kind": "generate", "prompt": prompt, "decoding": second or {}})
-            text = "\n".join(map(str, answer)) if isinstance(answer, list) else str(answer)
-            outputs.append(Output(text=text))
-    target = row.get("target")
-    prompt = str(requests[0]["prompt"]) if requests else json.dumps(row.get("doc"), ensure_ascii=False)
-    return Texts(prompt, None if target is None else str(target), tuple(requests), tuple(outputs))
-
-
-def _float(value: Any) -> float | None:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
 
 
 def _is_number(value: Any) -> bool:
@@ -386,22 +278,3 @@ def _json(file: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise CorruptionError(f"{file}: damaged ({error})\n  Evaluate again.") from None
     return found if isinstance(found, dict) else {}
-
-
-def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Lines of a samples file with their numbers.
-
-    Raises:
-        CorruptionError: a line is torn.
-    """
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise CorruptionError(f"{file}:{number}: damaged ({error})\n  Evaluate again.") from None
-            if not isinstance(row, dict):
-                raise CorruptionError(f"{file}:{number}: not a sample, but {type(row).__name__}\n  Evaluate again.")
-            yield number, row

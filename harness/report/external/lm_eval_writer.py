@@ -19,8 +19,8 @@ from harness.core.errors import UserError
 from harness.core.records import Metric, Row
 from harness.core.text import portable, task_label
 from harness.core.version import __version__
-from harness.report.external.open import source
-from harness.report.pairing import open_ended
+from harness.report.external.open import open_log
+from harness.report.pairing import check_ended
 from harness.report.read import RunResult, StepResult, TaskResult, Texts
 from harness.report.study import open_runs
 from harness.steps.files import write_bytes
@@ -40,14 +40,19 @@ def write_lm_eval(root: Path, out: Path, *, samples: bool = False, now: datetime
     Raises:
         UserError: no run of ours, or one that has not ended; the texts of samples are asked for and not there.
     """
-    runs = list(open_runs(root).values()) if (root / "index.json").is_file() else [open_ended(root)]
-    if any(source(run) is not None for run in runs):
+    if open_log(root) is not None:
         raise UserError(str(root), "is a log of another program", "Give a folder that `harness eval --out` wrote.")
+    runs = list(open_runs(root).values())
+    for run in runs:
+        check_ended(run)
     moment = now or datetime.now()
-    written = []
+    written: list[Path] = []
     for run in runs:
         for arm in run.arms:
             made = _Arm(arm, moment)
+            if any(file.parent.name == made.folder for file in written):
+                fix = "Give one of them another name, or export their runs one by one."
+                raise UserError(str(root), f"has two arms that lm-eval would call {made.folder!r}", fix)
             texts = {name: lines for task in made.parts for name, lines in made.samples(task)} if samples else {}
             folder = out / made.folder
             for name, lines in texts.items():
@@ -72,10 +77,13 @@ class _Arm:
         self.folder = re.sub(r'["<>:/|\\?*\[\]\s]+', "__", run.name)
         self.parts = [task for task in run.tasks if not task.failed()]
         names = Counter(task.name for task in self.parts)
-        self.names = {
-            id(task): task.name if names[task.name] == 1 else task_label(task.name, task.variant).replace(":", "-")
-            for task in self.parts
-        }
+        labels = Counter((task.name, task.variant) for task in self.parts)
+        self.names = {}
+        for task in self.parts:
+            label = task_label(task.name, task.variant).replace(":", "-")
+            if labels[task.name, task.variant] > 1:  # a base that was asked in the templates of several arms
+                label += f"-{(task.template or 'none')[:8]}"
+            self.names[id(task)] = task.name if names[task.name] == 1 else label
         leaves = Counter(leaf for task in self.parts for leaf in _leaves(task))
         self.leaf_names = {
             (id(task), leaf): leaf if leaves[leaf] == 1 else f"{self.names[id(task)]}_{leaf}"

@@ -205,5 +205,7 @@ def _row(log: Logged, step: str, one: Reported) -> tuple[Row, Any]:
             "another folder to see its means.",
         )
     how = f"as {one.aggregation!r}" if one.aggregation else "in a way that the log does not name"
+    if not summary.n:  # a sample's part of it is no number of its own, which is not to be without a score
+        base |= {"n": len(mine), "n_unscored": 0}
     note = f"aggregated by {log.program} {how}, which is no mean over samples: shown as it stands, not paired"
     return Row(**base, mean=one.mean, stderr=one.stderr, notes=(note, *one.notes)), "corpus"

@@ -370,3 +370,16 @@ def test_the_smallest_detectable_difference_stands_under_the_table() -> None:
     fewest = math.ceil(math.log2(2 / (0.05 / 3))) / 20  # seven pairs all of one kind: 2 * 2**-7 < 0.05 / 3
     assert one.detectable == max((2.39398 + 0.84162) * stderr, fewest) == 0.35
     assert "toy_words:raw exact_match,flexible 0.350" in comparison_markdown(report).replace("\\", "")
+
+
+def test_a_number_that_is_made_of_parts_is_shown_and_not_paired(logs: Path) -> None:
+    def perplexity(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{**line, "metrics": ["word_perplexity"], "word_perplexity": [-9.0, 4]} for line in lines]
+
+    for run in ("base", "instruct"):
+        rewrite(logs / run, "toy_words", perplexity)
+        edit(logs / run, lambda results: results["results"]["toy_words"].update({"word_perplexity,strict": 9.5}))
+    (row,) = [row for row in open_any(logs / "base").tasks[1].scores[0].rows if row.metric.startswith("word")]
+    assert (row.mean, row.n, row.n_unscored, row.ci95) == (9.5, 20, 0, None)
+    one = of(compare_runs(logs / "base", logs / "instruct").differences, "toy_words", "word_perplexity,strict")
+    assert one.notes[0] == "a corpus metric is no mean over samples, so there is nothing to pair"
