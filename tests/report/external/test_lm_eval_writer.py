@@ -138,3 +138,42 @@ def test_from_the_command_line(tmp_path: Path, cli: Any) -> None:
     assert not list((tmp_path / "out").rglob("report*"))
     compared = cli("compare", str(tmp_path / "out"), str(tmp_path / "out"), "--json")
     assert json.loads(compared.out)["differences"][0]["difference"] == 0.0
+
+
+def two_arms(root: Path) -> Path:
+    """The base and one adapter of it, asked alike; the base in the template of another arm, too."""
+    folder = RunFolder(root)
+    for arm, right in (("base", 12), ("base (template of x)", 3), ("dpo", 20)):
+        samples = {f"s{i}": {"value": float(i < right), "answer": f"{arm} {i}"} for i in range(30)}
+        template = "f00d" if "x" in arm else "c0ffee"
+        row = {"n": 30, "mean": right / 30, "adapter": "dpo" if arm == "dpo" else None}
+        # Ids are made of name and variant: a name of its own for each, then the name that they share.
+        folder.task(f"sums {arm}", samples, [row], variant="chat", arm=arm, template=template)
+        folder.tasks[-1]["task"] = "sums"
+    described = [{"name": task["arm"], "label": "dpo" if task["arm"] == "dpo" else None} for task in folder.tasks]
+    folder.plan["arms"] = [
+        {**arm, "adapter": {"name": "dpo"} if arm["label"] else None, "folded": None, "template_of": None}
+        for arm in described
+    ]
+    return folder.write_plan()
+
+
+def test_every_arm_has_a_folder_and_one_task_asked_twice_two_names(tmp_path: Path) -> None:
+    files = write_lm_eval(two_arms(tmp_path / "run"), tmp_path / "out", samples=True, now=NOW)
+    assert [file.parent.name for file in files] == ["tiny", "tiny__+__dpo"]
+    means = {
+        (name, numbers["acc,none"])
+        for file in files
+        for name, numbers in json.loads(file.read_text())["results"].items()
+    }
+    assert means == {("sums-chat-c0ffee", 12 / 30), ("sums-chat-f00d", 3 / 30), ("sums", 20 / 30)}
+    assert [open_any(file).name for file in files] == ["tiny", "tiny + dpo"]
+    with pytest.raises(UserError, match="holds lm-eval results of 2 models"):
+        open_any(tmp_path / "out")
+
+
+def test_a_run_that_has_not_ended_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.task("toy", {"s0": {"value": 1.0}}, [], state="running")
+    with pytest.raises(UserError, match="the run has not ended: 1 of 1 tasks are unfinished"):
+        write_lm_eval(folder.write_plan(), tmp_path / "out", now=NOW)
