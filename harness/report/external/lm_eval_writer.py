@@ -25,6 +25,8 @@ from harness.report.read import RunResult, StepResult, TaskResult, Texts
 from harness.report.study import open_runs
 from harness.steps.files import write_bytes
 
+_OUTPUT_TYPES = {"generate": "generate_until", "loglikelihood": "multiple_choice"}
+"""What lm-eval calls a task by what it asks for; None where a run holds no requests (a published one)."""
 _SHOTS = re.compile(r"@(\d+)$")
 
 
@@ -152,6 +154,9 @@ class _Arm:
             "task": name,
             "dataset_path": task.info.get("source"),
             "num_fewshot": int(shots[1]) if shots else None,
+            "output_type": _OUTPUT_TYPES.get(
+                str(next((step.first_request().get("kind") for step in task.scores), None))
+            ),
             "metric_list": [
                 {
                     "metric": row.metric,

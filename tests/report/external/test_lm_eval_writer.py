@@ -62,6 +62,8 @@ def test_lm_evals_own_table_reads_the_results(tmp_path: Path) -> None:
     assert lines[0] == ["toy@5", "1", "none", "5", "acc", "↑", f"{20 / 59:.4f}", "±", "N/A"]
     assert [line[4:7] for line in lines[3:5]] == [["acc", "↑", "0.5000"], ["kappa", "↑", "0.2500"]]
     assert "toy@5" in make_table(results, column="groups")
+    kinds = {name: config["output_type"] for name, config in results["configs"].items()}
+    assert kinds == {"toy_one": "multiple_choice", "toy_two": "multiple_choice", "words": "generate_until"}
     written = {get_file_task_name(one.name): get_file_datetime(one.name) for one in file.parent.glob("samples_*")}
     assert written == dict.fromkeys(("toy_one", "toy_two", "words"), get_file_datetime(file.name).removesuffix(".json"))
 
