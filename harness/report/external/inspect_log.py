@@ -110,7 +110,7 @@ def _logged(file: Path, log: Any) -> Logged:
         what = f"holds {len(seen):,} samples, and its results count {log.results.total_samples:,}"
         raise UserError(str(file), what, "Samples are missing: evaluate again.")
     questions = {key: _question(file, key, samples) for key, samples in by_id.items()}
-    rows = {
+    rows: dict[str, dict[str, Any]] = {
         key: {
             "id": key,
             "leaf": None,

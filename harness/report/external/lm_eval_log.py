@@ -164,7 +164,7 @@ class _Results:
 
     def _version(self, name: str) -> tuple[Any, int | None]:
         """The version of a task as it stands, and as the whole number that it mostly is."""
-        said = (self.results.get("versions") or {}).get(name)
+        said: Any = (self.results.get("versions") or {}).get(name)
         try:
             return said, int(float(said)) if float(said).is_integer() else None
         except (TypeError, ValueError):
