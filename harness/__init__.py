@@ -173,9 +173,6 @@ if TYPE_CHECKING:
         read_alpaca_difficulties as read_alpaca_difficulties,
         read_alpaca_gamed as read_alpaca_gamed,
     )
-    from harness.judges.annotations import (
-        JudgedPair as JudgedPair,
-    )
     from harness.merging.run import (
         Merging as Merging,
         merge as merge,
@@ -197,6 +194,9 @@ if TYPE_CHECKING:
     )
     from harness.models.precision import (
         settle_dtype as settle_dtype,
+    )
+    from harness.report.external.annotations import (
+        JudgedPair as JudgedPair,
     )
     from harness.steps.children import (
         WorkerProcess as WorkerProcess,
@@ -262,7 +262,7 @@ _HOME = {
     "harness.judges.alpaca": (
         "LengthControl fit_length_control quiet_alpaca_eval read_alpaca_difficulties read_alpaca_gamed"
     ),
-    "harness.judges.annotations": "JudgedPair",
+    "harness.report.external.annotations": "JudgedPair",
     "harness.merging.run": "Merging merge",
     "harness.models.attaching": "attach_adapter",
     "harness.models.generation_config": "end_tokens generation_identity",

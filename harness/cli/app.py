@@ -14,6 +14,7 @@ import typer
 from harness.cli.align import AlignCommand, align
 from harness.cli.data import data_app
 from harness.cli.eval import compare, eval_, report
+from harness.cli.export import export
 from harness.cli.fetch import fetch
 from harness.cli.judge import judge_app
 from harness.cli.merge import MergeCommand, fold, merge
@@ -39,6 +40,7 @@ app.add_typer(plugins_app, name="plugins")
 app.command("eval")(eval_)
 app.command("report")(report)
 app.command("compare")(compare)
+app.command("export")(export)
 app.command("align", cls=AlignCommand)(align)
 app.command("merge", cls=MergeCommand)(merge)
 app.command("fold")(fold)

@@ -149,17 +149,24 @@ def print_report(report: Report, page: Path) -> None:
     console.print(visible(str(page)), markup=False, highlight=False, soft_wrap=True)
 
 
-def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
-    """Rebuild a run's report from its records, and print it."""
+def report(
+    run: Annotated[list[Path], typer.Argument(help="Run folder, or a log of lm-eval, inspect or AlpacaEval.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where the pages go; else RUN/report, of a log reports/NAME.")
+    ] = None,
+) -> None:
+    """Rebuild a run's report from its records, and print it; or report on another program's log."""
     from harness.report.build import write_all
 
-    for page, found in write_all(run).items():
-        print_report(found, page)
+    for index, one in enumerate(run, start=1):
+        place = out / str(index) if out is not None and len(run) > 1 else out
+        for page, found in write_all(one, place).items():
+            print_report(found, page)
 
 
 def compare(
-    run_a: Annotated[Path, typer.Argument(help="Run folder of the reference; alone: its arms against its base.")],
-    run_b: Annotated[Path | None, typer.Argument(help="Run folder of the candidate.")] = None,
+    run_a: Annotated[Path, typer.Argument(help="Run folder or log to compare with; alone: its arms against its base.")],
+    run_b: Annotated[Path | None, typer.Argument(help="Run folder or log of the candidate.")] = None,
     fail_if_worse: Annotated[bool, typer.Option("--fail-if-worse", help="Exit 4 if B is significantly worse.")] = False,
     show: Annotated[int, typer.Option(help="Samples that changed, per metric, to show.")] = 3,
     every: Annotated[bool, typer.Option("--all", help="Also metrics that the leaderboard does not show.")] = False,

@@ -14,8 +14,8 @@ from harness.core.text import visible
 
 if TYPE_CHECKING:
     from harness.judges.alpaca import LengthControl
-    from harness.judges.annotations import Annotations
     from harness.judges.calibrate import Calibration
+    from harness.report.external.annotations import Annotations
 
 judge_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Win rates of a judge's annotations, and checks of judges."
@@ -45,7 +45,7 @@ def winrate(
 ) -> int:
     """Win rate, standard error, discrete and length-controlled win rate (percent) of any AlpacaEval annotations."""
     from harness.judges import alpaca
-    from harness.judges.annotations import read_annotations
+    from harness.report.external.annotations import read_annotations
 
     if weights is not None and gamed is not None:
         raise UserError("--gamed", "is for a fit, and --weights are fitted already", "Leave one of the two out.")
@@ -143,8 +143,8 @@ def calibrate(
 ) -> int:
     """Agreement with published verdicts, position bias, length bias and repeat agreement of a judge, with intervals."""
     from harness.core.progress import for_terminal
-    from harness.judges.annotations import read_annotations
     from harness.judges.calibrate import calibrate as run
+    from harness.report.external.annotations import read_annotations
 
     given = options_of(set_)
     files = [read_annotations(path, annotator=annotator) for path in annotations]

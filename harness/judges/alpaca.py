@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.core.errors import UserError, nearest
-from harness.judges.annotations import Annotations, JudgedPair, scored
+from harness.report.external.annotations import Annotations, JudgedPair, scored
 
 LENGTH, DIFFICULTY, MODEL = "np.tanh(std_delta_len)", "instruction_difficulty", "not_gamed_baseline.astype(float)"
 """The three terms of the regression, as the package's files of weights name them."""

@@ -17,8 +17,8 @@ from harness.core.config import parse_options
 from harness.core.errors import UserError
 from harness.core.progress import Bar, Reporter
 from harness.core.records import Answer, Output, Sample, Score
-from harness.judges.annotations import Annotations, JudgedPair
 from harness.judges.figures import Figure, Seen, by_model, figures
+from harness.report.external.annotations import Annotations, JudgedPair
 from harness.steps.files import write_json
 
 SCORER = "alpaca_eval"

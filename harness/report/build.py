@@ -14,6 +14,7 @@ from harness.core.text import clip, portable, task_label, visible
 from harness.core.version import __version__
 from harness.report.compare import compare_arms
 from harness.report.engines import stored_parity
+from harness.report.external.open import open_log
 from harness.report.leaderboard import markdown_lines, terminal_table
 from harness.report.model import Difference, Report, TaskReport
 from harness.report.pairing import base_of
@@ -87,14 +88,21 @@ def _against_base(run: RunResult) -> tuple[Difference, ...]:
     return compare_arms(run).differences
 
 
-def write_all(root: Path) -> dict[Path, Report]:
+def write_all(root: Path, out: Path | None = None) -> dict[Path, Report]:
     """Write the reports of a run folder, for a study one for every base; returns them by their HTML page.
+
+    Of another program's log there is one in ``out``, as its own folder is not ours to write to. ``out`` may be another
+    place for ours, too.
 
     Raises:
         UserError: the folder is not a run.
         CorruptionError: a record is damaged.
     """
-    folder = RunStore(root).report
+    log = open_log(root)
+    if log is not None:
+        place = out or Path("reports") / slug(f"{root.stem}-{log.name}")
+        return {place / "report.html": _write(log, place)}
+    folder = out or RunStore(root).report
     found = {}
     for base, run in open_runs(root).items():
         place = folder if base is None else folder / slug(base)

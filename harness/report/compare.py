@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from harness.core.errors import UserError
+from harness.core.records import Row
 from harness.core.stats import Interval, compare_paired, holm, holm_levels
 from harness.core.text import clip, task_label, visible
 from harness.report.engines import check_engines
+from harness.report.external.open import check_sources, source
+from harness.report.external.unpaired import TEST as UNPAIRED, unpaired
 from harness.report.model import ChangedSample, ComparisonReport, Difference
 from harness.report.pairing import (
     Side,
@@ -26,9 +29,11 @@ from harness.report.pairing import (
     open_ended,
     pair_arms,
 )
+from harness.report.power import smallest_detectable
 from harness.report.read import RunResult, Texts
 
-_AtLevel = Callable[[float], Interval | None]
+_AtLevel = Callable[[float], tuple[Interval | None, float | None]]
+"""The interval at a level, and the smallest difference that a test at it would have shown."""
 TEXT_LIMIT = 2_000
 """Longest prompt or answer that a changed sample shows (characters)."""
 
@@ -59,11 +64,12 @@ def compare_runs(
     if run_b is None:
         return compare_arms(a, seed=seed, alpha=alpha, allow_prompt_mismatch=allow_prompt_mismatch)
     b = open_ended(run_b)
+    check_sources(a, b)
     paired, only_a, only_b = pair_arms(a, b)
     notes = (*check_engines(a, b, allowed=allow_engine_mismatch), *_notes(a, b))
     report = _compared(paired, (a.name, b.name), seed, alpha, allow_prompt_mismatch)
     lost = {"only_a": report.only_a + only_a, "only_b": report.only_b + only_b}
-    return report.model_copy(update={**lost, "notes": notes})
+    return report.model_copy(update={**lost, "notes": (*notes, *report.notes)})
 
 
 def compare_arms(
@@ -94,6 +100,7 @@ def _compared(
     found: list[tuple[Difference, _AtLevel]] = []
     failed: list[str] = []
     only: tuple[list[str], list[str]] = ([], [])
+    notes: list[str] = []
     for arm, (a, b) in zip(_arms(paired), paired, strict=True):
         pairs, *alone = match_tasks(a, b)
         before = "" if arm is None else f"{visible(arm)}, "
@@ -101,7 +108,10 @@ def _compared(
             if left.failed() or right.failed():
                 failed.append(before + task_label(left.name, left.variant))
                 continue
-            for sides in match_metrics(left, right):
+            matched = match_metrics(left, right)
+            if not matched:
+                notes.append(f"{before}{task_label(left.name, left.variant)}: A and B have no metric in common")
+            for sides in matched:
                 one, at = _difference(*sides, seed=seed, allow_prompt_mismatch=allow_prompt_mismatch)
                 found.append((one.model_copy(update={"arm": arm}), at))
         for names_of, tasks in zip(only, alone, strict=True):
@@ -121,6 +131,7 @@ def _compared(
         only_a=tuple(only[0]),
         only_b=tuple(only[1]),
         failed=tuple(failed),
+        notes=tuple(notes),
     )
 
 
@@ -170,8 +181,11 @@ def changed_samples(
 
 
 def _difference(a: Side, b: Side, *, seed: int, allow_prompt_mismatch: bool) -> tuple[Difference, _AtLevel]:
-    """The difference as it stands, and its interval by level."""
+    """The difference as it stands, and its interval and smallest detectable difference by level."""
     values_a, values_b = a.values, b.values
+    alone = [f"run {name}: {side.task.info['means_only']}" for name, side in (("A", a), ("B", b)) if _means_only(side)]
+    if alone:  # what the other has by sample is of no use
+        values_a = values_b = {}
     shared = values_a.keys() & values_b.keys()
     unscored = sum(values_a[key] is None or values_b[key] is None for key in shared)
     base: dict[str, Any] = {
@@ -199,10 +213,12 @@ def _difference(a: Side, b: Side, *, seed: int, allow_prompt_mismatch: bool) -> 
     if unscored:
         notes.append(f"left out: {unscored:,} samples unscored in A or B")
     reason = obstacle(a, b, allow_prompt_mismatch=allow_prompt_mismatch)
+    if reason is None and alone and a.row is not None and b.row is not None:
+        return _unpaired(a.row, b.row, base, (f"unpaired, as if the samples were others: {'; '.join(alone)}", *notes))
     if reason is None and not base["n"]:
         reason = "no sample is scored in both runs"
     if reason is not None:
-        return Difference(**base, verdict="not comparable", notes=(reason, *notes)), lambda level: None
+        return Difference(**base, verdict="not comparable", notes=(reason, *notes)), _nothing
     # B first, so that differences and intervals are B minus A.
     result = compare_paired(values_b, values_a, seed=seed)
     up, down = result.wins, result.losses
@@ -221,7 +237,29 @@ def _difference(a: Side, b: Side, *, seed: int, allow_prompt_mismatch: bool) -> 
         verdict="no difference shown",
         notes=tuple(notes),
     )
-    return one, result.at
+    pairs = [(x, y) for key in shared if (x := values_a[key]) is not None and (y := values_b[key]) is not None]
+    differences = [y - x for x, y in pairs]
+    exact = result.test == "mcnemar_exact"
+    return one, lambda level: (result.at(level), smallest_detectable(differences, exact=exact, level=level))
+
+
+def _nothing(level: float) -> tuple[None, None]:
+    return None, None
+
+
+def _means_only(side: Side) -> bool:
+    return "means_only" in side.task.info
+
+
+def _unpaired(a: Row, b: Row, base: dict[str, Any], notes: tuple[str, ...]) -> tuple[Difference, _AtLevel]:
+    """The difference of two means whose samples are not both at hand."""
+    base |= {"n": min(a.n, b.n), "mean_a": a.mean, "mean_b": b.mean}
+    found = unpaired(a, b)
+    if isinstance(found, str):
+        return Difference(**base, verdict="not comparable", notes=(found, *notes)), _nothing
+    difference, p_value, at = found
+    numbers = {"difference": difference, "p_value": p_value, "ci95": _ends(at(0.95)), "test": UNPAIRED}
+    return Difference(**base, **numbers, verdict="no difference shown", notes=notes), lambda level: (at(level), None)
 
 
 def _ends(interval: Interval | None) -> tuple[float, float] | None:
@@ -241,17 +279,25 @@ def _judged(one: Difference, at: _AtLevel, p_adjusted: float | None, level: floa
             verdict, notes = "not comparable", ("they differ, but this metric has no better direction", *notes)
         elif p_adjusted < alpha and one.difference:
             verdict = "better" if (one.difference > 0) is one.higher_is_better else "worse"
-    interval = {"ci_adjusted": None if level is None else _ends(at(level)), "level_adjusted": level}
-    return one.model_copy(update={"verdict": verdict, "p_adjusted": p_adjusted, "notes": notes, **interval})
+    interval, detectable = (None, None) if level is None else at(level)
+    held = {"ci_adjusted": _ends(interval), "level_adjusted": level, "detectable": detectable}
+    return one.model_copy(update={"verdict": verdict, "p_adjusted": p_adjusted, "notes": notes, **held})
 
 
 def _notes(a: RunResult, b: RunResult) -> tuple[str, ...]:
     """What else differs between the runs and could explain a difference."""
     notes = []
-    for word, keys in (("dtype", ("spec", "model", "dtype")), ("seed", ("spec", "seed"))):
+    for word, keys in (
+        ("dtype", ("spec", "model", "dtype")),
+        ("seed", ("spec", "seed")),
+        ("model_args", ("spec", "model", "args")),
+    ):
         values = [_at(run.plan, keys) for run in (a, b)]
         if values[0] != values[1]:
             notes.append(f"{word} differs: {visible(str(values[0]))} in A, {visible(str(values[1]))} in B")
+    for name, run in (("A", a), ("B", b)):
+        left = run.plan.get("left_out", {}) if source(run) is not None else {}
+        notes += [f"{name}: {visible(file)}: {why}" for file, why in left.items()]
     return tuple(notes)
 
 

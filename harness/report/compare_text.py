@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from harness.core.text import ARROWS, number, visible
+from harness.report.external.unpaired import TEST as UNPAIRED
 from harness.report.text import digits_apart, escape_markdown, figures_table, markdown_table
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ STYLES = {
 }
 CLAIMS = ("better", "worse")
 """Verdicts that name a difference."""
+MOST_LISTED = 12
+"""Smallest detectable differences that a line names."""
 
 
 def comparison_table(report: ComparisonReport, *, everything: bool = False) -> Table:
@@ -34,7 +37,7 @@ def comparison_table(report: ComparisonReport, *, everything: bool = False) -> T
     table = figures_table(title, "task, metric", ("A", "B", "B - A", "n"))
     table.add_column("verdict", overflow="fold", max_width=14)
     for one in report.shown(everything=everything):
-        counts = f"+{one.n_better:,} -{one.n_worse:,}" if one.test != "none" else ""
+        counts = f"+{one.n_better:,} -{one.n_worse:,}" if one.test not in ("none", UNPAIRED) else ""
         table.add_row(
             Text.assemble(one.label, "\n", (f"  {_metric(one)}", "dim")),
             *map(Text, _means(one)),
@@ -110,6 +113,11 @@ def remarks(report: ComparisonReport, *, everything: bool = False) -> list[str]:
     lines += [f"only in A: {', '.join(report.only_a)}"] if report.only_a else []
     lines += [f"only in B: {', '.join(report.only_b)}"] if report.only_b else []
     lines += [f"not compared, a step failed: {', '.join(report.failed)}"] if report.failed else []
+    seen = [one for one in report.shown(everything=everything) if one.detectable is not None]
+    if seen:
+        listed = "; ".join(f"{one.label} {visible(one.metric)} {number(one.detectable)}" for one in seen[:MOST_LISTED])
+        more = f"; {len(seen) - MOST_LISTED:,} more" if len(seen) > MOST_LISTED else ""
+        lines.append(f"Smallest difference that would have been shown (80 % power, after Holm): {listed}{more}")
     lines += report.notes
     lines.append(
         f"Verdicts at Holm-adjusted p < {report.alpha:g}. 0/1 scores: exact McNemar test; others: paired bootstrap. "

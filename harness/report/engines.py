@@ -50,5 +50,7 @@ def check_engines(a: RunResult, b: RunResult, *, allowed: bool = False) -> tuple
         f"{a.root} and {b.root}",
         f"come from different engines ({names[0]}, {names[1]}), and {why}",
         f"Run one of them again with --parity 16 --parity-engine {names[1]} (or {names[0]}), or pass "
-        "--allow-engine-mismatch.",
+        "--allow-engine-mismatch."
+        if all(run.plan.get("source") is None for run in (a, b))
+        else "Evaluate both with one engine, or pass --allow-engine-mismatch.",
     )

@@ -100,6 +100,9 @@ class Difference(Config):
         None, description="its level: 1 - alpha / metrics tested at its step of Holm's"
     )
     resolution: float | None = Field(None, description="smallest difference worth naming, in the metric's unit")
+    detectable: float | None = Field(
+        None, description="smallest true difference found with 80 % power at that level, in the metric's unit"
+    )
     prompts_differ: str | None = Field(None, description="how A and B were asked differently")
     test: str = "none"
     n_better: int = Field(0, description="samples with the better score in B (the higher one if neither is better)")

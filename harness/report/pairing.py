@@ -7,8 +7,9 @@ from pathlib import Path
 
 from harness.core.errors import UserError
 from harness.core.records import Metric, Row
-from harness.core.text import task_label, visible
-from harness.report.read import RunResult, StepResult, TaskResult, open_run
+from harness.core.text import clip, task_label, visible
+from harness.report.external.open import open_any
+from harness.report.read import RunResult, StepResult, TaskResult
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,25 @@ def open_ended(root: Path) -> RunResult:
     Raises:
         UserError: the folder is not a run, or the run has not ended.
     """
-    run = open_run(root)
+    run = open_any(root)
+    check_ended(run)
+    return run
+
+
+def check_ended(run: RunResult) -> None:
+    """Refuse a run with steps that have not ended.
+
+    Raises:
+        UserError: it has some.
+    """
     waiting = [task_label(task.name, task.variant) for task in run.tasks if task.unfinished()]
     if waiting:
         shown = ", ".join(waiting[:4]) + (", ..." if len(waiting) > 4 else "")
         raise UserError(
-            str(root),
+            str(run.root),
             f"the run has not ended: {len(waiting)} of {len(run.tasks)} tasks are unfinished ({shown})",
             "Run its `harness eval` command again: it continues where it stopped. Then compare.",
         )
-    return run
 
 
 def base_of(run: RunResult) -> tuple[RunResult | None, list[RunResult]]:
@@ -68,7 +78,29 @@ def asked_differently(a: TaskResult, b: TaskResult) -> str | None:
         return f"{a.variant} in A, {b.variant} in B"
     if a.template != b.template and a.template is not None and b.template is not None:
         return f"chat template {a.template[:12]} in A, {b.template[:12]} in B"
-    return None
+    return _facts_differ(a, b) or _questions_differ(a, b)
+
+
+def _facts_differ(a: TaskResult, b: TaskResult) -> str | None:
+    """What a log says of how it was asked, where both logs say it: few-shot examples, decoding, a solver."""
+    left, right = a.info.get("asked") or {}, b.info.get("asked") or {}
+    differing = [name for name in left if name in right and left[name] != right[name]]
+    return "; ".join(f"{name} {_short(left[name])} in A, {_short(right[name])} in B" for name in differing) or None
+
+
+def _questions_differ(a: TaskResult, b: TaskResult) -> str | None:
+    """How many samples of one id are not one question, by the digests that logs give of data and prompt."""
+    left, right = a.info.get("questions") or {}, b.info.get("questions") or {}
+    shared = [name for name in left if name in right]
+    differing = [name for name in shared if left[name] != right[name]]
+    if not differing:
+        return None
+    shown = ", ".join(differing[:3]) + (", ..." if len(differing) > 3 else "")
+    return f"{len(differing):,} of {len(shared):,} samples of one id differ in data or prompt (id {shown})"
+
+
+def _short(value: object) -> str:
+    return visible(clip(str(value), 80))
 
 
 def pair_arms(a: RunResult, b: RunResult) -> tuple[list[tuple[RunResult, RunResult]], tuple[str, ...], tuple[str, ...]]:

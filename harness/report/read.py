@@ -342,5 +342,6 @@ def _not_a_run(root: Path) -> UserError:
         beside = [child.parent.name for child in root.parent.glob("*/plan.json")]
         near = [root.parent / name for name in nearest(root.name, beside)]
     seen = "is not a run: it has no plan.json" if root.is_dir() else "there is no such folder"
+    known = "Give a folder that `harness eval --out` wrote, or a log of lm-eval, inspect or AlpacaEval."
     meant = f"Did you mean {' or '.join(repr(str(path)) for path in near)}? " if near else ""
-    return UserError(str(root), seen, meant + "Give a folder that `harness eval --out` wrote.")
+    return UserError(str(root), seen, meant + known)

@@ -17,7 +17,7 @@ import pytest
 
 from harness import UserError
 from harness.judges import alpaca
-from harness.judges.annotations import JudgedPair, read_annotations
+from harness.report.external.annotations import JudgedPair, read_annotations
 
 SHARED = os.environ.get("HARNESS_SHARED")
 shared = pytest.mark.skipif(SHARED is None, reason="HARNESS_SHARED is not set")

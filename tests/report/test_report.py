@@ -470,7 +470,8 @@ def test_a_folder_that_is_no_run_is_refused_with_near_matches(run: Path, tmp_pat
         open_run(tmp_path / "runn")
     assert str(caught.value) == (
         f"{tmp_path / 'runn'}: there is no such folder\n"
-        f"  Did you mean '{run}'? Give a folder that `harness eval --out` wrote."
+        f"  Did you mean '{run}'? Give a folder that `harness eval --out` wrote, or a log of "
+        "lm-eval, inspect or AlpacaEval."
     )
     with pytest.raises(UserError, match=r"is not a run: it has no plan\.json") as caught:
         open_run(tmp_path)

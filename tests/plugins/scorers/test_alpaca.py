@@ -270,7 +270,7 @@ def test_what_cannot_be_judged_is_absent_with_its_reason(judge: Any, tmp_path: P
     assert not any("about 2" in body["messages"][-1]["content"] for body in judge.asked), "equal texts cost nothing"
     # What a run leaves can be read again: three of six have no verdict.
     from harness.judges.alpaca import win_rates
-    from harness.judges.annotations import read_annotations
+    from harness.report.external.annotations import read_annotations
 
     found = win_rates(read_annotations(tmp_path / ANNOTATIONS))
     assert (found["n_total"], found["n_unscored"], found["n_draws"]) == (2, 4, 1)
