@@ -11,6 +11,7 @@ from harness.core.stats.crossed import (
     CrossedDifference as CrossedDifference,
     CrossedSummary as CrossedSummary,
     Seeds as Seeds,
+    crossed_contrast as crossed_contrast,
     crossed_difference as crossed_difference,
     crossed_mean as crossed_mean,
     pairwise as pairwise,

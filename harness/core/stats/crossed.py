@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -200,54 +200,74 @@ def crossed_difference(
     0/1 scores then get two more samples, one won and one lost (Bonett and Price 2012, British Journal of Mathematical
     and Statistical Psychology 65:479), without which arms that never differ would have an interval of no width.
     """
+    single = max(len(a.cells), len(b.cells)) == 1
+    found = crossed_contrast([(a, 1.0), (b, -1.0)], design, whole=whole, level=level)
+    common = a.met & b.met
+    if not single or found.n == 0 or (design is not None and design.kept(common).clustered):
+        return found
+    left, right = a.kept(common), b.kept(common)
+    if not (left.binary(whole) and right.binary(whole)):
+        return replace(found, test="paired_t") if found.test == "crossed_t" else found
+    values = left.means - right.means
+    won, lost = int((values > 0).sum()), int((values < 0).sum())
+    both = int(((left.means == whole) & (right.means == whole)).sum())
+    at = partial(_newcombe_at, (both, won, lost, found.n - both - won - lost), whole)
+    exact: dict[str, Any] = {
+        "test": "mcnemar_exact",
+        "p_value": mcnemar_exact(won, lost),
+        "at": at,
+        "interval": at(level),
+    }
+    if found.stderr is not None and found.degrees is not None:
+        exact["detectable"] = partial(_detectable, found.stderr, found.degrees, whole / found.n)
+    return replace(found, **exact)
+
+
+def crossed_contrast(
+    arms: Sequence[tuple[Seeds, float]], design: Design | None = None, *, whole: float = 1.0, level: float = 0.95
+) -> CrossedDifference:
+    """Weighted sum of arms, paired by sample, with the training noise of each: weights above 0 less those below.
+
+    On the samples that every arm has a score for. Student's t, as :func:`crossed_difference` says. `mean_a` is the sum
+    over the weights above 0, `mean_b` that over those below.
+    """
     import numpy as np
 
     normal_quantile(level)
-    common = a.met & b.met
-    n = int(common.sum())
-    notes = [one.note for one in (a, b) if one.note is not None]
-    note = notes[0] if notes else None
-    dropped = int((a.met | b.met).sum()) - n
+    table = np.stack([arm.met for arm, _ in arms])
+    common = table.all(axis=0)
+    n, dropped = int(common.sum()), int(table.any(axis=0).sum() - common.sum())
+    note = next((arm.note for arm, _ in arms if arm.note is not None), None)
     if n == 0:
         return CrossedDifference(0, dropped, None, None, None, None, None, None, None, "none", note)
     design = (design or Design(None, None, len(common))).kept(common)
-    a, b = a.kept(common), b.kept(common)
-    values: Floats = a.means - b.means
-    mean_a, mean_b, difference = (mean_of(part.tolist()) for part in (a.means, b.means, values))
-    means = mean_a, mean_b, difference
-    binary = a.binary(whole) and b.binary(whole)
-    single = max(len(a.cells), len(b.cells)) == 1
+    kept = [(arm.kept(common), weight) for arm, weight in arms]
+    values: Floats = np.asarray(sum(arm.means * weight for arm, weight in kept))
+    sides = [
+        math.fsum(abs(weight) * mean_of(arm.means.tolist()) for arm, weight in kept if (weight > 0) is up)
+        for up in (True, False)
+    ]
+    difference = mean_of(values.tolist())
+    means = sides[0], sides[1], difference
+    binary = all(arm.binary(whole) for arm, _ in kept)
     sampling = design.variance(values)
-    if not math.isfinite(sampling) and not (binary and single):
-        return CrossedDifference(n, dropped, *means, None, None, None, None, "none", note)
+    if not math.isfinite(sampling):
+        if not binary:
+            return CrossedDifference(n, dropped, *means, None, None, None, None, "none", note)
+        sampling = 0.0
     clusters = len(design.sizes)
-    centre = difference
-    parts = [a.training, b.training, (sampling if math.isfinite(sampling) else 0.0, max(1, design.degrees))]
-    if binary:
-        shrink = clusters / (clusters + 2)
-        centre *= shrink
-        parts = [(variance * shrink * shrink, degrees) for variance, degrees in parts]
-        parts[2] = (parts[2][0] + 2 * (whole / (clusters + 2)) ** 2, parts[2][1])
-    variance, degrees = _together(parts)
+    shrink = clusters / (clusters + 2) if binary else 1.0
+    centre = difference * shrink
+    parts = [(arm.training[0] * (weight * shrink) ** 2, arm.training[1]) for arm, weight in kept]
+    more = 2 * (whole / (clusters + 2)) ** 2 if binary else 0.0
+    variance, degrees = _together([*parts, (sampling * shrink * shrink + more, max(1, design.degrees))])
     stderr = math.sqrt(variance)
-    bound = whole if binary else math.inf
-    test, at = "crossed_t", partial(_t_at, centre, stderr, degrees, bound)
-    least = 0
-    if single:
-        test = "clustered_t" if design.clustered else "paired_t"
-    if binary and single and not design.clustered:
-        won, lost = int((values > 0).sum()), int((values < 0).sum())
-        both = int(((a.means == whole) & (b.means == whole)).sum())
-        test, p_value = "mcnemar_exact", mcnemar_exact(won, lost)
-        at = partial(_newcombe_at, (both, won, lost, n - both - won - lost), whole)
-        least = 1
-    else:
-        p_value = _p_of(centre, stderr, degrees)
-        totals = np.bincount(design.cluster, weights=values)
-        # The smallest p that the exact sign-flip test could give.
-        p_value = max(p_value, min(1.0, 2.0 ** (1 - int(np.count_nonzero(totals)))))
-    detectable = partial(_detectable, stderr, degrees, least * whole / n)
-    return CrossedDifference(n, dropped, *means, stderr, degrees, at(level), p_value, test, note, at, detectable)
+    at = partial(_t_at, centre, stderr, degrees, whole if binary else math.inf)
+    # Never below the smallest p that the exact sign-flip test could give.
+    differing = int(np.count_nonzero(np.bincount(design.cluster, weights=values)))
+    p_value = max(_p_of(centre, stderr, degrees), min(1.0, 2.0 ** (1 - differing)))
+    detectable = partial(_detectable, stderr, degrees, 0.0)
+    return CrossedDifference(n, dropped, *means, stderr, degrees, at(level), p_value, "crossed_t", note, at, detectable)
 
 
 def pairwise(arms: Sequence[Seeds], design: Design, *, whole: float = 1.0) -> tuple[Floats, Floats]:
