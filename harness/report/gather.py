@@ -221,7 +221,7 @@ def _arm_key(run: RunResult, study: _Study | None) -> str:
     if identity:
         return digest_of(identity)
     # Records of no known identity, or none yet: one run's are never another's.
-    return digest_of([str(run.root.absolute()), run.label, _model_name(run)])
+    return digest_of([[[task.info.get("answers"), task.info.get("scores")] for task in run.tasks], run.label])
 
 
 def _add_scores(found: Gathered, arm: ArmRun, run: RunResult) -> None:
@@ -242,7 +242,7 @@ def _add_step(found: Gathered, arm: ArmRun, task: TaskResult, step: StepResult) 
     import numpy as np
 
     rows = {row.metric: row for row in step.rows if row.leaf is None}
-    samples = step.samples
+    samples = step.read_samples()
     ids = list(samples)
     answers = task.answers.identity if task.answers is not None else {}
     how = {name: answers.get(name) for name in _ASKED} if "task" in answers else {"limit": task.info.get("limit")}

@@ -1,4 +1,4 @@
-"""The tables of arXiv 2406.04879 from a board: LoRA and QLoRA in pairs, merges beside their inputs, data set by data set.
+"""The tables of arXiv 2406.04879 from a board: LoRA and QLoRA in pairs, merges beside their inputs, data by data.
 
 Its published numbers stand beside ours where they are given (`--published FILE`), arm by arm and task by task; none are
 shipped. A number of ours and one of the paper's are of the same arm only where base, data, method and adapter are.
