@@ -198,7 +198,7 @@ def test_many_rejected_are_those_of_the_list() -> None:
 
 @pytest.mark.parametrize(("of_seeds", "of_samples"), [(1.0, 0.5), (0.1, 1.0)])
 def test_five_seeds_cover_and_do_not_cry_wolf(of_seeds: float, of_samples: float) -> None:
-    """Where training noise dominates, and where it does not: at least 93 % of 1,500 sets, and p < 0.05 in at most 7 %."""
+    """Where training noise dominates and where not: at least 93 % of 1,500 sets, and p < 0.05 in at most 7 %."""
     rng = np.random.default_rng(14)
     held = alarms = 0
     for _ in range(1500):
