@@ -22,7 +22,7 @@ import numpy as np
 
 from harness.core.records import Metric, Row, StepRecord, digest_of
 from harness.core.stats import summarise
-from harness.report.write_board import write_board
+from harness.report.board.write import write_board
 from harness.steps.files import write_json
 from harness.steps.journal import rows_digest, write_rows
 from harness.steps.provenance import file_digest

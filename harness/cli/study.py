@@ -156,8 +156,8 @@ def run(
     """Train, merge, answer and score all arms of a study; the same command goes on where it stopped."""
     from harness.cli.eval import print_report
     from harness.core.progress import for_terminal
+    from harness.report.board.write import write_board
     from harness.report.build import write_all
-    from harness.report.write_board import write_board
     from harness.steps.execute import Execution
     from harness.study.run import run_study
     from harness.study.workers import through

@@ -17,8 +17,8 @@ from harness.core.config import Config
 from harness.core.errors import UserError
 from harness.core.stats import MIN_SEEDS, CrossedDifference, Design, crossed_contrast, holm
 from harness.core.text import number, visible
-from harness.report.board_model import BoardRow, ClaimResult, Column
-from harness.report.cells import POWER, Folded, few_seeds, whole_of
+from harness.report.board.cells import POWER, Folded, few_seeds, whole_of
+from harness.report.board.model import BoardRow, ClaimResult, Column
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -19,10 +19,10 @@ import pytest
 from harness.core.errors import CorruptionError, UserError
 from harness.core.records import StepRecord
 from harness.core.stats import Seeds, crossed_difference, crossed_mean, holm
-from harness.report.board import build_board
-from harness.report.board_model import Board, BoardRow
-from harness.report.board_text import board_markdown, escape_latex, latex_table
-from harness.report.write_board import FILES, load_board, write_board
+from harness.report.board.build import build_board
+from harness.report.board.model import Board, BoardRow
+from harness.report.board.text import board_markdown, escape_latex, latex_table
+from harness.report.board.write import FILES, load_board, write_board
 from harness.steps.files import read_json, write_json
 from harness.steps.journal import read_rows, rows_digest, write_rows
 from harness.steps.provenance import file_digest
@@ -257,7 +257,7 @@ def test_one_scan_of_steps_whatever_their_number(tmp_path: Path, monkeypatch: py
 
 def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
     run = study(tmp_path / "run", family(1.0, (0,)))
-    code = "import sys, harness.report.write_board as w, pathlib as p"
+    code = "import sys, harness.report.board.write as w, pathlib as p"
     code += f"; w.write_board([p.Path({str(run)!r})], p.Path('out'))"
     code += "; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)

@@ -12,9 +12,9 @@ import pytest
 
 from harness.core.errors import UserError
 from harness.core.stats import Design
-from harness.report.board import build_board
-from harness.report.board_model import BoardRow, ClaimResult, Column
-from harness.report.cells import Folded
+from harness.report.board.build import build_board
+from harness.report.board.cells import Folded
+from harness.report.board.model import BoardRow, ClaimResult, Column
 from harness.report.claims import ClaimSpec, claim_warnings, evaluate_claims, read_claims
 
 _generator = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "board.py"))

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.core.errors import CorruptionError, UserError
-from harness.report.board import build_board
-from harness.report.board_model import Board
-from harness.report.board_text import board_csv, board_latex, board_markdown
-from harness.report.paper import LAYOUTS, paper_tables, read_published
+from harness.report.board.build import build_board
+from harness.report.board.model import Board
+from harness.report.board.paper import LAYOUTS, paper_tables, read_published
+from harness.report.board.text import board_csv, board_latex, board_markdown
 from harness.steps.files import read_json, write_bytes
 
 FILES = ("board.json", "board.md", "board.csv", "tables/board.tex")

@@ -13,8 +13,8 @@ from typing import Any
 from harness.core.config import load_yaml
 from harness.core.errors import UserError, nearest
 from harness.core.text import number
-from harness.report.board_model import Board, BoardRow, Cell, Column
-from harness.report.board_text import latex_table, shown_columns
+from harness.report.board.model import Board, BoardRow, Cell, Column
+from harness.report.board.text import latex_table, shown_columns
 from harness.report.text import escape_markdown, markdown_table
 
 LAYOUTS = ("paper",)

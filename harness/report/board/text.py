@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from harness.core.text import ARROWS, number, visible
-from harness.report.board_model import Board, BoardRow, Cell, Column
+from harness.report.board.model import Board, BoardRow, Cell, Column
 from harness.report.compare_text import STYLES, p_text, signed
 from harness.report.text import escape_markdown, figures_table, markdown_table
 

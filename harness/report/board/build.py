@@ -16,10 +16,10 @@ from harness.core.records import digest_of
 from harness.core.stats import Design
 from harness.core.text import task_label, visible
 from harness.core.version import __version__
-from harness.report.board_model import Board, BoardRow, Column, SeedRow
-from harness.report.cells import Folded, fold, judge, rank, seed_cells
+from harness.report.board.cells import Folded, fold, judge, rank, seed_cells
+from harness.report.board.gather import ArmRun, Asked, Gathered, Scored, gather
+from harness.report.board.model import Board, BoardRow, Column, SeedRow
 from harness.report.claims import evaluate_claims, read_claims
-from harness.report.gather import ArmRun, Asked, Gathered, Scored, gather
 from harness.steps.step import unequal
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from harness.core.errors import CorruptionError
 from harness.core.records import Metric, Row, digest_of
 from harness.core.text import clip, portable, task_label, visible
-from harness.report.board_model import Source
+from harness.report.board.model import Source
 from harness.report.pairing import base_of
 from harness.report.read import RunResult, StepFolders, StepResult, TaskResult
 from harness.report.study import INDEX, open_runs

@@ -23,14 +23,14 @@ from harness.core.stats import (
     pairwise,
     rank_by_significance,
 )
-from harness.report.board_model import BaseDifference, Cell, Column, SeedCell
+from harness.report.board.model import BaseDifference, Cell, Column, SeedCell
 from harness.report.model import Verdict
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from harness.report.gather import Scored
+    from harness.report.board.gather import Scored
 
 POWER = 0.8
 ENOUGH_SHARED = 0.5
