@@ -73,6 +73,8 @@ def test_seeds_are_folded_and_held_against_their_base(tmp_path: Path) -> None:
     (column,) = board.columns
     base, dpo, sft = board.rows
     assert (dpo.base, dpo.base_name, dpo.factors) == (base.key, "llama", {**LORA, "base": "llama"})
+    assert (dpo.recipe["method"], board.sources[0].versions) == ("dpo", {"harness": ("0.1.0",)})
+    assert all((run / "steps" / (one.folder or "?")).is_dir() for one in dpo.seeds)
     assert [(one.name, one.seed) for one in dpo.seeds] == [(f"dpo-safe-lora-llama-s{n}", n) for n in (0, 1, 2)]
     cells = np.array([values_of(run, one.name) for one in dpo.seeds])
     told, cell = crossed_mean(Seeds(cells), share=True), dpo.cells[column.key]
