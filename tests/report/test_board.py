@@ -131,6 +131,22 @@ def test_the_same_arm_in_two_runs_is_one_row_and_seeds_of_two_studies_fold(tmp_p
     assert named(board)["llama"].seeds[0].sources == (0, 1)
 
 
+def test_two_arms_of_one_run_that_came_out_alike_are_two_rows(tmp_path: Path) -> None:
+    run = study(tmp_path / "run", family(), family(method="sft"))
+    plan = read_json(run / "plan.json")
+    tasks = {task["arm"]: task for task in plan["evaluations"][0]["tasks"]}
+    for seed in (0, 1, 2):
+        dpo, sft = tasks[f"dpo-safe-lora-llama-s{seed}"], tasks[f"sft-safe-lora-llama-s{seed}"]
+        sft.update(answers=dpo["answers"], scores=dpo["scores"])
+    write_json(run / "plan.json", plan)
+    shutil.copytree(run, tmp_path / "copy")
+    for roots in ([run], [run, tmp_path / "copy"]):
+        board = build_board(roots)
+        assert [row.name for row in board.rows] == ["llama", "dpo-safe-lora-llama", "sft-safe-lora-llama"]
+        assert "dpo-safe-lora-llama-s1 and sft-safe-lora-llama-s1 are the same, byte for byte" in board.notes
+        assert len({row.cells[board.columns[0].key].mean for row in board.rows[1:]}) == 1
+
+
 def test_one_step_with_other_numbers_in_two_runs_is_refused(tmp_path: Path) -> None:
     one = study(tmp_path / "one", family())
     two = study(tmp_path / "two", family(), seed=1)

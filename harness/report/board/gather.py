@@ -191,9 +191,15 @@ def _add_run(found: Gathered, run: RunResult, study: _Study | None) -> None:
         # Of a run without its base the base is that of its adapters, if another run has it.
         implied = digest_of({**identity, "adapter": None, "control": None, "folded": None}) if identity else None
         of_base = None if one is base else base_key or (implied if implied != key else None)
+        name = one.label or _model_name(one)
         arm = found.arms.get(key)
+        if arm is not None and number in arm.sources and arm.name != name:
+            # Two arms of one run that came out alike are still two; which of them a further run has, its name says.
+            found.notes.append(visible(portable(f"{arm.name} and {name} are the same, byte for byte")))
+            key = digest_of([key, name])
+            arm = found.arms.get(key)
         if arm is None:
-            arm = found.arms[key] = ArmRun(key, one.label or _model_name(one), of_base, _model_name(run), "arm", {})
+            arm = found.arms[key] = ArmRun(key, name, of_base, _model_name(run), "arm", {})
         arm.base = arm.base or of_base
         if number not in arm.sources:
             arm.sources.append(number)
