@@ -150,18 +150,48 @@ def print_report(report: Report, page: Path) -> None:
 
 
 def report(
-    run: Annotated[list[Path], typer.Argument(help="Run folder, or a log of lm-eval, inspect or AlpacaEval.")],
+    run: Annotated[list[Path], typer.Argument(help="Run folders, studies, and logs of lm-eval, inspect or AlpacaEval.")],
     out: Annotated[
-        Path | None, typer.Option(help="Where the pages go; else RUN/report, of a log reports/NAME.")
+        Path | None, typer.Option(help="Folder of the board; with one run RUN/report, of a log reports/NAME.")
     ] = None,
+    title: Annotated[str | None, typer.Option(help="Title of the board; by default the runs' names.")] = None,
+    layout: Annotated[str | None, typer.Option(help="Also the tables in a layout: paper (arXiv 2406.04879).")] = None,
+    published: Annotated[
+        Path | None, typer.Option(help="YAML of published numbers for the layout: ARM: {TASK: NUMBER}.")
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="Level of the board's tests, Holm-adjusted over a column.")] = 0.05,
 ) -> None:
-    """Rebuild a run's report from its records, and print it; or report on another program's log."""
+    """Rebuild reports from the records and print them; of several runs one board: board.json, .md, .csv, LaTeX."""
+    from harness.report.board.write import write_board
     from harness.report.build import write_all
+    from harness.report.external.open import is_foreign
 
-    for index, one in enumerate(run, start=1):
-        place = out / str(index) if out is not None and len(run) > 1 else out
-        for page, found in write_all(one, place).items():
+    logs = [one for one in run if is_foreign(one)]
+    for index, one in enumerate(logs, start=1):
+        for page, found in write_all(one, out / str(index) if out is not None and len(run) > 1 else out).items():
             print_report(found, page)
+    run = [one for one in run if one not in logs]
+    if not run:
+        return
+    if len(run) > 1 and out is None:
+        fix = "Give the folder of their board with --out DIR."
+        raise UserError("--out", f"{len(run)} runs have no report folder in common", fix)
+    if len(run) == 1:
+        for page, found in write_all(run[0]).items():
+            print_report(found, page)
+    folder = out or run[0] / "report"
+    board = write_board(run, folder, title=title, layout=layout, published=published, alpha=alpha)
+    if len(run) > 1 or len(board.rows) > 1:
+        from rich.console import Console
+
+        from harness.report.board.text import board_table
+
+        if len(run) > 1:
+            Console().print(board_table(board))
+        print(visible(board.finding))
+        for claim in board.claims:
+            print(visible(f"claim {claim.name}: {claim.status} ({claim.why})"))
+        print(visible(str(folder / "board.md")))
 
 
 def compare(

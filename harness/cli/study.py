@@ -125,7 +125,7 @@ def plan(
     """Say what a study would do, and what that takes: arms, steps, hours, memory, disk; loads no model."""
     from harness.cli.study_tables import print_costs
     from harness.study.costs import study_costs
-    from harness.study.outline import counted, data_rows, families
+    from harness.study.outline import counted, data_rows, families, undecidable
     from harness.study.status import states_of, summary
 
     found = asked.planned()
@@ -150,6 +150,11 @@ def plan(
         print_table("Arms", ["arm", "kind", "from", "key"], every)
     else:
         print_table("Arms", ["kind", "arm", "bases", "seeds", "arms", "from"], families(found.arms))
+    tasks = list(
+        dict.fromkeys(task.chosen.spec.name for one in found.evaluations for arm in one.arms for task in arm.tasks)
+    )
+    for line in undecidable(spec, found.arms, tasks):
+        print(visible(f"warning: {line}"))
     if spec.data:
         print_table("Data", ["data", "is", "rows stated", "rows here"], data_rows(spec, root))
     if states:
@@ -197,6 +202,7 @@ def run(
     from harness.cli.eval import print_report
     from harness.core.caches import offline
     from harness.core.progress import for_terminal
+    from harness.report.board.write import write_board
     from harness.report.build import write_all
     from harness.steps.execute import Execution
     from harness.study.needs import refuse_missing
@@ -219,6 +225,9 @@ def run(
             reporter.note(f"failed: {name}: {first_line(reason)}")
     for page, report in write_all(root).items():
         print_report(report, page)
+    board = write_board([root], root / "report")
+    for line in (board.finding, *(f"claim {one.name}: {one.status} ({one.why})" for one in board.claims)):
+        print(visible(line))
     return ExitCode.STEPS_FAILED if done.failures else ExitCode.DONE
 
 

@@ -40,6 +40,11 @@ def open_log(path: Path) -> RunResult | None:
     return _open_file(path) if path.is_file() else None
 
 
+def is_foreign(path: Path) -> bool:
+    """Whether a path is meant as another program's log: a file, or a folder without a plan of ours that holds one."""
+    return path.is_file() or (path.is_dir() and not (path / "plan.json").is_file() and open_log(path) is not None)
+
+
 def source(run: RunResult) -> str | None:
     """The program that a log is of; None for a run of ours."""
     found = run.plan.get("source")
