@@ -142,15 +142,13 @@ class RayPool(Pool):
 
         wanted = self._wanted(order)
         resources = {name: wanted[name] for name in wanted if name.startswith("accelerator_type:")}
-        task = ray.remote(worker.carry_out).options(
+        # The process ends with its order, so that nothing of it stays behind on a GPU. A crash is not tried again: Ray
+        # would not tell it from a node that was lost.
+        task = ray.remote(max_calls=1, max_retries=0)(worker.carry_out).options(
             num_cpus=wanted["CPU"],
             num_gpus=wanted.get("GPU", 0),
             memory=wanted.get("memory"),
             resources=resources,
-            # The process ends with its order, so that nothing of it stays behind on a GPU.
-            max_calls=1,
-            # Ray would take a process that crashed for a node that was lost.
-            max_retries=0,
             name=order.id,
             runtime_env={"env_vars": self._variables()},
         )
@@ -233,16 +231,12 @@ class RayPool(Pool):
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        task = ray.remote(worker.differences).options(
-            num_cpus=0, max_retries=0, runtime_env={"env_vars": self._variables()}
-        )
-        asked = {
-            node.id: task.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
-                name=f"compare {node.id[:8]}",
-            ).remote(expected)
-            for node in nodes
-        }
+        task = ray.remote(worker.differences)
+        common = {"num_cpus": 0, "max_retries": 0, "runtime_env": {"env_vars": self._variables()}}
+        asked = {}
+        for node in nodes:
+            there = NodeAffinitySchedulingStrategy(node.id, soft=False)
+            asked[node.id] = task.options(scheduling_strategy=there, **common).remote(expected)
         found = []
         for node in nodes:
             try:
