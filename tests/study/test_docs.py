@@ -1,4 +1,4 @@
-"""What docs/studies.md says works: its file is read and has every key, its commands exist."""
+"""What docs/studies.md and docs/clusters.md say works: a file is read and has every key, commands and options exist."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from harness.cli.app import app
 from harness.study import spec
 from harness.study.arms import arms_of
 
-TEXT = (Path(__file__).parents[2] / "docs" / "studies.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+TEXT = (DOCS / "studies.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
+def blocks(language: str, text: str = TEXT) -> list[str]:
     """Fenced blocks of one language."""
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.fixture
@@ -57,9 +58,11 @@ def test_it_has_every_key(read: spec.Read) -> None:
         assert missing(model, dict.fromkeys(written)) <= {"from", "samples", "checkpoints", "set"}
 
 
-def test_its_commands_exist() -> None:
-    lines = [line for block in blocks("console") for line in block.splitlines()]
-    lines += re.findall(r"`(harness study [^`]+)`", TEXT)
+@pytest.mark.parametrize("page", ["studies", "clusters"])
+def test_their_commands_exist(page: str) -> None:
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    lines = [line for block in blocks("console", text) for line in block.splitlines()]
+    lines += re.findall(r"`(harness study [^`]+)`", text)
     assert len(lines) > 6
     for line in lines:
         words = shlex.split(line.removeprefix("$ ").split("  #")[0])[1:]
@@ -69,6 +72,17 @@ def test_its_commands_exist() -> None:
         known = {option for parameter in command.params for option in parameter.opts}
         used = {word.split("=")[0] for word in words if word.startswith("--")}
         assert used <= known, f"{line}: {sorted(used - known)}"
+
+
+def test_rays_options_are_those_of_the_page() -> None:
+    from harness_plugins.executors.ray.executor import RayExecutor
+
+    rows = re.findall(r"^\| `executor\.(\w+)` \| (.*) \|$", (DOCS / "clusters.md").read_text(encoding="utf-8"), re.M)
+    assert [name for name, _ in rows] == list(RayExecutor.Config.model_fields)
+    for name, said in rows:
+        default = RayExecutor.Config.model_fields[name].default
+        if isinstance(default, int | float):
+            assert said.endswith(f" {default:g}"), name
 
 
 def test_it_is_short() -> None:

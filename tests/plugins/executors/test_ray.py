@@ -278,7 +278,12 @@ def test_a_node_of_another_version_is_named(cluster: Any, tmp_path: Path, monkey
 
 
 def test_a_study_outlives_nodes_and_its_driver(
-    cluster: Any, cli: Any, small: dict[str, Any], write: Write, alone: Path, zygote: Any  # noqa: F811
+    cluster: Any,
+    cli: Any,
+    small: dict[str, Any],
+    write: Write,
+    alone: Path,
+    zygote: Any,  # noqa: F811
 ) -> None:
     """One node is killed during an align, one during answers, and the driver once: nothing is done twice, and the
     records are those of one process."""
