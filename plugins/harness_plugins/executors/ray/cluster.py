@@ -8,13 +8,11 @@ import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness import ExecutorContext, UserError, check_variable
+from harness_plugins.executors.ray.options import RayOptions
 from harness_plugins.executors.ray.worker import Mailbox
-
-if TYPE_CHECKING:
-    from harness_plugins.executors.ray.executor import RayExecutor
 
 OBJECT_STORE = 100 * 1024**2
 """Bytes: what goes through it are orders and events; everything else lies on disk."""
@@ -80,7 +78,7 @@ def _name(node: Mapping[str, Any]) -> str:
     return f"{host} ({address}, {node['NodeID'][:8]})"
 
 
-def connect(config: RayExecutor.Config, context: ExecutorContext) -> Cluster:
+def connect(config: RayOptions, context: ExecutorContext) -> Cluster:
     """Connect to the cluster that is asked for, or start one of this machine alone.
 
     Raises:
@@ -94,7 +92,7 @@ def connect(config: RayExecutor.Config, context: ExecutorContext) -> Cluster:
         raise
 
 
-def _connect(config: RayExecutor.Config, context: ExecutorContext, thread: ThreadPoolExecutor) -> Cluster:
+def _connect(config: RayOptions, context: ExecutorContext, thread: ThreadPoolExecutor) -> Cluster:
     if config.address is not None and config.address.startswith("ray://"):
         raise UserError(
             "--set executor.address",
@@ -116,7 +114,7 @@ def _connect(config: RayExecutor.Config, context: ExecutorContext, thread: Threa
     return Cluster(mailbox, dict(handed_on(context.environment)), secrets, here, opened, thread)
 
 
-def _init(config: RayExecutor.Config, context: ExecutorContext) -> None:
+def _init(config: RayOptions, context: ExecutorContext) -> None:
     import ray
 
     shown = {"log_to_driver": config.logs == "all", "logging_level": "INFO" if config.logs == "all" else "ERROR"}
@@ -151,7 +149,7 @@ def handed_on(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     yield "HF_HUB_DISABLE_TELEMETRY", "1"
 
 
-def _secrets(config: RayExecutor.Config, environment: Mapping[str, str]) -> dict[str, str]:
+def _secrets(config: RayOptions, environment: Mapping[str, str]) -> dict[str, str]:
     for name in config.environment:
         check_variable(name, "--set executor.environment")
     missing = [name for name in config.environment if name not in environment]

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
-from typing import Literal
 
 from packaging.version import Version
-from pydantic import Field
 
-import harness
 from harness import Availability, Executor, ExecutorContext, Pool
+from harness_plugins.executors.ray.options import RayOptions
 
 LOWEST = Version("2.60")
 INSTALL = 'pip install "harness-align[ray]"'
@@ -25,24 +23,8 @@ class RayExecutor(Executor["RayExecutor.Config"]):
     name = "ray"
     summary = f"on the nodes of a Ray cluster that share a folder ({INSTALL})"
 
-    class Config(harness.Config):
-        address: str | None = Field(
-            None,
-            description="cluster that runs already: auto, or HOST:PORT of its head, from one of its nodes; absent: one "
-            "of this machine alone, which ends with the run",
-        )
-        cores: int = Field(1, ge=1, description="processor cores that an order has at least (count)")
-        accelerator_type: str | None = Field(
-            None, description="kind of GPU, as Ray names it (H100), that orders with GPUs must have; any when absent"
-        )
-        retries: int = Field(3, ge=0, description="how often an order is given again whose node was lost (count)")
-        grace: float = Field(60.0, ge=0, description="time that a stopped order has to save (seconds)")
-        environment: tuple[str, ...] = Field(
-            (), description="further variables to hand on, such as a judge's key; Ray keeps none of them"
-        )
-        logs: Literal["none", "all"] = Field(
-            "none", description="all: show what Ray and libraries print on any node, beside what steps say"
-        )
+    class Config(RayOptions):
+        """All of them."""
 
     def availability(self) -> Availability:
         """Installed, and not too old."""

@@ -11,14 +11,12 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness import Event, ExecutorContext, Failure, HarnessError, Order, Pool, UserError
 from harness_plugins.executors.ray import worker
 from harness_plugins.executors.ray.cluster import Cluster, Node
-
-if TYPE_CHECKING:
-    from harness_plugins.executors.ray.executor import RayExecutor
+from harness_plugins.executors.ray.options import RayOptions
 
 GIB = 1024**3
 LISTEN = 0.3
@@ -48,7 +46,7 @@ class RayPool(Pool):
     """Tasks of a cluster. Ray places them, and lets those wait that find no room."""
 
     cluster: Cluster
-    config: RayExecutor.Config
+    config: RayOptions
     context: ExecutorContext
     _given: dict[str, _Given] = field(default_factory=dict)
     _cancelled: set[str] = field(default_factory=set)
