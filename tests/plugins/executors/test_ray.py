@@ -1,4 +1,4 @@
-"""Orders on Ray: a cluster of this machine; what is compared and handed on. A real cluster of nodes: tests/study/test_ray.py."""
+"""Orders on Ray, on a cluster of this machine; what is compared and handed on. More nodes: tests/study/test_ray.py."""
 
 from __future__ import annotations
 

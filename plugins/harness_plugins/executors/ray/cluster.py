@@ -110,8 +110,10 @@ def _connect(config: RayOptions, context: ExecutorContext, thread: ThreadPoolExe
         _init(config, context)
     here = ray.get_runtime_context().get_node_id()
     affinity = NodeAffinitySchedulingStrategy(node_id=here, soft=False)
+    # Otherwise each order takes all cores, and they take turns; whoever has set it knows better.
+    variables = {"OMP_NUM_THREADS": str(config.cores), **dict(handed_on(context.environment))}
     mailbox = ray.remote(num_cpus=0, scheduling_strategy=affinity)(Mailbox).remote()
-    return Cluster(mailbox, dict(handed_on(context.environment)), secrets, here, opened, thread)
+    return Cluster(mailbox, variables, secrets, here, opened, thread)
 
 
 def _init(config: RayOptions, context: ExecutorContext) -> None:
@@ -145,8 +147,6 @@ def handed_on(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
             yield name, value
     # What has no GPU of its own plans for the device of the node all the same: ids depend on it.
     yield "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-    # A task has a node's GPUs to itself, but not its Hugging Face account.
-    yield "HF_HUB_DISABLE_TELEMETRY", "1"
 
 
 def _secrets(config: RayOptions, environment: Mapping[str, str]) -> dict[str, str]:

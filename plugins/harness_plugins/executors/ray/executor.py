@@ -39,6 +39,8 @@ class RayExecutor(Executor["RayExecutor.Config"]):
     def open(self, config: Config, context: ExecutorContext) -> Pool:
         """Connect, or start a cluster of this machine; nodes are compared before the first order."""
         from harness_plugins.executors.ray.cluster import connect
+        from harness_plugins.executors.ray.nodes import Comparison
         from harness_plugins.executors.ray.pool import RayPool
 
-        return RayPool(connect(config, context), config, context)
+        cluster = connect(config, context)
+        return RayPool(cluster, config, Comparison(cluster))

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import queue
-import secrets
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from harness import Event, ExecutorContext, Failure, HarnessError, Order, Pool, UserError
+from harness import Event, Failure, HarnessError, Order, Pool, UserError
 from harness_plugins.executors.ray import worker
-from harness_plugins.executors.ray.cluster import Cluster, Node
+from harness_plugins.executors.ray.cluster import Cluster
+from harness_plugins.executors.ray.nodes import Comparison
 from harness_plugins.executors.ray.options import RayOptions
 
 GIB = 1024**3
@@ -23,8 +22,6 @@ LISTEN = 0.3
 """Longest wait (seconds) for something to be said, before it is looked whether a task ended without a word."""
 LOOK = 5.0
 """Seconds between looks at which nodes there are; so long, too, a node may outlive what ran on it."""
-ANSWER = 180.0
-"""Longest time (seconds) that a node may take to say what it is like: Python and the plugins are started there."""
 
 
 @dataclass
@@ -47,16 +44,12 @@ class RayPool(Pool):
 
     cluster: Cluster
     config: RayOptions
-    context: ExecutorContext
+    comparison: Comparison
     _given: dict[str, _Given] = field(default_factory=dict)
     _cancelled: set[str] = field(default_factory=set)
     _said: queue.SimpleQueue[Event | BaseException] = field(default_factory=queue.SimpleQueue)
     _open_ends: set[str] = field(default_factory=set)
     """Orders whose end has not been handed out by :meth:`events`."""
-    _expected: dict[tuple[Any, ...], worker.Expected] = field(default_factory=dict)
-    """What nodes must be like, by what of an order that depends on."""
-    _checked: set[str] = field(default_factory=set)
-    """Nodes that were found to be so."""
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _listener: threading.Thread | None = None
     _looked: float = 0.0
@@ -65,7 +58,7 @@ class RayPool(Pool):
 
     def submit(self, order: Order) -> None:
         """Take an order; before the first, all nodes are compared with this one."""
-        expected = self._compare(order)
+        expected = self.comparison.expected(order)
         self._refuse_unfit(order)
         with self._lock:
             self._open_ends.add(order.id)
@@ -112,26 +105,29 @@ class RayPool(Pool):
             self._closing = True
             with self._lock:
                 tasks = [given.task for given in self._given.values()]
-            for task in tasks:
-                ray.cancel(task, recursive=False)
-            self._wait(tasks, self.config.grace)
-            for task in tasks:
-                ray.cancel(task, force=True, recursive=False)
+            # Where the connection is lost, why has been said, and Ray ends them.
+            with contextlib.suppress(ray.exceptions.RayError, ConnectionError):
+                for task in tasks:
+                    ray.cancel(task, recursive=False)
+                for task in self._left(tasks, self.config.grace):
+                    ray.cancel(task, force=True, recursive=False)
         finally:
             self._closed = True
+            self.comparison.close()
             if self._listener is not None:
                 self._listener.join(10)
             self.cluster.close()
             self._given.clear()
 
-    def _wait(self, tasks: list[Any], seconds: float) -> None:
-        """Wait until all tasks have ended. Not in Ray's own wait: there a signal could be lost."""
+    def _left(self, tasks: list[Any], seconds: float) -> list[Any]:
+        """Wait until tasks have ended; those that have not in time. Not in Ray's own wait: it swallows signals."""
         import ray
 
         end = time.monotonic() + seconds
         while tasks and time.monotonic() < end:
             _, tasks = ray.wait(tasks, num_returns=len(tasks), timeout=0)
             time.sleep(0.05)
+        return tasks
 
     # ------------------------------------------------------------------------------------------------- before it runs
 
@@ -148,16 +144,11 @@ class RayPool(Pool):
             memory=wanted.get("memory"),
             resources=resources,
             name=order.id,
-            runtime_env={"env_vars": self._variables()},
+            runtime_env={"env_vars": dict(self.cluster.variables)},
         )
-        # Nothing of the token is left when this order runs.
-        late = worker.Expected(expected.plugins, expected.folder, expected.versions)
-        checked = frozenset(self._checked)
-        args = (order.model_dump_json(), self.cluster.mailbox, dict(self.cluster.secrets), checked, late)
+        checked = frozenset(self.comparison.checked)
+        args = (order.model_dump_json(), self.cluster.mailbox, dict(self.cluster.secrets), checked, expected)
         self._given[order.id] = _Given(order, task.remote(*args))
-
-    def _variables(self) -> dict[str, str]:
-        return {"OMP_NUM_THREADS": str(self.config.cores), **self.cluster.variables}
 
     def _wanted(self, order: Order) -> dict[str, float]:
         """What an order takes, as Ray counts it."""
@@ -191,61 +182,6 @@ class RayPool(Pool):
             f"needs {said} on one node, and of {len(nodes)} nodes none has that (the most of each: {have})",
             "Add a node that has, or ask for less: --set executor.cores=N, executor.accelerator_type, a smaller model.",
         )
-
-    def _compare(self, order: Order) -> worker.Expected:
-        """Compare every node with this one, once for each run.
-
-        Raises:
-            UserError: a node has other versions or plugins, or does not see the run folder.
-        """
-        key = (order.plugins, order.folder, order.run)
-        if key not in self._expected:
-            self._expected[key] = self.cluster.thread.submit(self._ask_nodes, order).result()
-        return self._expected[key]
-
-    def _ask_nodes(self, order: Order) -> worker.Expected:
-        token, secret = Path(), ""
-        if order.run:
-            secret = secrets.token_hex(16)
-            # So named that it counts for a file of a write that was cut short, should this process be killed.
-            token = Path(order.run).absolute() / f".node-{secret[:8]}.{os.getpid()}.tmp"
-            token.parent.mkdir(parents=True, exist_ok=True)
-            token.write_text(secret, encoding="utf-8")
-        named = str(token) if order.run else ""
-        expected = worker.Expected(order.plugins, order.folder, worker.versions_here(order.plugins), named, secret)
-        try:
-            nodes = self.cluster.nodes()
-            for node, found in self._answers(nodes, expected):
-                if found:
-                    raise UserError(*worker.refusal(f"node {node.name}", found))
-                self._checked.add(node.id)
-        finally:
-            if order.run:
-                token.unlink(missing_ok=True)
-        return expected
-
-    def _answers(self, nodes: list[Node], expected: worker.Expected) -> list[tuple[Node, list[str]]]:
-        """In what each node differs; one that is lost meanwhile is none of them."""
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        task = ray.remote(worker.differences)
-        common = {"num_cpus": 0, "max_retries": 0, "runtime_env": {"env_vars": self._variables()}}
-        asked = {}
-        for node in nodes:
-            there = NodeAffinitySchedulingStrategy(node.id, soft=False)
-            asked[node.id] = task.options(scheduling_strategy=there, **common).remote(expected)
-        found = []
-        for node in nodes:
-            try:
-                found.append((node, list(ray.get(asked[node.id], timeout=ANSWER))))
-            except ray.exceptions.GetTimeoutError:
-                found.append((node, [f"it has not answered for {ANSWER:.0f} s"]))
-            except ray.exceptions.RayError as error:
-                if node.id in {one.id for one in self.cluster.nodes()}:
-                    lines = str(error).strip().splitlines() or [type(error).__name__]
-                    found.append((node, [f"harness does not run there: {lines[-1]}"]))
-        return found
 
     # -------------------------------------------------------------------------------------------------- while it runs
 
@@ -345,7 +281,7 @@ class RayPool(Pool):
         again = order.model_copy(update={"attempt": order.attempt + 1})
         note = f"{order.id}: node {node} {what}; it is given again (attempt {again.attempt})"
         self._said.put(Event(order=order.id, kind="note", text=note))
-        self._give(again, self._compare(again))
+        self._give(again, self.comparison.expected(again))
 
     def _end_unfit(self) -> None:
         """End what waits for a node that is no more."""
