@@ -210,9 +210,11 @@ if TYPE_CHECKING:
     from harness.steps.orders import (
         InProcessPool as InProcessPool,
         carry_out_order as carry_out_order,
+        stopping_at_signals as stopping_at_signals,
     )
     from harness.steps.provenance import (
         NUMERICS as NUMERICS,
+        code_versions as code_versions,
         file_digest as file_digest,
         files_digest as files_digest,
     )
@@ -272,8 +274,8 @@ _HOME = {
     "harness.steps.children": "WorkerProcess",
     "harness.steps.execute": "Execution",
     "harness.steps.journal": "Journal",
-    "harness.steps.orders": "InProcessPool carry_out_order",
-    "harness.steps.provenance": "NUMERICS file_digest files_digest",
+    "harness.steps.orders": "InProcessPool carry_out_order stopping_at_signals",
+    "harness.steps.provenance": "NUMERICS code_versions file_digest files_digest",
     "harness.steps.warm": "WarmParent",
     "harness.tasks.lm_eval.task": "LmEvalRuntime LmEvalVerdict lm_eval_metric",
 }

@@ -195,7 +195,7 @@ install_torch_cuda() {
 
 install_harness() {
   local extras=''
-  [ "$profile" = base ] || extras=dev
+  [ "$profile" = base ] || extras=dev,ray
   local flags=()
   if [ "$build" = cpu ]; then flags=(--overrides "$overrides"); fi
   if [ -n "$vllm" ]; then

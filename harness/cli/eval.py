@@ -150,7 +150,7 @@ def print_report(report: Report, page: Path) -> None:
 
 
 def report(
-    run: Annotated[list[Path], typer.Argument(help="Run folders, studies, and logs of lm-eval, inspect or AlpacaEval.")],
+    run: Annotated[list[Path], typer.Argument(help="Run folders, studies, logs of lm-eval, inspect, AlpacaEval.")],
     out: Annotated[
         Path | None, typer.Option(help="Folder of the board; with one run RUN/report, of a log reports/NAME.")
     ] = None,

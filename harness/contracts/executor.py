@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, Self
 
 from pydantic import Field
 
+from harness.contracts.engine import Availability
 from harness.contracts.plugin import C, Plugin
 from harness.core.config import Config
 from harness.core.progress import Reporter
@@ -68,7 +69,9 @@ class Event(Config):
     result: dict[str, Any] = Field(default_factory=dict, description="what the worker's function returned")
     failure: Failure | None = Field(None, description="of an order that failed")
     signal: int | None = Field(None, description="the signal that stopped it")
-    code: int | None = Field(None, description="exit code of a process that ended in the middle of the order")
+    code: int | None = Field(
+        None, description="exit code of a process that ended in the middle of the order; absent where nobody can know"
+    )
     cause: Any = Field(None, exclude=True, repr=False, description="the exception, where it was raised in this process")
 
 
@@ -150,6 +153,10 @@ class Executor(Plugin[C]):
     """Opens pools."""
 
     kind = "executor"
+
+    def availability(self) -> Availability:
+        """Whether it can be used here at all; asked before anything is written, and imports nothing heavy."""
+        return Availability(True)
 
     @abstractmethod
     def open(self, config: C, context: ExecutorContext) -> Pool:

@@ -8,12 +8,9 @@ import queue
 import signal
 import sys
 import threading
-from types import FrameType
 
 from harness.contracts.executor import Event, Order
-from harness.core.errors import Requeue
-from harness.core.machine import hush_libraries
-from harness.steps.orders import carry_out_order
+from harness.steps.orders import carry_out_order, stopping_at_signals
 
 
 class Channel:
@@ -38,19 +35,14 @@ class Channel:
 
 def main() -> None:
     """Carry out orders until the parent is gone, or a signal asks to stop."""
-    hush_libraries()
     channel = Channel(os.dup(1))
     # Whatever a library prints must not get between the lines for the parent.
     os.dup2(2, 1)
     orders: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(orders,), daemon=True).start()
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, _stop)
+    with stopping_at_signals():
         while True:
             carry_out_order(Order.model_validate(json.loads(orders.get())), channel.tell)
-    except (KeyboardInterrupt, Requeue):
-        pass
 
 
 def _read(orders: queue.SimpleQueue[str]) -> None:
@@ -60,15 +52,6 @@ def _read(orders: queue.SimpleQueue[str]) -> None:
     if os.getpgrp() == os.getpid():
         os.killpg(os.getpid(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    # Schedulers repeat themselves; a second signal must not cut the first one's saving short.
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(each, signal.SIG_IGN)
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise Requeue(signal.Signals(number).name)
 
 
 if __name__ == "__main__":

@@ -167,4 +167,4 @@ def said_of(code: int | None) -> str:
     if code is not None and code < 0:
         name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
         return f"was killed by {name}" + (", as when memory runs out" if -code == signal.SIGKILL else "")
-    return f"ended with code {code} and said nothing"
+    return f"ended{'' if code is None else f' with code {code}'} and said nothing"

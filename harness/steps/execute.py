@@ -67,9 +67,13 @@ def executor_of(execution: Execution, registry: Registry) -> tuple[Executor, Any
     """The executor that an execution names, and its options.
 
     Raises:
-        UserError: it is unknown, or options are none of its.
+        UserError: it is unknown, cannot be used here, or options are none of its.
     """
     executor = registry.find(Executor, execution.executor, "--executor")
+    available = executor.availability()
+    if not available.usable and not execution.in_process:
+        fix = available.install or "See `harness doctor`."
+        raise UserError("--executor", f"{executor.name} cannot be used here: {available.reason}", fix)
     given: object = execution.options
     if not isinstance(given, Mapping):
         fix = f"Write --executor {given} to choose one, --set executor.KEY=VALUE for its options."

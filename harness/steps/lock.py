@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -12,6 +15,17 @@ from typing import IO
 from harness.core.errors import UserError
 
 LOCK = ".lock"
+_PATIENCE: ContextVar[float] = ContextVar("patience", default=0.0)
+
+
+@contextlib.contextmanager
+def patient(seconds: float) -> Iterator[None]:
+    """Within, a folder that another process holds is waited for so long: that process may be ending, or cut off."""
+    before = _PATIENCE.set(seconds)
+    try:
+        yield
+    finally:
+        _PATIENCE.reset(before)
 
 
 class FolderTakenError(UserError):
@@ -51,6 +65,16 @@ class FolderLock:
         Raises:
             UserError: it cannot be written, or another process holds it.
         """
+        end = time.monotonic() + _PATIENCE.get()
+        while True:
+            try:
+                return self._take()
+            except FolderTakenError:
+                if time.monotonic() >= end:
+                    raise
+                time.sleep(0.2)
+
+    def _take(self) -> None:
         try:
             self._made = self._made or not self.root.exists()
             self.root.mkdir(parents=True, exist_ok=True)
@@ -67,7 +91,7 @@ class FolderLock:
         if not _same_file(stream, self.root / LOCK):
             # Its last owner took the file away between our opening and our locking it.
             stream.close()
-            return self.take()
+            return self._take()
         stream.seek(0)
         stream.truncate()
         stream.write(f"{os.getpid()}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import signal
@@ -9,27 +10,62 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from harness.contracts.executor import Event, ExecutorContext, Failure, Observers, Order, Pool, WorkerContext
 from harness.core.config import Config
 from harness.core.errors import CorruptionError, HarnessError, Requeue, StepError, UserError
+from harness.core.machine import hush_libraries
 from harness.core.progress import Reporter, stored
 from harness.core.records import StepInfo, StepRecord
 from harness.steps.files import is_disk_full, refusal
+from harness.steps.lock import patient
 
 Work = Callable[[Order, WorkerContext], Mapping[str, Any] | None]
 Tell = Callable[[Event], None]
 
 
-def carry_out_order(order: Order, tell: Tell) -> None:
+def carry_out_order(order: Order, tell: Tell, *, patience: float = 0.0) -> None:
     """Carry out an order in this process, as its worker module does, and tell everything as events.
 
     What the worker's function raises is told, not raised, so that the next order can come. A signal that asks to stop
     (as ``Requeue`` or ``KeyboardInterrupt``) is told and goes on.
+
+    Args:
+        order: to be carried out.
+        tell: is given every event.
+        patience: longest wait (seconds) for a folder that another process holds, which may be one that is cut off.
     """
+    hush_libraries()
     relay = RelayReporter(order.id, tell)
-    _carry_out(order, WorkerContext(relay, RelayObservers(order.id, tell)), tell, _worker_of)
+    with patient(patience):
+        _carry_out(order, WorkerContext(relay, RelayObservers(order.id, tell)), tell, _worker_of)
+
+
+@contextlib.contextmanager
+def stopping_at_signals() -> Iterator[None]:
+    """Within, Ctrl-C, SIGTERM and SIGUSR1 stop an order; what stopped it ends here, since it has been told."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        # Schedulers repeat themselves; a second signal must not cut the first one's saving short.
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise Requeue(signal.Signals(number).name)
+
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        for number in numbers:
+            signal.signal(number, stop)
+        yield
+    except (KeyboardInterrupt, Requeue):
+        pass
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _worker_of(order: Order, context: WorkerContext) -> Mapping[str, Any] | None:

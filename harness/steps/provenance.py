@@ -6,21 +6,24 @@ import ast
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from harness.contracts.registry import Origin, Registered
+from harness.contracts.registry import Origin, Registered, Registry
 from harness.core.caches import cache_folder
 
 BUNDLED = "harness_plugins"
+OWN = ("harness", BUNDLED, "harness_tasks")
+"""Packages of this distribution."""
 NUMERICS = 1
 """Raised when a change of the core may move a number; enters every step id."""
 
@@ -126,6 +129,24 @@ def _local_imports(path: Path) -> set[Path]:
                 waiting += base.rglob("*.py") if base.is_dir() else []
                 waiting += [c for c in (base.with_suffix(".py"),) if c.is_file()]
     return found
+
+
+def code_versions(registry: Registry) -> dict[str, str]:
+    """What carries out orders here, by name: versions, digests of harness's own files and of every plugin's code.
+
+    Two machines whose answers are equal make equal numbers of equal orders, as far as software decides.
+    """
+    from harness.core.version import __version__
+
+    own = [importlib.util.find_spec(name) for name in OWN]
+    roots = [Path(spec.origin).parent for spec in own if spec is not None and spec.origin is not None]
+    files = {root.name: files_digest(_shipped(root), root)[:12] for root in roots}
+    plugins = {f"{kind} {name}": code_digest(entry)[:12] for (kind, name), entry in sorted(registry.entries.items())}
+    return {"harness": __version__, **library_versions(), **plugins, **{f"files of {k}": v for k, v in files.items()}}
+
+
+def _shipped(root: Path) -> Iterator[Path]:
+    return (path for path in root.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
 
 
 def library_versions() -> dict[str, str]:

@@ -120,10 +120,12 @@ def register_converters() -> Iterator[Converter]:
 
 @hookimpl
 def register_executors() -> Iterator[Executor]:
-    """In this process, one group after another."""
+    """This machine, and the nodes of a Ray cluster."""
     from harness_plugins.executors.local import LocalExecutor
+    from harness_plugins.executors.ray.executor import RayExecutor
 
     yield LocalExecutor()
+    yield RayExecutor()
 
 
 @hookimpl

@@ -169,3 +169,4 @@ def test_an_exit_code_in_words() -> None:
     assert said_of(-9) == "was killed by SIGKILL, as when memory runs out"
     assert said_of(-11) == "was killed by SIGSEGV"
     assert said_of(3) == "ended with code 3 and said nothing"
+    assert said_of(None) == "ended and said nothing"

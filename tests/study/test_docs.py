@@ -1,4 +1,4 @@
-"""What docs/studies.md says works: its file is read and has every key."""
+"""What docs/studies.md and docs/clusters.md say works: a file is read and has every key, options exist."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from pydantic import BaseModel
 from harness.study import spec
 from harness.study.arms import arms_of
 
-TEXT = (Path(__file__).parents[2] / "docs" / "studies.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+TEXT = (DOCS / "studies.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
+def blocks(language: str, text: str = TEXT) -> list[str]:
     """Fenced blocks of one language."""
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.fixture
@@ -52,6 +53,17 @@ def test_it_has_every_key(read: spec.Read) -> None:
         written = {name for block in data[key] for name in block}
         # What is shown with a grid is not shown again.
         assert missing(model, dict.fromkeys(written)) <= {"from", "samples", "checkpoints", "set"}
+
+
+def test_rays_options_are_those_of_the_page() -> None:
+    from harness_plugins.executors.ray.executor import RayExecutor
+
+    rows = re.findall(r"^\| `executor\.(\w+)` \| (.*) \|$", (DOCS / "clusters.md").read_text(encoding="utf-8"), re.M)
+    assert [name for name, _ in rows] == list(RayExecutor.Config.model_fields)
+    for name, said in rows:
+        default = RayExecutor.Config.model_fields[name].default
+        if isinstance(default, int | float):
+            assert said.endswith(f" {default:g}"), name
 
 
 def test_it_is_short() -> None:
