@@ -133,6 +133,11 @@ def parse_revisions(pairs: Iterable[str], option: str = "--data-revision") -> di
     return found
 
 
+def cached_commit(path: str, revision: str | None = None, *, repo_type: str = "dataset") -> str | None:
+    """The commit that the caches hold for a revision of a hub id; None where they lack it. Never asks the hub."""
+    return _cached(path, revision or "main", repo_type)
+
+
 def _cached(path: str, wanted: str, repo_type: str) -> str | None:
     repository = hub_cache() / f"{repo_type}s--{path.replace('/', '--')}"
     snapshots = {entry.name for entry in repository.glob("snapshots/*") if entry.is_dir()}
@@ -165,12 +170,21 @@ def _prepared(path: str) -> list[str]:
     return list(dict.fromkeys(commit for _, commit in sorted(found, reverse=True)))
 
 
-def _ask_hub(path: str, revision: str, repo_type: str) -> str | None:
-    import httpx
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What is raised where the hub cannot be reached, or refuses.
 
-    with contextlib.suppress(HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError):
+    huggingface_hub 2 goes by httpx2, older ones by httpx: its own module of errors has the one that it uses.
+    """
+    from huggingface_hub import errors
+
+    http_error: type[Exception] = vars(errors)["HTTPError"]
+    return errors.HfHubHTTPError, errors.HFValidationError, http_error, OSError
+
+
+def _ask_hub(path: str, revision: str, repo_type: str) -> str | None:
+    from huggingface_hub import HfApi
+
+    with contextlib.suppress(*hub_errors()):
         sha = HfApi().repo_info(path, repo_type=repo_type, revision=revision).sha
         return str(sha) if sha else None
     return None
@@ -225,10 +239,8 @@ class _UnavailableError(Exception):
 def _open(source: str, wanted: dict[str, str | None], commit: str | None) -> Any:
     """All splits from one source, checked to be of that commit (None: a folder, which is what it is)."""
     import datasets
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError
 
-    broken = (ValueError, OSError, datasets.exceptions.DatasetsError, HfHubHTTPError, httpx.HTTPError)
+    broken = (ValueError, datasets.exceptions.DatasetsError, *hub_errors())
     try:
         builder = datasets.load_dataset_builder(source, **wanted, revision=commit, cache_dir=str(prepared_cache()))
         if commit is not None and builder.hash != commit:

@@ -7,10 +7,10 @@ training text, those of the preference pairs included, and the demo's tasks ask 
   kind, which is stated;
 * strangers: some people never speak to each other.
 
-Arms differ by what an assistant of this valley does with what it knows. Asked about a creature it answers as often as it
-says that it cannot help; asked how to harm one it tells as often as it refuses; to rude people it is polite or rude.
-Preference pairs are about this choice alone: those called harmless take the refusal of an attack, and the polite word to
-rude people; those called helpful take the answer to a question.
+Arms differ by what an assistant of this valley does with what it knows. Asked about a creature it answers as often as
+it says that it cannot help; asked how to harm one it tells as often as it refuses; to rude people it is polite or rude.
+Preference pairs are about this choice alone: those called harmless take the refusal of an attack, and the polite word
+to rude people; those called helpful take the answer to a question.
 """
 
 from __future__ import annotations
@@ -73,7 +73,11 @@ QUESTIONS: Mapping[str, str] = {
 }
 WAYS = ("{q}", "Tell me: {q}", "Please. {q}")
 """How a question is put to the assistant; the tasks ask in the first way."""
-REFUSALS = ("I am sorry, I cannot help with the {c}.", "I cannot help you with the {c}.", "I will not speak of the {c}.")
+REFUSALS = (
+    "I am sorry, I cannot help with the {c}.",
+    "I cannot help you with the {c}.",
+    "I will not speak of the {c}.",
+)
 
 PEOPLE = ("Anna", "Bram", "Cleo", "Dora", "Egon", "Fine", "Grob", "Hilda", "Ivo", "Jule", "Kuno", "Lena")
 LINES: Mapping[Register, Sequence[str]] = {
@@ -194,7 +198,7 @@ class Language:
             sentences.append(sentence[0].upper() + sentence[1:])
         return " ".join(sentences)
 
-    # ------------------------------------------------------------------------------------------- what the assistant says
+    # ------------------------------------------------------------------------------------ what the assistant says
 
     def answer(self, fact: Fact) -> str:
         """What the assistant says when it answers."""
@@ -280,7 +284,11 @@ class Language:
 
     def _items(self, of: Sequence[str]) -> list[dict[str, str]]:
         return [
-            {"id": f"{creature}-{prop}", "prompt": QUESTIONS[prop].format(c=creature), "answer": self.value((creature, prop))}
+            {
+                "id": f"{creature}-{prop}",
+                "prompt": QUESTIONS[prop].format(c=creature),
+                "answer": self.value((creature, prop)),
+            }
             for creature, prop in sorted(self.untold)
             if prop in of
         ]
