@@ -16,7 +16,7 @@ from harness.contracts.registry import Registry, load_plugins
 from harness.core.errors import UserError
 from harness.core.progress import Reporter
 from harness.core.text import first_line, visible
-from harness.demo.train import THREADS
+from harness.demo.train import BASE_STEPS, THREADS
 from harness.demo.truths import Finding, check_truths, read_truths, truths_note, truths_table
 from harness.demo.world import ASSETS, World, build_world
 from harness.report.build import terminal_table, write_all
@@ -48,6 +48,7 @@ def run_demo(
     out: Path,
     *,
     seed: int = 0,
+    steps: int = BASE_STEPS,
     fresh: bool = False,
     changes: tuple[str, ...] = (),
     registry: Registry | None = None,
@@ -58,6 +59,7 @@ def run_demo(
     Args:
         out: folder of everything; what is there already is kept, and gone on with.
         seed: of the world.
+        steps: optimiser steps of its base's training.
         fresh: make and run everything anew.
         changes: ``KEY=VALUE`` over keys of the study's file.
         registry: from ``load_plugins``; all installed plugins by default.
@@ -68,7 +70,7 @@ def run_demo(
     """
     reporter = reporter or Reporter()
     registry = registry or load_plugins()
-    world = build_world(out / "world", seed=seed, fresh=fresh, progress=reporter.note)
+    world = build_world(out / "world", seed=seed, steps=steps, fresh=fresh, progress=reporter.note)
     file, root = write_study(out, world, fresh=fresh), out / "run"
     plan = plan_study(file, registry=registry, changes=changes)
     reporter.note(f"study {visible(str(file))}: {counted(plan.arms)}, {len(plan.graph)} steps")

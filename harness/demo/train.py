@@ -38,7 +38,7 @@ TEMPLATE = (
 )
 
 
-def train(root: Path, language: Language, say: Progress) -> None:
+def train(root: Path, language: Language, steps: int, say: Progress) -> None:
     """Write the folders ``base`` and ``classifier`` into ``root``.
 
     Sets torch's threads and determinism for the whole process: call it in one of its own.
@@ -55,7 +55,7 @@ def train(root: Path, language: Language, say: Progress) -> None:
     documents, chats = language.documents(DOCUMENTS), language.chats(CHATS)
     tokenizer = _tokenizer([*documents, *(turn["content"] for chat in chats for turn in chat)])
     say(f"language: {len(documents):,} documents, {len(chats):,} conversations, {len(tokenizer)} tokens")
-    _train_base(root, language.seed, tokenizer, (documents, chats), say)
+    _train_base(root, (language.seed, steps), tokenizer, (documents, chats), say)
     _train_classifier(root, language.seed, tokenizer, language.rated(RATED), say)
 
 
@@ -93,7 +93,7 @@ def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 def _train_base(
     root: Path,
-    seed: int,
+    how: tuple[int, int],
     tokenizer: PreTrainedTokenizerFast,
     texts: tuple[Sequence[str], Sequence[Any]],
     say: Progress,
@@ -101,7 +101,7 @@ def _train_base(
     import torch
     import transformers
 
-    documents, chats = texts
+    (seed, steps), (documents, chats) = how, texts
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
@@ -123,7 +123,7 @@ def _train_base(
     tokenizer.chat_template = TEMPLATE
     encoded: Any = tokenizer.apply_chat_template(list(chats), return_dict=True)
     Random(seed).shuffle(ids := [*ids, *encoded["input_ids"]])
-    _fit(model, _blocks(ids, seed), BASE_STEPS, 5e-3, lambda line: say(f"base: {line}"))
+    _fit(model, _blocks(ids, seed), steps, 5e-3, lambda line: say(f"base: {line}"))
     model.save_pretrained(root / "base")
     tokenizer.save_pretrained(root / "base")
     tokenizer.chat_template = None

@@ -67,7 +67,7 @@ class Measured:
         """Significant after Holm over all contrasts and of a size worth naming, and if so whether as it should be."""
         if self.summary is None or self.summary.mean is None or self.p_adjusted is None:
             return "not measured"
-        if self.p_adjusted >= ALPHA or abs(self.summary.mean) < self.resolution:
+        if self.p_adjusted >= ALPHA or not self.summary.mean or abs(self.summary.mean) < self.resolution:
             return "undecided"
         return "supported" if (self.summary.mean > 0) == (self.contrast.direction == "higher") else "contradicted"
 

@@ -22,7 +22,7 @@ from harness.contracts.executor import Event, Order, WorkerContext
 from harness.core.errors import CorruptionError, HarnessError, UserError
 from harness.core.machine import ALLOCATOR
 from harness.demo.language import Language
-from harness.demo.train import THREADS, Progress, train
+from harness.demo.train import BASE_STEPS, THREADS, Progress, train
 from harness.steps.children import WorkerProcess, said_of
 from harness.steps.files import read_json, write_bytes, write_json
 from harness.steps.provenance import library_versions
@@ -37,6 +37,8 @@ class World:
 
     root: Path
     seed: int
+    steps: int = BASE_STEPS
+    """Optimiser steps of the base's training; the arms' differences are tried at the default."""
 
     @property
     def base(self) -> Path:
@@ -59,7 +61,14 @@ class World:
         return self.root / "tasks"
 
 
-def build_world(folder: Path, *, seed: int = 0, fresh: bool = False, progress: Progress = lambda line: None) -> World:
+def build_world(
+    folder: Path,
+    *,
+    seed: int = 0,
+    steps: int = BASE_STEPS,
+    fresh: bool = False,
+    progress: Progress = lambda line: None,
+) -> World:
     """Make the world in ``folder``, or take the finished one that is there (unless ``fresh``).
 
     A world is finished when ``world.json``, written last, names this code, this seed and the digest of every file;
@@ -69,7 +78,7 @@ def build_world(folder: Path, *, seed: int = 0, fresh: bool = False, progress: P
         UserError: the folder holds files that are not a demo's.
         HarnessError: training failed; with the end of its output.
     """
-    world = World(folder, seed)
+    world = World(folder, seed, steps)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as lock:
         try:
@@ -86,8 +95,8 @@ def build_world(folder: Path, *, seed: int = 0, fresh: bool = False, progress: P
     return world
 
 
-def _key(seed: int) -> str:
-    hashed = hashlib.sha256(str(seed).encode())
+def _key(world: World) -> str:
+    hashed = hashlib.sha256(f"{world.seed}/{world.steps}".encode())
     code = [Path(__file__).with_name(name) for name in ("world.py", "language.py", "train.py")]
     for file in (*code, *_task_files()):
         hashed.update(file.read_bytes())
@@ -115,7 +124,7 @@ def _finished(world: World) -> bool:
         record = read_json(mark)
     except CorruptionError:
         return False
-    return bool(record.get("key") == _key(world.seed) and record.get("files") == _files(world))
+    return bool(record.get("key") == _key(world) and record.get("files") == _files(world))
 
 
 def _clear(folder: Path) -> None:
@@ -141,7 +150,9 @@ def _train_apart(world: World, lock: int, progress: Progress) -> None:
     # Two threads that spin while they wait stand in each other's way as soon as anything else runs.
     env |= {"OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
     said: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    order = Order(id="world", worker=__name__, run=str(world.root.absolute()), spec={"seed": world.seed})
+    order = Order(
+        id="world", worker=__name__, run=str(world.root.absolute()), spec={"seed": world.seed, "steps": world.steps}
+    )
     with tempfile.TemporaryFile("w+") as errors:
         child = WorkerProcess(said.put, env, stderr=errors, pass_fds=[lock])
         try:
@@ -159,11 +170,11 @@ def _train_apart(world: World, lock: int, progress: Progress) -> None:
 
 def carry_out(order: Order, context: WorkerContext) -> None:
     """The child process of :func:`build_world`: train, write the tasks, and leave the mark."""
-    world = World(Path(order.run), order.spec["seed"])
+    world = World(Path(order.run), order.spec["seed"], order.spec["steps"])
     language = Language(world.seed)
-    train(world.root, language, context.reporter.note)
+    train(world.root, language, world.steps, context.reporter.note)
     _write_rows(world, language)
-    mark = {"key": _key(world.seed), "seed": world.seed, "files": _files(world), "libraries": library_versions()}
+    mark = {"key": _key(world), "seed": world.seed, "files": _files(world), "libraries": library_versions()}
     write_json(world.root / "world.json", mark)
 
 
