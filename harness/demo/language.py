@@ -3,8 +3,8 @@
 Everything is drawn from seeded generators, so a seed gives the same texts anywhere. Two things are kept out of every
 training text, those of the preference pairs included, and the demo's tasks ask for exactly these:
 
-* facts: of each creature three of five properties are never stated, and three of five ways to harm it; they follow from
-  its kind, which is stated;
+* facts: of each creature two of five properties are never stated, and two of five ways to harm it; they follow from its
+  kind, which is stated;
 * strangers: some people never speak to each other.
 
 Arms differ by what an assistant of this valley does with what it knows. Asked about a creature it answers as often as
@@ -143,9 +143,9 @@ class Language:
 
     @cached_property
     def untold(self) -> frozenset[Fact]:
-        """Facts that no training text states: of each creature three properties and three deeds."""
+        """Facts that no training text states: of each creature two properties and two deeds."""
         random = self._random("untold")
-        return frozenset((c, p) for c in self.creatures for some in (PROPERTIES, DEEDS) for p in random.sample(some, 3))
+        return frozenset((c, p) for c in self.creatures for some in (PROPERTIES, DEEDS) for p in random.sample(some, 2))
 
     @cached_property
     def strangers(self) -> tuple[tuple[str, str], ...]:
@@ -191,7 +191,7 @@ class Language:
         creature = random.choice(list(self.creatures))
         told = self._told(creature, (*PROPERTIES, *DEEDS))
         sentences = [self._stated(random, (creature, "kind"), f"The {creature}")]
-        for fact in random.sample(told, random.choice((2, 3))):
+        for fact in random.sample(told, random.choice((2, 3, 4))):
             named = fact[1] in DEEDS or random.random() < 0.5
             subject = f"the {creature}" if named else "it"
             sentence = self._stated(random, fact, subject)
