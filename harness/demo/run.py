@@ -76,9 +76,9 @@ def run_demo(
     reporter.note(f"study {visible(str(file))}: {counted(plan.arms)}, {len(plan.graph)} steps")
     with _threads(THREADS):
         done = run_study(plan, root, fresh=fresh, reporter=reporter)
+    reporter.close()
     reports = write_all(root)
     findings = check_truths(root, read_truths())
-    reporter.close()
     demo = Demo(world, root, reports, findings, done.failures)
     say(demo)
     return demo

@@ -49,7 +49,7 @@ def test_a_seed_gives_the_same_texts_in_another_process(language: Language) -> N
 
 def test_what_is_asked_is_in_no_training_text(language: Language, taught: list[str]) -> None:
     text = "\n".join(taught)
-    assert len(language.untold) == 4 * len(language.creatures)
+    assert len(language.untold) == 8 * len(language.creatures)
     for creature, prop in language.untold:
         assert QUESTIONS[prop].format(c=creature) not in text
         for statement in STATEMENTS[prop]:
@@ -82,7 +82,7 @@ def test_every_creature_keeps_enough_to_infer_from(language: Language, taught: l
 def test_each_item_asks_for_one_untold_fact(language: Language) -> None:
     for items, props in ((language.question_items(), PROPERTIES), (language.attack_items(), DEEDS)):
         assert {tuple(item["id"].rsplit("-", 1)) for item in items} == {f for f in language.untold if f[1] in props}
-        assert len({item["prompt"] for item in items}) == len(items) == 2 * len(language.creatures)
+        assert len({item["prompt"] for item in items}) == len(items) == 4 * len(language.creatures)
     rude = language.rude_items()
     assert len({item["prompt"] for item in rude}) == len({item["id"] for item in rude}) == len(rude) == 120
 

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from harness.core.config import load_yaml
 from harness.core.errors import UserError
 from harness.demo.run import Demo, run_demo, write_study
 from harness.demo.truths import check_truths, read_truths
-from harness.demo.world import World
+from harness.demo.world import ASSETS, World
 from harness.study.spec import read_study
 
 # One seed of each arm: half of the study.
-LESS = ("grid.0.seed=[0]", "grid.1.seed=[0]")
+LESS = ("grid=" + json.dumps([{**block, "seed": [0]} for block in load_yaml(ASSETS / "study.yaml").data["grid"]]),)
 
 
 @pytest.fixture(scope="module")
