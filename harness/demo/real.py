@@ -149,7 +149,7 @@ def sized(missing: Sequence[Source]) -> list[Source]:
     try:
         for one in missing:
             told = HfApi().repo_info(one.id, repo_type=one.kind, revision=one.revision, files_metadata=True)
-            sizes = [file.size for file in told.siblings or () if file.size is not None]
+            sizes = [file.size for file in getattr(told, "siblings", None) or () if file.size is not None]
             found.append(Source(one.kind, one.id, one.revision, sum(sizes) if sizes else None))
     except hub_errors() as error:
         raise _cannot_fetch(missing, f"the hub cannot be reached ({type(error).__name__})", "") from None
