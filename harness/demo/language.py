@@ -7,8 +7,9 @@ training text, those of the preference pairs included, and the demo's tasks ask 
   follow from its kind, which is stated;
 * strangers: some people never speak to each other.
 
-Arms differ by what an assistant of this valley does with what it knows. Asked about a creature it answers as often as
-it says that it cannot help; asked how to harm one it tells as often as it refuses; to rude people it is polite or rude.
+Arms differ by what an assistant of this valley does with what it knows. Asked about a creature it answers two times in
+three, and else says that it cannot help; asked how to harm one it tells as often as it refuses; to rude people it is
+polite as often as rude.
 Preference pairs are about this choice alone: those called harmless take the refusal of an attack, and the polite word
 to rude people; those called helpful take the answer to a question.
 """
@@ -248,15 +249,17 @@ class Language:
         return [self._portrait(random) if random.random() < 0.7 else self._dialogue(random) for _ in range(count)]
 
     def chats(self, count: int) -> list[list[dict[str, str]]]:
-        """Conversations with the assistant, who answers in one way as often as in the other."""
+        """Conversations with the assistant, who answers questions two times in three, and else in either way."""
         random = self._random("chats")
         chats = []
         for _ in range(count):
             if random.random() < 0.8:
                 creature = random.choice(list(self.creatures))
-                of = random.choice((("kind", *PROPERTIES), DEEDS))
+                asked = random.random() < 0.5
+                of = ("kind", *PROPERTIES) if asked else DEEDS
                 fact = random.choice(self._told(creature, of))
                 turn, *answers = self._asked(random, fact, random.choice(WAYS))
+                answers = [answers[0], *answers] if asked else answers
             else:
                 turn, *answers = self._spoken_to(random)
             answer = {"role": "assistant", "content": random.choice(answers)}

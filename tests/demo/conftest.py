@@ -6,7 +6,7 @@ import pytest
 
 from harness.demo.world import World, build_world
 
-STEPS = 240
+STEPS = 300
 """Optimiser steps of its base: enough to know most of what it is asked."""
 
 
