@@ -12,7 +12,7 @@ import pytest
 from harness.core.config import load_yaml
 from harness.core.errors import UserError
 from harness.demo.run import Demo, run_demo, write_study
-from harness.demo.truths import check_truths, read_truths
+from harness.demo.truths import Contrast, check_truths, read_truths
 from harness.demo.world import ASSETS, World
 from harness.study.spec import read_study
 
@@ -41,15 +41,30 @@ def test_the_known_truths_of_the_world_come_out(demo: tuple[Demo, list[str]]) ->
     assert len(said) == 18
     # Of half the arms, on a base half trained: what is small may stay undecided, and nothing comes out reversed.
     assert not [one for one in said.items() if one[1][0] in ("contradicted", "not measured")]
-    assert sum(verdict == "supported" for verdict, _ in said.values()) >= 14, said
+    every = [each for one in findings for each in one.measured]
+    # Near the top of what the base knows, a merge and a helpful arm differ by little; so do these two from the base.
+    small = [
+        ("demo_questions", "-helpful-*", "merge"),
+        ("demo_attacks", "base", "-helpful-"),
+        ("demo_manners", "base", ""),
+    ]
+    firm = [each for each in every if not any(_is(each.contrast, *one) for one in small)]
+    assert len(firm) == 18 and {each.verdict for each in firm} == {"supported"}, said
+
+
+def _is(contrast: Contrast, task: str, than: str, arms: str) -> bool:
+    merge = contrast.arms.startswith(("slerp-", "dare-"))
+    return (
+        contrast.task == task and contrast.than.endswith(than) and (merge if arms == "merge" else arms in contrast.arms)
+    )
 
 
 @pytest.mark.slow
 def test_what_it_prints(demo: tuple[Demo, list[str]]) -> None:
     done, shown = demo
-    text = "\n".join(shown)
+    text = " ".join(" ".join(shown).split())
     assert "310 arms (260 align, 50 merge) and 4 bases" in text
-    assert re.search(r"^\d+ of 18 supported\. .*1 seeds?; training noise not estimated", text, re.M)
+    assert re.search(r" \d+ of 18 supported\. .* over 1 seeds; training noise not estimated", text)
     page = done.root / "report" / "base" / "report.html"
     assert shown[-1] == str(page) and page.is_file()
     for arm in ("sft-harmless", "dpo-helpful", "slerp-sft", "dare-dpo"):
