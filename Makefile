@@ -19,7 +19,7 @@ export PYTHONDONTWRITEBYTECODE :=
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: install ## install, then align and evaluate a tiny model from start to leaderboard
+demo: install ## install, then a whole study in a tiny world of its own, from pairs to leaderboard; ARGS=--real: on real data
 	@$(BIN)/harness demo $(ARGS)
 
 # Two workers with one thread each: torch's threads would spin on each other's cores.

@@ -149,15 +149,24 @@ def doctor(as_json: Json = False) -> int:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the demo's models and runs.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the demo's world and its study.")] = Path("runs/demo"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over.")] = False,
-) -> None:
-    """Build and train a tiny model here, evaluate it, and show the leaderboard: no network, no data needed."""
+    real: Annotated[
+        bool, typer.Option("--real", help="The shipped study `quick` instead: a small hub model, HH-RLHF; downloads.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="With --real: folder or hub id of the base to take.")] = None,
+) -> int:
+    """Make a tiny world here and study it from pairs to leaderboard: no network, no data needed."""
     from harness.core.progress import for_terminal
+    from harness.demo.real import run_real
     from harness.demo.run import run_demo
 
     with for_terminal() as reporter:
-        run_demo(out, fresh=fresh, reporter=reporter)
+        if real:
+            failures = run_real(out, model=model, fresh=fresh, reporter=reporter)
+        else:
+            failures = run_demo(out, fresh=fresh, reporter=reporter).failures
+    return ExitCode.STEPS_FAILED if failures else ExitCode.DONE
 
 
 if __name__ == "__main__":

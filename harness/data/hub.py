@@ -133,6 +133,11 @@ def parse_revisions(pairs: Iterable[str], option: str = "--data-revision") -> di
     return found
 
 
+def cached_commit(path: str, revision: str | None = None, *, repo_type: str = "dataset") -> str | None:
+    """The commit that the caches hold for a revision of a hub id; None where they lack it. Never asks the hub."""
+    return _cached(path, revision or "main", repo_type)
+
+
 def _cached(path: str, wanted: str, repo_type: str) -> str | None:
     repository = hub_cache() / f"{repo_type}s--{path.replace('/', '--')}"
     snapshots = {entry.name for entry in repository.glob("snapshots/*") if entry.is_dir()}

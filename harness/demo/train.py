@@ -1,7 +1,7 @@
-"""The demo's training: a tokenizer, a tiny Llama in two forms, and a reward classifier, in plain torch on the CPU.
+"""The demo's training: a tokenizer, a tiny Llama, and a reward classifier, in plain torch on the CPU.
 
 In fp32, with fixed seeds, a fixed number of threads and deterministic kernels: on one machine the same seed gives the
-same bytes. The Llamas keep head size 32, the least that vLLM serves on a CPU.
+same bytes. The Llama keeps head size 32, the least that vLLM serves on a CPU.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ THREADS = 2
 
 VOCABULARY = 768
 CONTEXT = 512
-DOCUMENTS, CHATS, RATED = 12_000, 3_000, 4_000
-BASE_STEPS, CHAT_STEPS, CLASSIFIER_STEPS = 270, 100, 80
+DOCUMENTS, CHATS, RATED = 8_000, 10_000, 4_000
+BASE_STEPS, CLASSIFIER_STEPS = 500, 80
 BLOCK, BATCH = 64, 32
 """Tokens per row, and rows per step, of the base's training."""
 
@@ -38,8 +38,8 @@ TEMPLATE = (
 )
 
 
-def train(root: Path, language: Language, say: Progress) -> None:
-    """Write the folders ``base``, ``instruct`` and ``classifier`` into ``root``.
+def train(root: Path, language: Language, steps: int, say: Progress) -> None:
+    """Write the folders ``base`` and ``classifier`` into ``root``.
 
     Sets torch's threads and determinism for the whole process: call it in one of its own.
     """
@@ -55,7 +55,7 @@ def train(root: Path, language: Language, say: Progress) -> None:
     documents, chats = language.documents(DOCUMENTS), language.chats(CHATS)
     tokenizer = _tokenizer([*documents, *(turn["content"] for chat in chats for turn in chat)])
     say(f"language: {len(documents):,} documents, {len(chats):,} conversations, {len(tokenizer)} tokens")
-    _train_llamas(root, language.seed, tokenizer, (documents, chats), say)
+    _train_base(root, (language.seed, steps), tokenizer, (documents, chats), say)
     _train_classifier(root, language.seed, tokenizer, language.rated(RATED), say)
 
 
@@ -91,9 +91,9 @@ def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _train_llamas(
+def _train_base(
     root: Path,
-    seed: int,
+    how: tuple[int, int],
     tokenizer: PreTrainedTokenizerFast,
     texts: tuple[Sequence[str], Sequence[Any]],
     say: Progress,
@@ -101,7 +101,7 @@ def _train_llamas(
     import torch
     import transformers
 
-    documents, chats = texts
+    (seed, steps), (documents, chats) = how, texts
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
@@ -119,13 +119,13 @@ def _train_llamas(
     make: Any = transformers.LlamaForCausalLM
     model = make(config)
     say(f"base: a Llama of {model.num_parameters() / 1e6:.1f} M parameters")
-    _fit(model, _blocks(tokenizer, documents, seed), BASE_STEPS, 5e-3, lambda line: say(f"base: {line}"))
+    ids = [[*one, tokenizer.eos_token_id] for one in tokenizer(list(documents))["input_ids"]]
+    tokenizer.chat_template = TEMPLATE
+    encoded: Any = tokenizer.apply_chat_template(list(chats), return_dict=True)
+    Random(seed).shuffle(ids := [*ids, *encoded["input_ids"]])
+    _fit(model, _blocks(ids, seed), steps, 5e-3, lambda line: say(f"base: {line}"))
     model.save_pretrained(root / "base")
     tokenizer.save_pretrained(root / "base")
-    tokenizer.chat_template = TEMPLATE
-    _fit(model, _turns(tokenizer, chats), CHAT_STEPS, 2e-3, lambda line: say(f"instruct: {line}"))
-    model.save_pretrained(root / "instruct")
-    tokenizer.save_pretrained(root / "instruct")
     tokenizer.chat_template = None
 
 
@@ -153,38 +153,17 @@ def _fit(model: Any, batches: Iterator[dict[str, torch.Tensor]], steps: int, rat
     model.eval()
 
 
-def _blocks(
-    tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], seed: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Documents end to end, each between ``<s>`` and ``</s>``, cut into rows of equal length (B, T)."""
+def _blocks(texts: Sequence[Sequence[int]], seed: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Texts end to end, each between ``<s>`` and ``</s>``, cut into rows of equal length (B, T)."""
     import torch
 
-    ids = [i for one in tokenizer(list(documents))["input_ids"] for i in (*one, tokenizer.eos_token_id)]
+    ids = [i for one in texts for i in one]
     rows_BT = torch.tensor(ids[: len(ids) // BLOCK * BLOCK]).view(-1, BLOCK)
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(rows_BT), generator=generator)
         for chosen in (order[start : start + BATCH] for start in range(0, len(order), BATCH)):
             yield {"input_ids": rows_BT[chosen], "labels": rows_BT[chosen]}
-
-
-def _turns(tokenizer: PreTrainedTokenizerFast, chats: Sequence[Any]) -> Iterator[dict[str, torch.Tensor]]:
-    """Conversations through the chat template, padded (B, T); the loss is on the answers alone."""
-    import torch
-
-    encoded: Any = tokenizer.apply_chat_template(list(chats), return_dict=True, return_assistant_tokens_mask=True)
-    pairs = list(zip(encoded["input_ids"], encoded["assistant_masks"], strict=True))
-    while True:
-        for start in range(0, len(pairs) - BATCH + 1, BATCH):
-            batch = pairs[start : start + BATCH]
-            width = max(len(ids) for ids, _ in batch)
-            input_BT = torch.full((len(batch), width), int(tokenizer.pad_token_id))
-            labels_BT = torch.full((len(batch), width), -100)
-            for row, (ids, mask) in enumerate(batch):
-                input_BT[row, : len(ids)] = torch.tensor(ids)
-                labels_BT[row, : len(ids)] = torch.where(torch.tensor(mask).bool(), torch.tensor(ids), -100)
-            attention = (torch.arange(width) < torch.tensor([len(ids) for ids, _ in batch])[:, None]).long()
-            yield {"input_ids": input_BT, "attention_mask": attention, "labels": labels_BT}
 
 
 def _train_classifier(

@@ -129,6 +129,14 @@ def test_revision_is_asked_of_the_hub_only_where_no_cache_knows_it(
     assert asked == [("some/other", "dataset", "dev"), ("some/gone", "dataset", "main")]
 
 
+def test_a_hub_out_of_reach_is_no_traceback(caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its real client, whichever library that speaks HTTP by: a port that nobody listens on."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    assert resolve_revision("some/rows") is None
+
+
 # -------------------------------------------------------------------------------------------------------------- loading
 
 
