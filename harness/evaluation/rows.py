@@ -77,6 +77,7 @@ class RowContext:
     step: str
     dtype: str | None = None
     template: str | None = None
+    control: str | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -130,6 +131,7 @@ def _row(
         variant=context.variant,
         dtype=context.dtype,
         template=context.template,
+        control=context.control,
         leaf=leaf,
         scorer=context.scorer,
         metric=metric.name,
