@@ -128,7 +128,7 @@ class Steering:
         return Steered(self, name, bos, self._ids(tokenizer) if self.kind == "text" else [])
 
     def sent(self, request: Request, name: str | None) -> Request:
-        """The request as an engine is asked it: by the engine's name, with a control only where vectors stand for it."""
+        """The request as an engine is asked it: by its own name, with a control only where vectors stand for it."""
         control = request.control if self.kind == "embeddings" else None
         if (request.adapter, request.control) == (name, control):
             return request

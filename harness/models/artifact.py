@@ -11,7 +11,6 @@ from harness.models.chat_templates import read_chat_template
 from harness.models.lineage import CONFIG
 from harness.steps.provenance import digest_of_bytes, files_digest
 
-
 CONDITIONING = "conditioning"
 """How the names of files begin that change what evaluation sends."""
 

@@ -1,6 +1,6 @@
 """``conditioning.json`` in the folder of an adapter or a model: read, checked and written. Torch-free until asked.
 
-Every file that it names begins with ``conditioning``, lies in the folder, and is part of the digest of adapter or model.
+Every file that it names begins with ``conditioning``, lies in the folder, and is part of the digest of what it steers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.contracts.aligner import ArtifactFiles
-from harness.core.conditioning import Conditioning, ControlValue, Position, conditioning_of
+from harness.core.conditioning import Conditioning, Position, conditioning_of
 from harness.core.errors import CorruptionError, UserError
 from harness.core.records import AdapterInfo, ModelInfo
 from harness.models.adapter_keys import EMBEDDINGS, Base, check_keys

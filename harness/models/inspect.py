@@ -25,7 +25,6 @@ from harness.models.files import (
     read_adapter_config,
     read_checked,
     read_config,
-    read_object,
 )
 from harness.models.locate import is_url, locate, short_name
 from harness.models.tensors import Entry, read_header

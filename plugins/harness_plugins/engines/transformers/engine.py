@@ -132,9 +132,9 @@ class TransformersEngine(Engine["TransformersEngine.Config"]):
         for number, adapter in enumerate(adapters):
             names[adapter.name] = f"adapter_{number}"  # peft uses names as module names: no dots
             peft = load_adapter(peft or loaded, adapter, names[adapter.name], model)
-        conditioned = {one.name: one for one in adapters if one.conditioning is not None}
-        own = {None: model} if model.conditioning is not None else {}
-        return TransformersSession(loaded, tokenizer, limits, names, peft, {**conditioned, **own})
+        conditioned: dict[str | None, AdapterInfo | ModelInfo] = {one.name: one for one in adapters if one.conditioning}
+        conditioned |= {None: model} if model.conditioning is not None else {}
+        return TransformersSession(loaded, tokenizer, limits, names, peft, conditioned)
 
 
 def _budget(options: Any) -> tuple[int, int]:
