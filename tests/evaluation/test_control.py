@@ -118,7 +118,7 @@ def test_a_whole_model(tiny: Path, sums: Path, alone: Path) -> None:
     assert inspect_model(spec, conditioned=True).weights_digest != before
     with pytest.raises(UserError, match="conditioning of its own, and adapters are to lie on it"):
         evaluate(model, sums, "no", adapter=tiny_adapter(alone / "arm", model))
-    with pytest.raises(UserError, match="trained with a conditioning .* which is not applied here"):
+    with pytest.raises(UserError, match=r"trained with a conditioning .* which is not applied here"):
         inspect_model(spec)
 
 
@@ -196,9 +196,9 @@ def test_embeddings_of_real_ids_are_the_ids(kind: str, tiny: Path, tmp_path: Pat
         assert len(session.batches(virtual)) == 1
         # Those that differ in the control alone share no answer.
         assert expected[0] != expected[3]
-        outside = ask(session, [request((0,) * 510, control="good", control_at=1)])
+        outside = ask(session, [request((0,) * 511, control="good", control_at=1)])
         assert outside[0].error is not None
-        assert "513" in outside[0].error
+        assert "of 512" in outside[0].error
         with pytest.raises(UserError, match="no virtual tokens of arm stand for 'great'"):
             session.run([request(first, control="great", control_at=1)])
         with pytest.raises(UserError, match="the model has no conditioning"):
