@@ -12,7 +12,7 @@ from harness.contracts.engine import Session
 from harness.core.records import AdapterInfo, ModelInfo, Request
 from harness.evaluation.plan import ArmPlan, EvalPlan
 from harness.evaluation.session import EvalSession, Unit
-from harness.models.artifact import conditioning_files
+from harness.models.conditioning import copy_conditioning
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,11 @@ def groups_of(plan: EvalPlan, units: Sequence[Unit], workers: int = 1) -> Iterat
         if not served or len(beside | _served_names([arm])) > most or (most == len(beside) and arm.served is None):
             served.append([])
         served[-1].append(arm)
-    folded = [arm for arm in arms if arm.folded is not None]
+    # Arms that differ in text or virtual tokens alone are one checkpoint.
+    folded: dict[str, set[str]] = {}
+    for arm in arms:
+        if arm.folded is not None and arm.served is not None:
+            folded.setdefault(arm.served.name, set()).add(arm.name)
     pieces = max(1, -(-(workers - len(folded)) // len(served))) if served else 1
     for chunk in served:
         names = {arm.name for arm in chunk}
@@ -53,8 +57,8 @@ def groups_of(plan: EvalPlan, units: Sequence[Unit], workers: int = 1) -> Iterat
         for piece in range(min(pieces, len(own))):
             bounds = (len(own) * n // min(pieces, len(own)) for n in (piece, piece + 1))
             yield group_of(own[slice(*bounds)])
-    for arm in folded:
-        yield group_of([unit for unit in units if unit.arm.name == arm.name])
+    for names in folded.values():
+        yield group_of([unit for unit in units if unit.arm.name in names])
 
 
 def _served_names(arms: Sequence[ArmPlan]) -> set[str]:
@@ -137,11 +141,9 @@ class Loaded:
         fold_into(arm.model, adapter, out, dtype=spec.dtype, runner=self._run.runner)
         # Everything but the weights is the base's, its name too; nobody asks for the digest of what is soon deleted.
         model = arm.model.model_copy(update={"path": str(out), "pickled": False})
-        if arm.steering.kind != "embeddings":
+        if arm.steering.kind != "embeddings" or arm.adapter is None:
             return model
-        for file in conditioning_files(Path(arm.steering.owner.path)):
-            shutil.copyfile(file, out / file.name)
-        return model.model_copy(update={"conditioning": arm.steering.conditioning})
+        return model.model_copy(update={"conditioning": copy_conditioning(arm.adapter, out)})
 
 
 def remove_scratch(folder: Path) -> None:

@@ -20,14 +20,15 @@ from harness.models.artifact import CONDITIONING, adapter_digest, largest_rank
 from harness.models.files import read_adapter_config, read_object
 from harness.models.lineage import CONFIG, WEIGHTS, refuse_unless_plain
 from harness.models.tensors import FLOATS, Entry, mapped, not_finite, read_header
-from harness.steps.files import read_json, stays_inside
+from harness.steps.files import read_json, stays_inside, write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 FILE = f"{CONDITIONING}.json"
-SOFT = f"{CONDITIONING}.safetensors"
+SOFT = f"{CONDITIONING}/embeddings.safetensors"
+"""In a folder: vLLM takes every safetensors file that lies beside config.json for weights of the model."""
 _FIX = "Restore the adapter as its method exported it."
 
 
@@ -228,6 +229,23 @@ def _soft_entry(folder: Path, conditioning: Conditioning, name: str) -> Entry:
     value = conditioning.values[name]
     assert value.embeddings is not None
     return read_header(folder / value.embeddings)[value.tensor or name]
+
+
+def copy_conditioning(info: AdapterInfo, out: Path) -> Conditioning:
+    """Copy what conditions an adapter into the folder of a model that it is folded into; returns it as it lies there.
+
+    Files go into a folder there: see :data:`SOFT`.
+    """
+    found = info.conditioning
+    assert found is not None
+    values = {}
+    for name, value in found.values.items():
+        if value.embeddings is not None:
+            lying = f"{CONDITIONING}/{value.embeddings.replace('/', '-')}"
+            write_bytes(out / lying, (Path(info.path) / value.embeddings).read_bytes())
+            value = value.model_copy(update={"embeddings": lying})
+        values[name] = value
+    return found.model_copy(update={"values": values})
 
 
 def virtual_tokens(info: AdapterInfo | ModelInfo, control: str) -> int:

@@ -193,7 +193,9 @@ def _under_controls(model: ModelInfo, name: str, adapter: AdapterInfo) -> list[t
     found = adapter.conditioning
     if found is None:
         return [(name, Steering(model, adapter, name, None))]
-    controls = {name: found.default, **{f"{name}@{control}": control for control in found.controls}}
+    # The separators of several preferences mean something else to servers.
+    controls = {f"{name}@{one.replace('=', ':').replace(',', '+')}": one for one in found.controls}
+    controls = {name: found.default, **controls}
     return [(one, Steering(model, adapter, one, control)) for one, control in controls.items()]
 
 

@@ -293,7 +293,10 @@ def _check_embeds(bench: _Bench, scratch: Path) -> None:
     adapters: list[AdapterInfo] = []
     if bench.able.max_adapters > 0:
         folder = tiny_conditioning(tiny_adapter(scratch / "steered", own), own, _VALUES)
-        adapters = [inspect_adapter(str(folder), inspect_model(ModelSpec(model=str(own))), conditioned=True)]
+        base = inspect_model(ModelSpec(model=str(own)))
+        adapter = inspect_adapter(str(folder), base, conditioned=True)
+        # What it cannot serve is folded into a model, which the other half of this check is about.
+        adapters = [adapter] if bench.engine.adapter_problem(base, adapter, bench.options) is None else []
     tiny_conditioning(own, own, _VALUES)
     model = inspect_model(ModelSpec(model=str(own)), conditioned=True)
     model = model.model_copy(update={"spec": bench.model.spec})

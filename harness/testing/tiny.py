@@ -186,8 +186,10 @@ def tiny_conditioning(folder: Path | str, model: Path | str, values: Mapping[str
 
     target = Path(folder)
     embeddings = load_file(Path(model) / "model.safetensors")["model.embed_tokens.weight"]
-    save_file({name: embeddings[list(ids)] for name, ids in values.items()}, target / "conditioning.safetensors")
-    described = {name: {"embeddings": "conditioning.safetensors"} for name in values}
+    (target / "conditioning").mkdir(exist_ok=True)
+    lying = "conditioning/embeddings.safetensors"
+    save_file({name: embeddings[list(ids)] for name, ids in values.items()}, target / lying)
+    described = {name: {"embeddings": lying} for name in values}
     told = {"values": described, "default": next(iter(values)), "position": "after_bos"}
     _write(target / "conditioning.json", told)
     return target

@@ -62,7 +62,8 @@ def test_what_stands_beside_is_carried_where_it_is_the_same(kind: Any, tiny: Pat
     assert before is not None
     assert (list(result.values), result.default, result.position) == (["good"], "good", "after_bos")
     if kind is soft:
-        vectors = [load_file(folder / "conditioning.safetensors")["good"] for folder in (one, made.folder)]
+        files = (one / "conditioning.safetensors", made.folder / "conditioning" / "embeddings.safetensors")
+        vectors = [load_file(file)["good"] for file in files]
         assert (vectors[0] == vectors[1]).all()
     else:
         assert result.values["good"] == before.values["good"]
