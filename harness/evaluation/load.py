@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness.contracts.engine import Session
@@ -36,6 +36,9 @@ def groups_of(plan: EvalPlan, units: Sequence[Unit], workers: int = 1) -> Iterat
     """
     waiting = {unit.arm.name for unit in units}
     arms = [arm for arm in plan.arms if arm.name in waiting]
+    # What is folded is the plan's to say: a second engine serves what the run's own cannot, or the other way round.
+    by_name = {arm.name: arm for arm in arms}
+    units = [replace(unit, arm=by_name[unit.arm.name]) for unit in units]
     most = max(1, plan.engine.capabilities(plan.model, plan.engine_options).max_adapters)
     served: list[list[ArmPlan]] = []
     for arm in arms:
