@@ -169,10 +169,10 @@ def _adapters(checked: Checked) -> None:
     if strange:
         checked.problems.append(UserError(f"--adapter {strange[0]}", "cannot be a name", "Give another: NAME=PATH."))
     for name, steering in served:
-        adapter = steering.served
-        assert adapter is not None
-        checked.adapters[name] = adapter
-        if steering.control is not None and not _in_prompts(adapter):
+        asked = steering.served
+        assert asked is not None
+        checked.adapters[name] = asked
+        if steering.control is not None and not _in_prompts(asked):
             checked.controls[name] = steering
             checked.problems += _problems_of(partial(_refuse_sum, name, steering, checked))
 

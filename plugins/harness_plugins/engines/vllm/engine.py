@@ -235,7 +235,7 @@ class VllmEngine(Engine["VllmEngine.Config"]):
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
         }
-        if any(_is_soft(one) for one in (model, *adapters)):
+        if _is_soft(model) or any(map(_is_soft, adapters)):
             arguments["enable_prompt_embeds"] = True
         if adapters:
             rank = max(adapter.rank for adapter in adapters)
