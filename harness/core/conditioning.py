@@ -31,8 +31,12 @@ class ControlValue(Config):
     """What stands for one value: exactly one of a text, an adapter and embeddings."""
 
     text: str | None = Field(None, min_length=1, description="written into the prompt, tokenised by itself")
-    adapter: str | None = Field(None, description="folder beside this file with a LoRA adapter of the same base")
-    embeddings: str | None = Field(None, description="safetensors file beside this file with the virtual tokens")
+    adapter: str | None = Field(
+        None, max_length=200, description="folder beside this file with a LoRA adapter of the same base"
+    )
+    embeddings: str | None = Field(
+        None, max_length=200, description="safetensors file beside this file with the virtual tokens"
+    )
     tensor: str | None = Field(
         None, description="name of the tensor in that file, of shape (tokens, hidden size); the value's own when absent"
     )

@@ -73,6 +73,14 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "above": (sets("values", "bad", "embeddings", to="../conditioning.safetensors"), "is outside of its folder"),
     "absolute": (sets("values", "bad", "embeddings", to="/etc/passwd"), "'/etc/passwd' is outside of its folder"),
     "of another name": (sets("values", "bad", "embeddings", to="soft.safetensors"), "or is not called conditioning"),
+    "a name too long": (
+        sets("values", "bad", "embeddings", to="conditioning" + "x" * 300),
+        "values.bad.embeddings: String should have at most 200 characters",
+    ),
+    "a folder for a file": (
+        lambda folder: (folder / SOFT).unlink() or (folder / SOFT).mkdir(),
+        "is no regular file",
+    ),
     "a link out": (linked, f"{SOFT} is a link that leads out of its folder"),
     "a file that is missing": (lambda folder: (folder / SOFT).unlink(), f"{SOFT} is missing"),
     "no such tensor": (lambda folder: tensors(folder, lambda found: found.pop("bad")), "has no tensor 'bad'"),
