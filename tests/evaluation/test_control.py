@@ -230,4 +230,4 @@ def test_a_folded_control_is_the_two_adapters(tiny: Path, tmp_path: Path) -> Non
                 module = two.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
                 module.weight.data += factors[name.replace("lora_A", "lora_B")] @ a  # alpha / r is 1
     with torch.inference_mode():
-        assert (one(ids_BT).logits - two(ids_BT).logits).abs().max() < 1e-4
+        assert (one(ids_BT).logits - two(ids_BT).logits).abs().max() < 1e-5
