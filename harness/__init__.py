@@ -95,6 +95,12 @@ if TYPE_CHECKING:
         hub_cache as hub_cache,
         offline as offline,
     )
+    from harness.core.conditioning import (
+        Conditioning as Conditioning,
+        ControlValue as ControlValue,
+        control_place as control_place,
+        insert_control as insert_control,
+    )
     from harness.core.config import (
         Config as Config,
     )
@@ -180,6 +186,12 @@ if TYPE_CHECKING:
     from harness.models.attaching import (
         attach_adapter as attach_adapter,
     )
+    from harness.models.conditioning import (
+        AdapterControl as AdapterControl,
+        control_tokens as control_tokens,
+        soft_prompt as soft_prompt,
+        write_conditioning as write_conditioning,
+    )
     from harness.models.generation_config import (
         end_tokens as end_tokens,
         generation_identity as generation_identity,
@@ -245,6 +257,7 @@ _HOME = {
     "harness.contracts.registry": "Registry load_plugins",
     "harness.contracts.scorer": "AnswerScorer ScoreJob Scorer ScorerContext ScorerSession",
     "harness.core.caches": "hub_cache offline",
+    "harness.core.conditioning": "Conditioning ControlValue control_place insert_control",
     "harness.core.config": "Config",
     "harness.core.costs": "Costs JudgeCosts",
     "harness.core.errors": "HarnessError StepError UserError nearest unknown",
@@ -267,6 +280,7 @@ _HOME = {
     "harness.report.external.annotations": "JudgedPair",
     "harness.merging.run": "Merging merge",
     "harness.models.attaching": "attach_adapter",
+    "harness.models.conditioning": "AdapterControl control_tokens soft_prompt write_conditioning",
     "harness.models.generation_config": "end_tokens generation_identity",
     "harness.models.inspect": "adapter_modules inspect_model with_tokenizer",
     "harness.models.locate": "is_url",

@@ -157,6 +157,9 @@ def find_start(
         start = made.get(spec.start) or inspect_adapter(spec.start, model, allow_template_mismatch=True)
     except UserError as error:
         raise UserError(error.where.replace("--adapter", "--from", 1), error.what, error.fix) from None
+    if start.conditioning is not None:  # of a study's own arm: any other has been refused when it was inspected
+        what = "was trained with a conditioning, which training from it would lose"
+        raise UserError(where, what, "Start from an adapter that has none.")
     lineage.refuse_unless_plain(start.config, where)
     if spec.adapter == "none" or getattr(adapter_options, "dora", False):
         how = "--adapter none" if spec.adapter == "none" else "--set adapter.dora=true"

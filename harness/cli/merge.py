@@ -51,7 +51,7 @@ def merge(
     ] = None,
     inputs: Annotated[
         list[str] | None,
-        typer.Option("--inputs", metavar="ARM[:WEIGHT]...", help="Adapters and checkpoints, mixed freely, in order."),
+        typer.Option("--inputs", metavar="ARM[@CONTROL][:WEIGHT]...", help="Adapters and checkpoints, in order."),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="mergekit's YAML instead of all of these.")] = None,
     set_: Annotated[
@@ -184,6 +184,7 @@ def fold(
         str, typer.Option(help="bf16: the base as stored; nf4-roundtrip: the base as QLoRA training saw it.")
     ] = "bf16",
     dtype: Annotated[str, typer.Option(help="auto (the base's), float32, bfloat16, float16.")] = "auto",
+    control: Annotated[str | None, typer.Option(help="Value of its conditioning; the default when absent.")] = None,
     probe: Annotated[Path | None, typer.Option(help="JSON lines with texts to compare on; else bundled ones.")] = None,
     probe_prompts: Annotated[int | None, typer.Option(help="How many of them; 0: no comparison.")] = None,
     revision: Annotated[str | None, typer.Option(help="Hub revision of the base.")] = None,
@@ -215,6 +216,7 @@ def fold(
             reporter=reporter,
             precision=precision,
             dtype=dtype,
+            control=control,
             probe=probe,
             probe_prompts=probe_prompts,
         )

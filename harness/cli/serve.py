@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 def serve(
     model: Annotated[str, typer.Option(help="Model folder or hub id.")],
     adapter: Annotated[
-        list[str] | None, typer.Option(help="Adapter of it, or NAME=ADAPTER, or a folder of such (repeatable).")
+        list[str] | None,
+        typer.Option(help="Adapter of it, or NAME=ADAPTER, or a folder of such (repeatable)."),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0: a free one.", min=0, max=65535)] = 8000,

@@ -20,6 +20,9 @@ class Capabilities:
     generate: bool = False
     loglikelihood: bool = False
     prompt_embeds: bool = False
+    """Puts the virtual tokens of ``Request.control`` into a prompt (:func:`harness.soft_prompt` reads them)."""
+    loglikelihood_embeds: bool | None = None
+    """Whether it does so for log-likelihoods too; None: as for generating."""
     max_adapters: int = 0
     """Adapters that one session holds beside the base; more are taken in groups, one session after another."""
     max_adapter_rank: int = 0
@@ -33,14 +36,20 @@ class Capabilities:
     """For each thing that it cannot do, why not."""
 
     def lacks(self, needs: Iterable[str]) -> dict[str, str]:
-        """The needs ("generate", "loglikelihood", "prompt_embeds", "adapters") that are not met, with reasons."""
+        """The needs that are not met, with reasons.
+
+        They are "generate", "loglikelihood", "prompt_embeds", "loglikelihood_embeds" and "adapters".
+        """
+        embeds = self.prompt_embeds if self.loglikelihood_embeds is None else self.loglikelihood_embeds
         have = {
             "generate": self.generate,
             "loglikelihood": self.loglikelihood,
             "prompt_embeds": self.prompt_embeds,
+            "loglikelihood_embeds": embeds and self.prompt_embeds,
             "adapters": self.max_adapters > 0,
         }
-        return {need: self.reasons.get(need, "not supported") for need in needs if not have[need]}
+        reasons = {"loglikelihood_embeds": self.reasons.get("prompt_embeds", "not supported"), **self.reasons}
+        return {need: reasons.get(need, "not supported") for need in needs if not have[need]}
 
 
 @dataclass(frozen=True)
@@ -168,7 +177,10 @@ class Engine(Plugin[C]):
 
     @abstractmethod
     def open(self, model: ModelInfo, adapters: Sequence[AdapterInfo], options: C) -> Session:
-        """Load the model. ``Request.adapter`` is the ``name`` of one of ``adapters``, or None for the base."""
+        """Load the model. ``Request.adapter`` is the ``name`` of one of ``adapters``, or None for the base.
+
+        ``Request.control`` is one of that adapter's conditioning; of the model's own, where there is no adapter.
+        """
 
     def server_problems(self, model: ModelInfo, options: C) -> list[UserError]:
         """Why this engine's own OpenAI-compatible server cannot serve the base; found out without loading."""

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from harness.core.conditioning import Conditioning
 from harness.core.config import Config
 from harness.core.costs import Costs
 from harness.core.specs import Decoding
@@ -57,6 +58,10 @@ class Request:
     messages: tuple[Message, ...] | None = None
     adapter: str | None = None
     control: str | None = None
+    """Of the conditioning that adapter or model was trained with: an engine is asked for one only where virtual tokens
+    stand for it, and then puts those in (:func:`harness.soft_prompt`). All else is in ``prompt_ids`` or ``adapter``."""
+    control_at: int | None = None
+    """How many of ``prompt_ids`` stand before the virtual tokens."""
 
     @property
     def digest(self) -> str:
@@ -67,7 +72,8 @@ class Request:
             hashed.update(array("i", ids).tobytes())
         decoding = self.decoding.model_dump(mode="json") if self.decoding is not None else None
         text = None if self.prompt_ids else (self.prompt, self.continuation, self.messages and list(self.messages))
-        hashed.update(canonical([self.kind, decoding, text, self.adapter, self.control]))
+        control = [self.control] if self.control_at is None else [self.control, self.control_at]
+        hashed.update(canonical([self.kind, decoding, text, self.adapter, *control]))
         return hashed.hexdigest()[:32]
 
 
@@ -239,6 +245,7 @@ class ModelInfo(Config):
     pickled: bool = Field(False, description="weights are pickled, not safetensors")
     remote_code: bool = Field(False, description="config.json names code that comes with the model")
     spec: dict[str, Any] = Field(default_factory=dict, description="dtype and trust settings asked for")
+    conditioning: Conditioning | None = Field(None, description="that its prompts were conditioned with")
 
     def identity(self) -> dict[str, Any]:
         """What enters a step id: contents, never a path."""
@@ -261,7 +268,7 @@ class AdapterInfo(Config):
     rank: int = Field(description="largest LoRA rank in it")
     config: dict[str, Any] = Field(default_factory=dict, description="adapter_config.json")
     chat_template: str | None = Field(None, description="that it was trained with")
-    conditioning: dict[str, Any] | None = Field(None, description="conditioning.json: values, default, per-value data")
+    conditioning: Conditioning | None = Field(None, description="that its prompts were conditioned with")
 
 
 Status = Literal["done", "failed"]
@@ -307,6 +314,7 @@ class Row(Config):
 
     model: str
     adapter: str | None = None
+    control: str | None = Field(None, description="of the conditioning that adapter or model was trained with")
     task: str
     variant: str = Field("raw", description="prompt variant: raw or chat")
     dtype: str | None = Field(None, description="type that the model's weights were in; None: not ours to say")

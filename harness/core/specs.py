@@ -131,7 +131,6 @@ class ModelSpec(Config):
     model: str = Field(description="folder, hub id, or URL of an OpenAI-compatible endpoint")
     revision: str | None = Field(None, description="hub revision")
     adapter: str | None = Field(None, description="folder or hub id of a peft adapter")
-    control: str | None = Field(None, description="value of the adapter's conditioning")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="weights' type in the engine; auto: float32 on a CPU, else as they are stored"
     )
@@ -147,6 +146,9 @@ class EvalSpec(Config):
     adapters: tuple[str, ...] = Field((), description="adapters of one base, or folders of such: an arm for each")
     with_base: bool | None = Field(
         None, description="whether the base is an arm too; absent: beside several adapters, not beside one"
+    )
+    control: tuple[str, ...] = Field(
+        (), description="values of the conditioning, an arm for each; `all`: every one; absent: the default alone"
     )
     tasks: tuple[str, ...] = Field((), description="task names; every name may end in :raw or :chat")
     suite: str | None = Field(None, description="suite name; `quick` when neither tasks nor suite are given")
@@ -212,6 +214,7 @@ class MergeInput(Config):
     base: str | None = Field(None, description="the checkpoint under an adapter, where it is not the merge's base")
     revision: str | None = Field(None, description="hub revision")
     weight: float | None = Field(None, allow_inf_nan=True, description="its weight, finite; 1/n when none is given")
+    control: str | None = Field(None, description="value of its conditioning; the default when absent")
 
 
 class MergeSpec(Config):

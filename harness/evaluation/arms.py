@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from harness.core.conditioning import Conditioning, refuse_control
 from harness.core.errors import UserError
 from harness.core.records import AdapterInfo, ModelInfo
 from harness.core.specs import EvalSpec
@@ -31,15 +32,43 @@ class Candidate:
     label: str | None
     """What tables call the arm beside its base; None for the base."""
     control: str | None
+    """Of its conditioning; None: it has none, or its default is meant."""
     template_of: str | None = None
     """Of the base, asked in a chat template that it does not have: label of an arm that brings it."""
 
     @property
     def name(self) -> str:
         """What folders and tables call it; rich would read square brackets as markup."""
-        name = self.model.name if self.label is None else f"{self.model.name}+{self.label}"
-        name = name if self.template_of is None else f"{name} (template of {self.template_of})"
-        return name if self.control is None else f"{name}@{self.control}"
+        plus = "" if self.label is None or self.label.startswith("@") else "+"
+        name = f"{self.model.name}{plus}{self.label or ''}"
+        return name if self.template_of is None else f"{name} (template of {self.template_of})"
+
+    @property
+    def conditioning(self) -> Conditioning | None:
+        """What the arm was trained with."""
+        return self.adapter.conditioning if self.adapter is not None else self.model.conditioning
+
+    def conditioned(self) -> Candidate:
+        """The same with the default of its conditioning where no value was asked for."""
+        if self.control is not None or self.conditioning is None:
+            return self
+        return replace(self, control=self.conditioning.default)
+
+    def under(self, asked: Sequence[str], where: str) -> list[Candidate]:
+        """The arm under each control that is asked for, and under the default where none is.
+
+        Raises:
+            UserError: a value that was not trained, or any at all where there is no conditioning.
+        """
+        found = self.conditioning
+        what = "there is nothing to steer" if self.adapter is None else f"{where} has no conditioning.json"
+        refuse_control(asked, found, what)
+        if found is None or not asked:
+            return [self.conditioned()]
+        return [
+            replace(self, control=control, label=f"{self.label or ''}@{control}")
+            for control in found.expand(asked, f"--control ({where})")
+        ]
 
 
 def find_arms(spec: EvalSpec, model: ModelInfo) -> list[Candidate]:
@@ -50,18 +79,30 @@ def find_arms(spec: EvalSpec, model: ModelInfo) -> list[Candidate]:
     """
     single = (spec.model.adapter,) if spec.model.adapter is not None else ()
     refs = [one for ref in (*single, *spec.adapters) for one in adapters_in(ref)]
-    adapters = [inspect_adapter(ref, model, allow_template_mismatch=spec.model.allow_template_mismatch) for ref in refs]
+    mismatch = spec.model.allow_template_mismatch
+    adapters = [inspect_adapter(ref, model, allow_template_mismatch=mismatch, conditioned=True) for ref in refs]
     _refuse_twins(adapters)
-    control = spec.model.control
+    base = Candidate(model, None, None, None)
     if not adapters:
-        _refuse_control(control, None)
-    found = []
-    if not adapters or (len(adapters) > 1 if spec.with_base is None else spec.with_base):
-        found.append(Candidate(model, None, None, None))
+        return base.under(spec.control, model.name)
+    refuse_conditioned_base(model)
+    found = [base] if (len(adapters) > 1 if spec.with_base is None else spec.with_base) else []
     for adapter, label in zip(adapters, unique_names(adapters), strict=True):
-        _refuse_control(control, adapter)
-        found.append(Candidate(with_template_of(model, adapter), adapter, label, control))
+        one = Candidate(with_template_of(model, adapter), adapter, label, None)
+        found += one.under(spec.control, f"adapter {label}")
     return found
+
+
+def refuse_conditioned_base(model: ModelInfo) -> None:
+    """Refuse adapters on a model that has a conditioning of its own: what steers them nobody knows.
+
+    Raises:
+        UserError: it has one.
+    """
+    if model.conditioning is not None:
+        what = "was trained with a conditioning of its own, and adapters are to lie on it"
+        fix = "Evaluate it without adapters; or give the base that it was trained from."
+        raise UserError(f"--model {model.ref}", what, fix)
 
 
 def adapters_in(ref: str) -> list[str]:
@@ -107,10 +148,3 @@ def _refuse_twins(adapters: Sequence[AdapterInfo]) -> None:
                 f"is the same adapter as {other.ref} (digest {adapter.digest[:12]})",
                 "Give each adapter once.",
             )
-
-
-def _refuse_control(control: str | None, adapter: AdapterInfo | None) -> None:
-    """An adapter with a conditioning has been refused when it was inspected: nothing applies one yet."""
-    if control is not None:
-        what = "the adapter has no conditioning.json" if adapter is not None else "there is no adapter to steer"
-        raise UserError("--control", f"{control!r} given, but {what}", "Leave --control out.")

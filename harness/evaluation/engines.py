@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def needs_of(chosen: Sequence[Chosen]) -> set[str]:
-    """What some tasks ask of an engine."""
+def needs_of(chosen: Sequence[Chosen], *, embeddings: bool = False) -> set[str]:
+    """What some tasks ask of an engine; ``embeddings``: under a control that virtual tokens stand for."""
     needs: set[str] = set()
     for one in chosen:
         default = ("generate", "loglikelihood") if one.spec.lm_eval is not None else ("generate",)
         needs |= set(one.spec.needs or default)
+    if embeddings:
+        needs |= {"prompt_embeds", *(("loglikelihood_embeds",) if "loglikelihood" in needs else ())}
     return needs
 
 

@@ -34,7 +34,12 @@ def probe_of(request: Request, output: Output) -> Request | None:
     if not request.prompt_ids or not output.token_ids or output.error is not None:
         return None
     return Request(
-        "loglikelihood", request.prompt_ids, output.token_ids, adapter=request.adapter, control=request.control
+        "loglikelihood",
+        request.prompt_ids,
+        output.token_ids,
+        adapter=request.adapter,
+        control=request.control,
+        control_at=request.control_at,
     )
 
 

@@ -58,7 +58,9 @@ def second_plan(plan: EvalPlan, registry: Registry) -> EvalPlan | None:
     if spec.parity_engine == plan.engine.name:
         fix = "Name another engine, or choose the run's with --engine."
         raise UserError(where, "is the engine that the run uses already", fix)
-    needs = needs_of([task.chosen for task in plan.tasks]) | {"loglikelihood"}
+    soft = any(arm.steering.kind == "embeddings" for arm in plan.arms)
+    needs = needs_of([task.chosen for task in plan.tasks], embeddings=soft) | {"loglikelihood"}
+    needs |= {"loglikelihood_embeds"} if soft else set()
     given = spec.options.get("parity_engine", {})
     if spec.parity_engine == "auto":
         raise UserError(where, "says no engine", "Name one: transformers, vllm.")
@@ -72,7 +74,7 @@ def second_plan(plan: EvalPlan, registry: Registry) -> EvalPlan | None:
         replace(
             arm,
             model=with_dtype(arm.model, dtype),
-            folded=None if arm.adapter is None else engine.adapter_problem(arm.model, arm.adapter, options),
+            folded=arm.steering.folded(engine, options),
         )
         for arm in plan.arms
     )
@@ -98,9 +100,12 @@ class Parity:
             run.reporter.note("parity was measured before")
             return
         items = [item for unit in self._units for item in self._items(unit)]
-        if "loglikelihood" not in self._lacking():
+        lacking = self._lacking()
+        if "loglikelihood" not in lacking:
             for item in items:
-                item.probe = probe_of(item.request, item.first)
+                # Virtual tokens stand in its prompt, and the first engine may only generate under them.
+                if item.request.control_at is None or "loglikelihood_embeds" not in lacking:
+                    item.probe = probe_of(item.request, item.first)
             self._ask_first([item for item in items if item.probe is not None])
         self._ask_second(items)
         bound = _bound(run.plan.model)
@@ -129,7 +134,9 @@ class Parity:
 
     def _lacking(self) -> dict[str, str]:
         plan = self._run.plan
-        return plan.engine.capabilities(plan.model, plan.engine_options).lacks(["loglikelihood"])
+        return plan.engine.capabilities(plan.model, plan.engine_options).lacks(
+            ["loglikelihood", "loglikelihood_embeds"]
+        )
 
     def _items(self, unit: Unit) -> list[_Item]:
         """The chosen samples of one unit with the answers that are stored; none where it failed."""

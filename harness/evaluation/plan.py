@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from harness.contracts.dataset import Dataset
@@ -19,6 +19,7 @@ from harness.core.secrecy import refuse_within
 from harness.core.specs import EvalSpec, PromptKind, ScorerRef
 from harness.data.hub import OtherRevisionError, read_all, resolve_revision
 from harness.evaluation.arms import Candidate, find_arms
+from harness.evaluation.control import Steering
 from harness.evaluation.engines import choose_engine, conversations_only, needs_of, refuse_unspeakable
 from harness.models.generation_config import generation_identity
 from harness.models.inspect import inspect_model
@@ -95,9 +96,29 @@ class ArmPlan:
     template_of: str | None
     """Of the base, asked in a chat template that it does not have: label of an arm that brings it."""
     control: str | None
+    """Of the conditioning that the arm was trained with; None: it has none."""
     folded: str | None
     """Why the engine cannot serve the adapter, which is then folded into a temporary checkpoint."""
     tasks: tuple[TaskPlan, ...]
+
+    @cached_property
+    def steering(self) -> Steering:
+        """Its adapter and control, and what an engine is asked for."""
+        return Steering(self.model, self.adapter, self.label, self.control)
+
+    @cached_property
+    def served(self) -> AdapterInfo | None:
+        """What an engine has open for it beside the base."""
+        return self.steering.served
+
+    @property
+    def said_control(self) -> str | None:
+        """What rows and plans say of its control."""
+        found = self.steering.conditioning
+        if found is None or self.control is None:
+            return None
+        default = ", the default of its conditioning" if self.control == found.default else ""
+        return f"under control {self.control}{default} ({self.steering.kind}, {found.position})"
 
 
 @dataclass(frozen=True)
@@ -154,6 +175,7 @@ class EvalPlan:
                     "template_digest": arm.model.template_digest,
                     "template_of": arm.template_of,
                     "folded": arm.folded,
+                    **({"control": arm.control, "under": arm.said_control} if arm.control is not None else {}),
                 }
                 for arm in self.arms
             ],
@@ -189,7 +211,8 @@ def plan_eval(spec: EvalSpec, registry: Registry, catalog: Catalog) -> EvalPlan:
     Raises:
         UserError: whatever the user must mend before anything runs.
     """
-    return plan_arms(spec, inspect_model(spec.model), partial(find_arms, spec), registry, catalog)
+    model = inspect_model(spec.model, conditioned=True)
+    return plan_arms(spec, model, partial(find_arms, spec), registry, catalog)
 
 
 def plan_arms(
@@ -219,12 +242,12 @@ def plan_arms(
     chosen = once(catalog.choose, spec.tasks, spec.suite, spec.limit, spec.options, conversations=talks)
     if talks:
         refuse_unspeakable(chosen)
-    candidates = list(find(model))
+    candidates = [one.conditioned() for one in find(model)]
     engine, options, reason = choose_engine(
         spec.engine,
         spec.options.get("engine", {}),
         model,
-        needs_of(chosen),
+        needs_of(chosen, embeddings=any(map(_is_soft, candidates))),
         registry,
         adapters=any(one.adapter is not None for one in candidates),
     )
@@ -238,6 +261,11 @@ def plan_arms(
     candidates = [replace(one, model=with_dtype(one.model, dtype)) for one in candidates]
     planner = _Planner(spec, registry, engine, options, chosen, once)
     return EvalPlan(spec, settled, engine, options, reason, tuple(planner.arms(candidates)), note)
+
+
+def _is_soft(one: Candidate) -> bool:
+    """Whether virtual tokens stand for its control: those an engine has to put in."""
+    return Steering(one.model, one.adapter, one.label, one.control).kind == "embeddings"
 
 
 _Asked = tuple[Chosen, dict[str, Any], dict[str, Any]]
@@ -292,9 +320,7 @@ class _Planner:
 
     def _arm(self, candidate: Candidate, tasks: Sequence[_Asked]) -> ArmPlan:
         model, adapter = candidate.model, candidate.adapter
-        folded = None
-        if adapter is not None and not self._engine.remote:
-            folded = self._engine.adapter_problem(model, adapter, self._options)
+        folded = Steering(model, adapter, candidate.label, candidate.control).folded(self._engine, self._options)
         base = {
             "model": model.identity(),
             "adapter": adapter.digest if adapter is not None else None,

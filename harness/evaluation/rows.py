@@ -78,6 +78,7 @@ class RowContext:
     step: str
     dtype: str | None = None
     template: str | None = None
+    control: str | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -131,6 +132,7 @@ def _row(
         variant=context.variant,
         dtype=context.dtype,
         template=context.template,
+        control=context.control,
         leaf=leaf,
         scorer=context.scorer,
         metric=metric.name,

@@ -60,6 +60,7 @@ def evaluate(
     tasks: Sequence[str] = (),
     suite: str | None = None,
     adapter: str | None = None,
+    control: str | Sequence[str] = (),
     out: str | Path | None = None,
     fresh: bool = False,
     registry: Registry | None = None,
@@ -75,6 +76,8 @@ def evaluate(
         tasks: task names; with ``suite`` both run. Neither: suite ``quick``.
         suite: suite name.
         adapter: folder or hub id of a peft adapter: only it is evaluated.
+        control: values of the conditioning that adapters (or the model) were trained with, an arm for each; ``all``:
+            every one. The default is applied where none is given.
         out: run folder; continues if it holds this very evaluation. By default ``runs/<model>-<digest>``.
         fresh: delete what the folder holds of an earlier run first.
         registry: from ``load_plugins``; all installed plugins by default.
@@ -93,7 +96,8 @@ def evaluate(
         model_spec = model_spec.model_copy(update={"adapter": str(adapter)})
     settings["task_folders"] = tuple(str(folder) for folder in settings.get("task_folders", ()))
     settings["adapters"] = tuple(str(one) for one in settings.get("adapters", ()))
-    fields = {"model": model_spec, "tasks": tuple(tasks), "suite": suite, **settings}
+    controls = (control,) if isinstance(control, str) else tuple(control)
+    fields = {"model": model_spec, "tasks": tuple(tasks), "suite": suite, "control": controls, **settings}
     spec = parse_options(EvalSpec, fields, "harness eval")
     registry = registry or load_plugins()
     catalog = load_catalog(registry, spec.task_folders, trust_task_code=spec.trust_task_code)

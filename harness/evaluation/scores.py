@@ -175,6 +175,7 @@ class Scoring:
         return RowContext(
             model=arm.model.name,
             adapter=arm.label,
+            control=arm.control,
             task=task.name if label is None else f"{task.name}@{label}",
             variant=task.variant,
             template=task.template,
@@ -188,6 +189,7 @@ class Scoring:
                 *session.notes(),
                 *((lent,) if arm.template_of is not None else ()),
                 *((folded,) if arm.folded is not None else ()),
+                *((arm.said_control,) if arm.said_control is not None else ()),
             ),
         )
 

@@ -22,7 +22,7 @@ from harness.steps.folder import StepFolder
 from harness.steps.journal import Journal
 from harness.steps.runner import Runner
 from harness.steps.store import RunStore
-from harness.tasks.questions import Questions, open_task, read_samples, steered
+from harness.tasks.questions import Questions, asked_as, open_task, read_samples
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class EvalSession:
         self.seconds: dict[str, float] = {"prepare": 0.0, "load": 0.0, "answer": 0.0, "score": 0.0}
         self.report_to(reporter, observers or registry)
         self._tokenizers: dict[str | None, Any] = {}
-        self._questions: dict[tuple[int, str, str | None], Questions] = {}
+        self._questions: dict[tuple[int, str, str | None, int], Questions] = {}
         self._open: dict[str, Questions] = {}
         self._opened: dict[str, StepFolder] = {}
         self._folders = {
@@ -173,13 +173,17 @@ class EvalSession:
         return None
 
     def questions(self, unit: Unit) -> Questions:
-        """A unit's task as the base is asked it; arms with the same template share it."""
+        """A unit's task as the base is asked it; arms with the same template share it, and as long a control."""
         task, model = unit.task, unit.arm.model
-        key = (id(task.chosen), task.variant, task.template)
+        tokenizer = self._tokenizer(unit.arm) if unit.arm.control is not None else None
+        taken = unit.arm.steering.tokens(tokenizer)
+        key = (id(task.chosen), task.variant, task.template, taken)
         if key not in self._questions:
             with self.clock("prepare"):
                 self.reporter.note(f"preparing {task.name} ({task.variant})")
                 tokenizer = self._tokenizer(unit.arm)
+                # What a control takes of the context is lost to prompts and answers.
+                model = model.model_copy(update={"max_length": model.max_length - taken}) if taken else model
                 opened = open_task(task.chosen, task.variant, model, tokenizer, self.registry, seed=self.plan.spec.seed)
                 self._questions[key] = opened
                 for note in opened.notes:
@@ -189,8 +193,11 @@ class EvalSession:
     def opened(self, unit: Unit) -> Questions:
         """A unit's task as its arm is asked it; kept until :meth:`forget`."""
         if unit.id not in self._open:
-            name = unit.arm.adapter.name if unit.arm.adapter is not None else None
-            self._open[unit.id] = steered(self.questions(unit), name, unit.arm.control)
+            opened, arm = self.questions(unit), unit.arm
+            if arm.adapter is not None or arm.control is not None:
+                tokenizer = self._tokenizer(arm) if arm.control is not None else None
+                opened = asked_as(opened, arm.steering.steered(tokenizer))
+            self._open[unit.id] = opened
         return self._open[unit.id]
 
     def forget(self, unit: Unit) -> None:

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.core.conditioning import refuse_control
 from harness.core.errors import UserError
 from harness.core.records import AdapterInfo, ModelInfo
 from harness.core.specs import MergeInput, MergeSpec, ModelSpec
 from harness.merging.adapters.kinds import open_adapter
+from harness.merging.controls import Carried, Controlled, carried_by, under_control
 from harness.merging.sources import MergeModel, head_of, is_tied, open_checkpoint
 from harness.models.chat_templates import read_chat_template
 from harness.models.inspect import inspect_adapter, inspect_model, is_adapter
@@ -36,6 +38,8 @@ class OpenModels:
     base_names: list[str] | None
     config_changes: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    carried: Carried | None = None
+    """What prompts of the result need: the control that stood beside all inputs."""
 
     @property
     def digests(self) -> dict[str, str]:
@@ -65,7 +69,11 @@ class _Opener:
         ref = given.ref if isinstance(given, MergeInput) else str(given.adapter)
         revision = given.revision if isinstance(given, MergeInput) else None
         try:
-            return inspect_adapter(ref, on, revision=revision, allow_template_mismatch=self._mismatch)
+            # Of an adapter under the base nobody says a control.
+            conditioned = isinstance(given, MergeInput)
+            return inspect_adapter(
+                ref, on, revision=revision, allow_template_mismatch=self._mismatch, conditioned=conditioned
+            )
         except UserError as error:
             place = error.where.replace("--adapter", where, 1)
             raise UserError(place, error.what, error.fix.replace("as --model", "as --base")) from None
@@ -81,6 +89,7 @@ class _Opener:
     def input(self, given: MergeInput, number: int, base: tuple[ModelInfo, MergeModel] | None) -> MergeModel:
         where = f"{self._option} [{number}]" if self._option == INPUTS else self._option
         if not is_adapter(given.ref, given.revision, self._option):
+            refuse_control([given.control] if given.control is not None else [], None, f"{given.ref} is a checkpoint")
             info, folder = self.checkpoint(given.ref, given.revision, self._option)
             return _checkpoint_model(info, folder, f"{where} {info.name}")
         if given.base is not None:
@@ -93,7 +102,7 @@ class _Opener:
         else:
             raise UserError(f"{where} {given.ref}", "is an adapter, and no base is given", "Add --base BASE.")
         found = self.adapter(given, info, where)
-        return _adapter_model(found, under, f"{where} {found.name}")
+        return _adapter_model(found, under, f"{where} {found.name}", under_control(found, given.control, where))
 
 
 def _checkpoint_model(info: ModelInfo, folder: TensorFolder, label: str) -> MergeModel:
@@ -102,15 +111,18 @@ def _checkpoint_model(info: ModelInfo, folder: TensorFolder, label: str) -> Merg
     )
 
 
-def _adapter_model(found: AdapterInfo, under: MergeModel, label: str) -> MergeModel:
+def _adapter_model(
+    found: AdapterInfo, under: MergeModel, label: str, controlled: Controlled | None = None
+) -> MergeModel:
     return MergeModel(
         label,
         found.name,
         found.digest,
         under.checkpoint,
         under.info,
-        adapter=open_adapter(found, under.checkpoint, label),
+        adapter=open_adapter(found if controlled is None else controlled.summed, under.checkpoint, label),
         template=read_chat_template(Path(found.path)) or under.template,
+        controlled=controlled,
     )
 
 
@@ -138,6 +150,8 @@ def open_models(spec: MergeSpec, option: str = INPUTS) -> OpenModels:
 def opened_from(base: MergeModel | None, inputs: list[MergeModel], template: str | None) -> OpenModels:
     """The opened models with the lists of their tensors."""
     opened = OpenModels((base or inputs[0]).info, base, inputs, template, [], None)
+    opened.carried = carried_by([(model.label, model.controlled) for model in inputs])
+    opened.notes += [model.controlled.note for model in inputs if model.controlled is not None]
     _name_tensors(opened)
     return opened
 
@@ -243,4 +257,6 @@ def lineage_entry(model: MergeModel) -> Mapping[str, Any]:
         entry["revision"] = model.revision
     if model.adapter is not None:
         entry["base"] = model.info.weights_digest
+    if model.controlled is not None:
+        entry["control"] = model.controlled.control
     return entry

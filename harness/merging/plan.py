@@ -17,6 +17,7 @@ from harness.merging.compute import Maker
 from harness.merging.inputs import OpenModels, open_models
 from harness.merging.mergekit.recipe import configured_recipe
 from harness.merging.names import Models
+from harness.merging.sources import MergeModel
 from harness.merging.tensor_plan import MergeRecipe, TensorRecipe, plain_recipe
 from harness.merging.threads import Clock
 from harness.steps.files import slug
@@ -44,19 +45,27 @@ class MergePlan:
 
 
 def parse_input(given: str | Path | tuple[str | Path, float] | MergeInput) -> MergeInput:
-    """``ARM[:weight]``, a pair, or the thing itself; a path that exists is never cut at a colon."""
+    """``ARM[@CONTROL][:weight]``, a pair, or the thing itself; a path that exists is cut nowhere."""
     if isinstance(given, MergeInput):
         return given
     if isinstance(given, tuple):
-        return MergeInput(ref=str(given[0]), weight=float(given[1]))
+        return MergeInput(**_controlled(str(given[0])), weight=float(given[1]))
     text = str(given)
     ref, colon, weight = text.rpartition(":")
     if not colon or Path(text).expanduser().exists():
-        return MergeInput(ref=text)
+        return MergeInput(**_controlled(text))
     try:
-        return MergeInput(ref=ref, weight=float(weight))
+        return MergeInput(**_controlled(ref), weight=float(weight))
     except ValueError:
         raise UserError("--inputs", f"{weight!r} in {text!r} is no weight", "Write ARM:0.5, or ARM alone.") from None
+
+
+def _controlled(text: str) -> dict[str, Any]:
+    """``ARM@CONTROL``, where ARM is a folder; an @ in a name of the hub is no control."""
+    ref, sign, control = text.rpartition("@")
+    if not sign or Path(text).expanduser().exists() or not Path(ref).expanduser().is_dir():
+        return {"ref": text}
+    return {"ref": ref, "control": control}
 
 
 def plan_merge(spec: MergeSpec, registry: Registry, device: str = "auto") -> MergePlan:
@@ -82,7 +91,7 @@ def plan_merge(spec: MergeSpec, registry: Registry, device: str = "auto") -> Mer
         "tensors": digest_of([_canonical(one) for one in recipe.tensors]),
         "base": opened.info.identity(),
         "base_adapter": opened.base.digest if opened.base is not None and opened.base.adapter is not None else None,
-        "inputs": [{"digest": model.digest, "on": model.info.weights_digest} for model in opened.inputs],
+        "inputs": [_input_identity(model) for model in opened.inputs],
         "config_changes": {**opened.config_changes, **recipe.config_changes},
         "template": opened.template,
         "seed": spec.seed,
@@ -93,6 +102,11 @@ def plan_merge(spec: MergeSpec, registry: Registry, device: str = "auto") -> Mer
         "code": code_digest(entry),
     }
     return MergePlan(spec, merger, opened, recipe, device, _step(spec, opened, identity), time.perf_counter() - begun)
+
+
+def _input_identity(model: MergeModel) -> dict[str, Any]:
+    control = {"control": model.controlled.control} if model.controlled is not None else {}
+    return {"digest": model.digest, "on": model.info.weights_digest, **control}
 
 
 def _step(spec: MergeSpec, opened: OpenModels, identity: dict[str, Any]) -> Step:

@@ -137,6 +137,8 @@ class _Run:
         else:
             files = self._write_model(out, folder, maker)
         self.spent.seconds["compute"] = time.perf_counter() - begun
+        if plan.opened.carried is not None:
+            plan.opened.carried.write(folder)
         record = record_of(plan, maker, files, self.spent)
         write_json(folder / MERGE, record)
         write_bytes(folder / "merge.html", render(record).encode())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from harness.core.errors import UserError
 from harness.core.records import ModelInfo
 from harness.merging.adapters.tensors import AdapterTensors
+from harness.merging.controls import Controlled
 from harness.models.inspect import weight_files
 from harness.models.tensors import FLOATS, Entry, TensorFolder, not_finite
 
@@ -71,6 +72,8 @@ class MergeModel:
     adapter: AdapterTensors | None = None
     template: str | None = None
     revision: str | None = None
+    controlled: Controlled | None = None
+    """Of an adapter with a conditioning: the control that it is taken under."""
 
     @property
     def kind(self) -> str:

@@ -11,6 +11,9 @@ from harness.models.chat_templates import read_chat_template
 from harness.models.lineage import CONFIG
 from harness.steps.provenance import digest_of_bytes, files_digest
 
+CONDITIONING = "conditioning"
+"""How the names of files begin that change what evaluation sends."""
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -29,7 +32,8 @@ def read_artifact(folder: Path) -> Artifact:
     template = read_chat_template(folder)
     found = digest_of_bytes(template.encode()) if template is not None else None
     if not (folder / CONFIG).is_file():
-        return Artifact("model", files_digest(sorted(folder.glob("model*.safetensors")), folder), None, found)
+        weights = [*sorted(folder.glob("model*.safetensors")), *conditioning_files(folder)]
+        return Artifact("model", files_digest(weights, folder), None, found)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     return Artifact("adapter", adapter_digest(folder), largest_rank(config), found)
 
@@ -37,7 +41,13 @@ def read_artifact(folder: Path) -> Artifact:
 def adapter_digest(folder: Path) -> str:
     """SHA-256 over the weights and the configuration of a peft adapter, and over what conditions its prompts."""
     weights = sorted(folder.glob("adapter_model*.safetensors"))
-    return files_digest([*weights, folder / CONFIG, *sorted(folder.glob("conditioning*"))], folder)
+    return files_digest([*weights, folder / CONFIG, *conditioning_files(folder)], folder)
+
+
+def conditioning_files(folder: Path) -> list[Path]:
+    """All files that condition prompts, those of adapters in folders too."""
+    found = sorted(folder.glob(f"{CONDITIONING}*"))
+    return [file for one in found for file in ([one] if one.is_file() else sorted(one.rglob("*"))) if file.is_file()]
 
 
 def largest_rank(config: dict[str, object]) -> int:

@@ -10,20 +10,21 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.core.conditioning import Conditioning
 from harness.core.errors import UserError
 from harness.core.records import AdapterInfo, ModelInfo
 from harness.core.secrecy import refuse_credentials
 from harness.core.specs import ModelSpec
 from harness.models.adapter_keys import Base, check_keys, module_of
-from harness.models.artifact import adapter_digest, largest_rank
+from harness.models.artifact import CONDITIONING, adapter_digest, conditioning_files, largest_rank
 from harness.models.chat_templates import read_chat_template
+from harness.models.conditioning import read_conditioning
 from harness.models.files import (
     IndexFile,
     LineageFile,
     read_adapter_config,
     read_checked,
     read_config,
-    read_object,
 )
 from harness.models.locate import is_url, locate, short_name
 from harness.models.tensors import Entry, read_header
@@ -50,8 +51,13 @@ TOKENIZER_FILES = [
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 
 
-def inspect_model(spec: ModelSpec, where: str = "--model") -> ModelInfo:
+def inspect_model(spec: ModelSpec, where: str = "--model", *, conditioned: bool = False) -> ModelInfo:
     """Find the model's folder and read what identifies it.
+
+    Args:
+        spec: which one.
+        where: what messages call it.
+        conditioned: the caller applies the conditioning that the model was trained with; else such a one is refused.
 
     Raises:
         UserError: no such folder or hub model, not a model folder, pickled weights or remote code without leave.
@@ -67,7 +73,7 @@ def inspect_model(spec: ModelSpec, where: str = "--model") -> ModelInfo:
     template = read_chat_template(path)
     text_config = config.get("text_config") or config
     length = next((text_config[key] for key in _LENGTH_KEYS if isinstance(text_config.get(key), int)), None)
-    return ModelInfo(
+    info = ModelInfo(
         ref=spec.model,
         path=str(path),
         name=short_name(spec.model, revision, path),
@@ -76,7 +82,7 @@ def inspect_model(spec: ModelSpec, where: str = "--model") -> ModelInfo:
         architecture=(config.get("architectures") or ["unknown"])[0],
         max_length=length or DEFAULT_MAX_LENGTH,
         vocab_size=text_config.get("vocab_size"),
-        weights_digest=files_digest(weights, path),
+        weights_digest=files_digest([*weights, *conditioning_files(path)], path),
         tokenizer_digest=files_digest(tokenizer_files, path),
         template_digest=digest_of_bytes(template.encode()) if template is not None else None,
         chat_template=template,
@@ -86,6 +92,8 @@ def inspect_model(spec: ModelSpec, where: str = "--model") -> ModelInfo:
         remote_code=bool(config.get("auto_map")),
         spec=spec.model_dump(mode="json", include={"dtype", "allow_pickle", "trust_remote_code"}),
     )
+    found = _conditioning(path, f"{where} {spec.model}", info, conditioned)
+    return info if found is None else info.model_copy(update={"conditioning": found})
 
 
 def _endpoint(spec: ModelSpec) -> ModelInfo:
@@ -212,9 +220,21 @@ def is_adapter(ref: str, revision: str | None, where: str) -> bool:
 
 
 def inspect_adapter(
-    ref: str, model: ModelInfo, *, revision: str | None = None, allow_template_mismatch: bool = False
+    ref: str,
+    model: ModelInfo,
+    *,
+    revision: str | None = None,
+    allow_template_mismatch: bool = False,
+    conditioned: bool = False,
 ) -> AdapterInfo:
     """Read what identifies a peft adapter and check that it fits the model.
+
+    Args:
+        ref: folder or hub id.
+        model: its base.
+        revision: hub revision.
+        allow_template_mismatch: go on where the base has another chat template.
+        conditioned: the caller applies the conditioning that the adapter was trained with; else such a one is refused.
 
     Raises:
         UserError: no such adapter, not an adapter folder, another base, another chat template.
@@ -222,7 +242,6 @@ def inspect_adapter(
     where = "--adapter"
     path, revision = locate(ref, revision, where, "adapter_config.json")
     config = read_adapter_config(path / "adapter_config.json", where)
-    _refuse_conditioned(ref, path, where)
     weights = sorted(path.glob("adapter_model*.safetensors"))
     if not weights:
         what, fix = "no adapter_model.safetensors in that folder", "Give a whole peft adapter."
@@ -243,6 +262,7 @@ def inspect_adapter(
         rank=largest_rank(config),
         config=config,
         chat_template=template,
+        conditioning=_conditioning(path, f"{where} {ref}", model, conditioned),
     )
 
 
@@ -258,18 +278,20 @@ def adapter_modules(adapter: AdapterInfo) -> list[str]:
     return sorted({module_of(name) for file in files for name in read_header(file)})
 
 
-def _refuse_conditioned(ref: str, path: Path, where: str) -> None:
-    """No engine applies a conditioning yet, and without it the adapter is another one than was trained."""
-    file = path / "conditioning.json"
-    if not file.is_file():
-        return
-    values = read_object(file, where).get("values")
-    trained = ", ".join(map(str, values)) if isinstance(values, dict | list) else ""
-    raise UserError(
-        f"{where} {ref}",
-        f"was trained with a conditioning ({file.name}; values: {trained or 'none named'}), which nothing applies yet",
-        "Without it the answers are those of no trained value. Take an adapter that has none.",
-    )
+def _conditioning(path: Path, where: str, model: ModelInfo, honoured: bool) -> Conditioning | None:
+    """What conditions prompts, for those who apply it; without it adapter or model is another one than was trained."""
+    if not any(path.glob(f"{CONDITIONING}*")):
+        return None
+    found = read_conditioning(path, where, model, _base_of(model))
+    if found is not None and not honoured:
+        raise UserError(
+            where,
+            f"was trained with a conditioning (conditioning.json; values: {', '.join(found.values)}), which is not "
+            "applied here",
+            "Without it the answers are those of no trained value. Evaluate, serve, merge or fold it "
+            "(docs/conditioning.md), or take one that has none.",
+        )
+    return found
 
 
 def _base_of(model: ModelInfo) -> Base | None:
@@ -302,7 +324,9 @@ def _check_base(ref: str, path: Path, config: dict[str, Any], model: ModelInfo) 
     with contextlib.suppress(UserError, OSError):
         if not same and Path(named).is_dir():
             same = (
-                {model.name} if inspect_model(ModelSpec(model=named)).weights_digest == model.weights_digest else same
+                {model.name}
+                if inspect_model(ModelSpec(model=named), conditioned=True).weights_digest == model.weights_digest
+                else same
             )
     if not same:
         raise UserError(

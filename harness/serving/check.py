@@ -8,6 +8,7 @@ import socket
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from harness.core.records import AdapterInfo, ModelInfo
 from harness.core.secrecy import read_secret
 from harness.core.specs import ServeSpec
 from harness.evaluation.arms import adapters_in, unique_names
+from harness.evaluation.control import Steering
 from harness.models.chat_templates import read_chat_template
 from harness.models.inspect import inspect_adapter, inspect_model
 from harness.models.locate import is_url
@@ -39,6 +41,8 @@ class Checked:
     model: ModelInfo | None = None
     name: str = ""
     adapters: dict[str, AdapterInfo] = field(default_factory=dict)
+    controls: dict[str, Steering] = field(default_factory=dict)
+    """Of adapters with a conditioning: what requests call it -> the adapter under a control."""
     template: str | None = None
     problems: list[UserError] = field(default_factory=list)
     limits: list[str] = field(default_factory=list)
@@ -54,6 +58,13 @@ class Checked:
         return self.engine.server(
             Serving(self.model, self.name, self.adapters, self.options, self.spec.host, port, template)
         )
+
+    def write_sums(self, scratch: Path) -> None:
+        """Write the adapters that are sums of an adapter and its control, so that a server can open them."""
+        for name, steering in self.controls.items():
+            opened = steering.opened(scratch)
+            assert opened is not None
+            self.adapters[name] = opened
 
     def to_json(self) -> dict[str, Any]:
         """For machines."""
@@ -135,17 +146,21 @@ def _adapters(checked: Checked) -> None:
         for one in refs:
             try:
                 allowed = spec.model.allow_template_mismatch
-                found.append((name, inspect_adapter(one, model, allow_template_mismatch=allowed)))
+                adapter = inspect_adapter(one, model, allow_template_mismatch=allowed, conditioned=True)
+                found.append((name, adapter))
             except UserError as error:
                 checked.problems.append(error)
     for _, adapter in found:
+        checked.problems += _in_prompts(adapter)
         reason = engine.adapter_problem(model, adapter, checked.options)
         if reason is not None:
             fix = f"Make it a model first: `harness fold {adapter.ref} --base {model.ref} --out DIR`, "
             fix += "or `harness merge` with others; then serve DIR as --model."
             checked.problems.append(UserError(f"--adapter {adapter.ref}", f"cannot be served: {reason}", fix))
     own = iter(unique_names([adapter for name, adapter in found if name is None]))
-    names = [name if name is not None else next(own) for name, _ in found]
+    called = [(name if name is not None else next(own), adapter) for name, adapter in found]
+    served = [one for name, adapter in called for one in _under_controls(model, name, adapter)]
+    names = [name for name, _ in served]
     twice = [name for name, count in Counter([checked.name, *names]).items() if count > 1]
     if twice:
         fix = "Give names: --name NAME for the model, --adapter NAME=PATH for an adapter."
@@ -153,7 +168,43 @@ def _adapters(checked: Checked) -> None:
     strange = [name for name in names if not name or "=" in name or name != name.strip()]
     if strange:
         checked.problems.append(UserError(f"--adapter {strange[0]}", "cannot be a name", "Give another: NAME=PATH."))
-    checked.adapters = dict(zip(names, (adapter for _, adapter in found), strict=True))
+    for name, steering in served:
+        asked = steering.served
+        assert asked is not None
+        checked.adapters[name] = asked
+        if steering.control is not None and not _in_prompts(asked):
+            checked.controls[name] = steering
+            checked.problems += _problems_of(partial(_refuse_sum, name, steering, checked))
+
+
+def _in_prompts(adapter: AdapterInfo) -> list[UserError]:
+    """Why values that stand in prompts are not served: the clients of a server write those."""
+    found = adapter.conditioning
+    kinds = sorted({found.kind(control) for control in found.controls} - {"adapter"}) if found is not None else []
+    if not kinds:
+        return []
+    what = f"was trained with a conditioning by {' and '.join(kinds)}, which stands in prompts, and clients write those"
+    fix = "`harness eval --adapter` puts it in; values that are adapters can be served."
+    return [UserError(f"--adapter {adapter.ref}", f"cannot be served: {what}", fix)]
+
+
+def _under_controls(model: ModelInfo, name: str, adapter: AdapterInfo) -> list[tuple[str, Steering]]:
+    """What requests call an adapter: by its name under the default of its conditioning, and each value by its own."""
+    found = adapter.conditioning
+    if found is None:
+        return [(name, Steering(model, adapter, name, None))]
+    # The separators of several preferences mean something else to servers.
+    controls = {f"{name}@{one.replace('=', ':').replace(',', '+')}": one for one in found.controls}
+    controls = {name: found.default, **controls}
+    return [(one, Steering(model, adapter, one, control)) for one, control in controls.items()]
+
+
+def _refuse_sum(name: str, steering: Steering, checked: Checked) -> None:
+    assert checked.engine is not None
+    reason = steering.folded(checked.engine, checked.options)
+    if reason is not None:
+        fix = f"Fold it: `harness fold {steering.owner.ref} --control {steering.control} --base BASE --out DIR`."
+        raise UserError(f"--adapter {name}", f"cannot be served: {reason}", fix)
 
 
 def _named(given: str) -> tuple[str | None, str]:

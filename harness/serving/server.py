@@ -190,6 +190,7 @@ def _start(checked: Checked, scratch: Path, key: str | None, reporter: Reporter)
     if checked.template is not None:
         template = scratch / "chat_template.jinja"
         template.write_text(checked.template, encoding="utf-8")
+    checked.write_sums(scratch)
     log = Path(spec.log) if spec.log is not None else None
     if log is not None and not log.parent.is_dir():
         raise UserError(f"--log {log}", "its folder is not there", f"Make it: `mkdir -p {log.parent}`.")
@@ -263,7 +264,10 @@ def _facts(checked: Checked, port: int, child: Child) -> dict[str, Any]:
             "max_length": model.max_length,
             "dtype": asked_dtype(model),
         },
-        "adapters": [{"name": name, "digest": one.digest, "rank": one.rank} for name, one in adapters],
+        "adapters": [
+            {"name": name, "digest": one.digest, "rank": one.rank, **_control_of(checked, name)}
+            for name, one in adapters
+        ],
         "template_digest": checked.template_digest,
         "engine": engine.identity(checked.options),
         "local_only": is_loopback(checked.spec.host),
@@ -271,6 +275,11 @@ def _facts(checked: Checked, port: int, child: Child) -> dict[str, Any]:
         "pid": child.pid,
         "limits": checked.limits,
     }
+
+
+def _control_of(checked: Checked, name: str) -> dict[str, str]:
+    steering = checked.controls.get(name)
+    return {"control": str(steering.control)} if steering is not None else {}
 
 
 def eval_command(server: Server, spec: ServeSpec, name: str) -> str:

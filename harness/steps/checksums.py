@@ -48,7 +48,8 @@ def differences(folder: Path, *, everything: bool) -> dict[str, str]:
         files = dict(read_json(record)["files"])
     except (CorruptionError, KeyError, TypeError, ValueError):
         return {CHECKSUMS: "is damaged"}
-    wanted = files if everything else [name for name in files if "/" not in name and name not in PAGES]
+    used = [name for name in files if name not in PAGES and ("/" not in name or name.startswith("conditioning/"))]
+    wanted = files if everything else used
     found = {
         name: _difference(folder / name, str(files[name])) if stays_inside(name) else "lies outside of the folder"
         for name in wanted

@@ -281,12 +281,12 @@ class Maker:
     def _adapter(self, promise: Promise, folder: Path) -> AdapterInfo:
         base = self.planner.base(promise.arm)
         mismatch = self.plan.read.spec.bases[promise.arm.base].allow_template_mismatch
-        found = inspect_adapter(str(folder), base, allow_template_mismatch=mismatch)
+        found = inspect_adapter(str(folder), base, allow_template_mismatch=mismatch, conditioned=True)
         return found.model_copy(update={"name": promise.arm.name})
 
     def _model(self, promise: Promise, folder: StepFolder) -> ModelInfo:
         given = self.plan.read.spec.bases[promise.arm.base].model_dump(exclude={"template", "model", "revision"})
-        found = inspect_model(ModelSpec(model=str(folder.artifact), **given))
+        found = inspect_model(ModelSpec(model=str(folder.artifact), **given), conditioned=True)
         # Beside its base it goes by the base's name, and by the arm's.
         return found.model_copy(update={"name": promise.arm.base})
 

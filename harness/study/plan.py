@@ -238,7 +238,7 @@ class Planner:
             return Promise(arm, base, None, None)
         if arm.adapter is not None:
             mismatch = self.read.spec.bases[arm.base].allow_template_mismatch
-            found = self.once(inspect_adapter, arm.adapter, base, allow_template_mismatch=mismatch)
+            found = self.once(inspect_adapter, arm.adapter, base, allow_template_mismatch=mismatch, conditioned=True)
             found = found.model_copy(update={"name": arm.name})
             return Promise(arm, base, found, None)
         if arm.checkpoint is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -64,7 +64,7 @@ class Questions:
 
 def _stored(request: Request, prompt: str) -> dict[str, Any]:
     """One request; text that its sample has already, and what it has not, is left out."""
-    more = {"messages": request.messages, "adapter": request.adapter, "control": request.control}
+    more: dict[str, Any] = {name: getattr(request, name) for name in ("messages", "adapter", "control", "control_at")}
     return {
         "digest": request.digest,
         "kind": request.kind,
@@ -114,6 +114,7 @@ def _request_of(row: Mapping[str, Any], prompt: str) -> Request:
         tuple(messages) if messages is not None else None,
         row.get("adapter"),
         row.get("control"),
+        row.get("control_at"),
     )
 
 
@@ -192,14 +193,9 @@ def open_task(
     return opened
 
 
-def steered(opened: Questions, adapter: str | None, control: str | None) -> Questions:
-    """The same questions to the base under an adapter, or under a value of its conditioning."""
-    if adapter is None and control is None:
-        return opened
-    samples = [
-        replace(sample, requests=tuple(replace(r, adapter=adapter, control=control) for r in sample.requests))
-        for sample in opened.samples
-    ]
+def asked_as(opened: Questions, change: Callable[[Request], Request]) -> Questions:
+    """The same questions with every request changed: to the base under an adapter, or under a control."""
+    samples = [replace(sample, requests=tuple(map(change, sample.requests))) for sample in opened.samples]
     return replace(opened, samples=samples)
 
 

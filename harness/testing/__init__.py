@@ -19,7 +19,7 @@ from harness.testing.engine import check_engine
 from harness.testing.executor import check_executor
 from harness.testing.merging import check_merger
 from harness.testing.scorer import check_scorer, example_answers
-from harness.testing.tiny import tiny_adapter, tiny_model
+from harness.testing.tiny import tiny_adapter, tiny_conditioning, tiny_model
 from harness.testing.training import check_adapter, check_aligner
 
 __all__ = [
@@ -36,5 +36,6 @@ __all__ = [
     "example_answers",
     "registry_of",
     "tiny_adapter",
+    "tiny_conditioning",
     "tiny_model",
 ]

@@ -15,7 +15,7 @@ from harness.core.records import AdapterInfo, ModelInfo, Output, Request, canoni
 from harness.core.specs import Decoding, ModelSpec
 from harness.models.inspect import inspect_adapter, inspect_model, open_tokenizer
 from harness.testing.common import check_identity, check_plugin, demand, in_fresh_process, options_of
-from harness.testing.tiny import SENTENCES, tiny_adapter, tiny_model
+from harness.testing.tiny import SENTENCES, tiny_adapter, tiny_conditioning, tiny_model
 
 ABSENT = "no-such-adapter-or-control"
 
@@ -89,6 +89,8 @@ def check_engine(
             _check_reopened(bench, session, first, adapters)
         finally:
             session.close()
+        if able.prompt_embeds and model is None:
+            _check_embeds(bench, Path(scratch))
 
 
 def _capabilities(engine: Engine, info: ModelInfo, options: Any) -> Capabilities:
@@ -276,6 +278,67 @@ def _check_not_ignored(session: Session, request: Request, name: str, beside: Se
         return
     rule = f"A request with an unknown `{name}` is answered with Output(error=...), never as if it had none."
     demand(outputs[0].error is not None, rule, repr(outputs[0]))
+
+
+_VALUES = {"first": (7, 30, 99), "second": (8, 9)}
+"""Tokens whose embeddings stand for the values of the kit's conditionings."""
+
+
+def _check_embeds(bench: _Bench, scratch: Path) -> None:
+    """Virtual tokens that are the model's own embeddings of some tokens count as those tokens.
+
+    In a model of its own, and in an adapter where the engine serves any.
+    """
+    own = tiny_model(scratch / "conditioned")
+    adapters: list[AdapterInfo] = []
+    if bench.able.max_adapters > 0:
+        folder = tiny_conditioning(tiny_adapter(scratch / "steered", own), own, _VALUES)
+        base = inspect_model(ModelSpec(model=str(own)))
+        adapter = inspect_adapter(str(folder), base, conditioned=True)
+        # What it cannot serve is folded into a model, which the other half of this check is about.
+        adapters = [adapter] if bench.engine.adapter_problem(base, adapter, bench.options) is None else []
+    tiny_conditioning(own, own, _VALUES)
+    model = inspect_model(ModelSpec(model=str(own)), conditioned=True)
+    model = model.model_copy(update={"spec": bench.model.spec})
+    session = bench.engine.open(model, adapters, bench.options)
+    try:
+        for name in (None, *(adapter.name for adapter in adapters)):
+            _check_embedded(bench, session, [replace(one, adapter=name) for one in bench.prompts])
+    finally:
+        session.close()
+
+
+def _check_embedded(bench: _Bench, session: Session, prompts: Sequence[Request]) -> None:
+    names = list(_VALUES)
+    values = [(None, *names)[number % 3] for number in range(len(prompts))]
+    places = [1 if number % 2 else len(one.prompt_ids) for number, one in enumerate(prompts)]
+    plain, soft = [], []
+    for one, value, at in zip(prompts, values, places, strict=True):
+        ids = one.prompt_ids
+        stood = _VALUES[value] if value is not None else ()
+        plain.append(replace(one, prompt_ids=ids[:at] + stood + ids[at:]))
+        soft.append(one if value is None else replace(one, control=value, control_at=at))
+    able = bench.able
+    rule = "A `control` whose virtual tokens are embeddings of real tokens is answered as those tokens are"
+    if able.generate:
+        _demand_alike(bench, bench.ask(session, plain), bench.ask(session, soft), f"{rule} (beside plain prompts).")
+        apart = [replace(prompts[0], control=value, control_at=1) for value in names]
+        both = bench.ask(session, apart)
+        alone = [bench.ask(session, [one])[0] for one in apart]
+        _demand_alike(bench, alone, both, "Requests that differ in `control` alone are answered each under its own.")
+    if able.loglikelihood and not able.lacks(["loglikelihood_embeds"]):
+        ends = [_continued(one, (5, 6), "") for one in plain], [_continued(one, (5, 6), "") for one in soft]
+        _demand_alike(bench, bench.ask(session, ends[0]), bench.ask(session, ends[1]), f"{rule}, log-likelihoods too.")
+
+
+def _demand_alike(bench: _Bench, one: list[Output], two: list[Output], rule: str) -> None:
+    """Exactly; of what an engine marks as batch-dependent the first token, and log-likelihoods within the tolerance."""
+    for index, (a, b) in enumerate(zip(one, two, strict=True)):
+        demand(b.error is None, rule, f"request {index}: {b.error!r}")
+        upto = 1 if a.batch_dependent or b.batch_dependent else None
+        demand(a.token_ids[:upto] == b.token_ids[:upto], rule, f"request {index}: {a.text!r} and {b.text!r}")
+        far = abs((a.logprob or 0.0) - (b.logprob or 0.0)) > bench.tolerance
+        demand(not far, rule, f"request {index}: log-likelihoods {a.logprob} and {b.logprob}")
 
 
 def _check_reopened(bench: _Bench, session: Session, first: list[Output], adapters: list[AdapterInfo]) -> None:

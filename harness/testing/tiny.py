@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,29 @@ def tiny_adapter(folder: Path | str, model: Path | str, *, seed: int = 1, rank: 
         "inference_mode": True,
     }
     _write(target / "adapter_config.json", settings)
+    return target
+
+
+def tiny_conditioning(folder: Path | str, model: Path | str, values: Mapping[str, Sequence[int]]) -> Path:
+    """Lay a conditioning beside an adapter, or into a model's folder: the model's own embeddings of some tokens.
+
+    Under such a value an engine has to answer as if those tokens stood in the prompt.
+
+    Args:
+        folder: of a :func:`tiny_adapter` or a :func:`tiny_model`.
+        model: the folder that :func:`tiny_model` wrote.
+        values: name of a value -> token ids; the first is the default.
+    """
+    from safetensors.numpy import load_file, save_file
+
+    target = Path(folder)
+    embeddings = load_file(Path(model) / "model.safetensors")["model.embed_tokens.weight"]
+    (target / "conditioning").mkdir(exist_ok=True)
+    lying = "conditioning/embeddings.safetensors"
+    save_file({name: embeddings[list(ids)] for name, ids in values.items()}, target / lying)
+    described = {name: {"embeddings": lying} for name in values}
+    told = {"values": described, "default": next(iter(values)), "position": "after_bos"}
+    _write(target / "conditioning.json", told)
     return target
 
 

@@ -337,3 +337,23 @@ def test_the_session_is_closed_when_a_rule_is_broken() -> None:
     with pytest.raises(AssertionError, match="names each request exactly once"):
         check_engine(engine)
     assert closed == [1]
+
+
+def test_who_claims_embeddings_puts_them_in() -> None:
+    """One that answers as if there were no control, and one that says it knows none."""
+
+    def deaf(self: BigramSession, request: Request) -> Output:
+        known = request.control in (None, "first", "second")
+        return BigramSession.answer(self, replace(request, control=None) if known else request)
+
+    claims = {"capabilities": lambda self, model, options: replace(Bigram.capabilities(self, model, options), **EMBEDS)}
+    rule = "A `control` whose virtual tokens are embeddings of real tokens is answered as those tokens are"
+    for answer in (deaf, BigramSession.answer):
+        made = type("Broken", (BigramSession,), {"answer": answer})
+        engine = broken(open=lambda self, model, adapters, options, made=made: made(model, adapters), **claims)
+        with pytest.raises(AssertionError) as caught:
+            check_engine(engine)
+        assert rule in str(caught.value)
+
+
+EMBEDS = {"prompt_embeds": True}

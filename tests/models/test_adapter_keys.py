@@ -292,14 +292,3 @@ def test_a_regular_expression_that_does_not_end_is_refused(
 def test_the_modules_of_a_file(tiny: Path, model: ModelInfo, tmp_path: Path) -> None:
     adapter = inspect_adapter(str(tiny_adapter(tmp_path / "adapter", tiny)), model)
     assert adapter_modules(adapter) == ["model.layers.0.self_attn.q_proj", ONE]
-
-
-def test_a_conditioning_that_nothing_applies(tiny: Path, model: ModelInfo, tmp_path: Path) -> None:
-    folder = tiny_adapter(tmp_path / "adapter", tiny)
-    values = {"values": {"harmless": {"text": "h"}, "helpful": {"text": "p"}}, "default": "harmless"}
-    (folder / "conditioning.json").write_text(json.dumps(values), encoding="utf-8")
-    said = r"was trained with a conditioning \(conditioning.json; values: harmless, helpful\), which nothing applies"
-    with pytest.raises(UserError, match=said):
-        inspect_adapter(str(folder), model)
-    with pytest.raises(UserError, match=said):
-        harness.merge("linear", [(folder, 1)], base=tiny, out=tmp_path / "out")

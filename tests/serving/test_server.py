@@ -22,6 +22,7 @@ from harness.serving import check as serve_check, server as serving
 from harness.serving.check import is_loopback
 from harness.steps.provenance import digest_of_bytes
 from harness.testing import tiny_adapter, tiny_model
+from tests.conditioned import lora, soft, written
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import fake_vllm
@@ -114,6 +115,33 @@ def test_a_base_and_its_adapter_are_served(tiny: Path, adapter: Path, seen: Path
         # The server, the one that watches over it, and the server's own child.
         assert len(fake_vllm.alive(given["group"])) == 3
     assert left_over() == ([], [])
+
+
+def test_values_that_are_adapters_are_served_by_name(tiny: Path, seen: Path, alone: Path) -> None:
+    """The plain name is the default; each is the sum of adapter and control, which is there while the server is."""
+    folder = lora(alone / "polite", tiny)
+    with serving.serve(tiny, adapters=[folder], name="base") as server:
+        assert server.models == ("base", "polite", "polite@good", "polite@bad")
+        arguments = fake_vllm.seen(seen)["arguments"]
+        at = arguments.index("--lora-modules") + 1
+        given = dict(one.rsplit("=", 1) for one in arguments[at : at + 3])
+        assert list(given) == ["polite", "polite@good", "polite@bad"]
+        ranks = [json.loads((Path(path) / "adapter_config.json").read_text())["r"] for path in given.values()]
+        assert ranks == [2 + 3, 2 + 3, 2 + 1]
+        # The least of vLLM's steps that takes rank 5.
+        assert value(arguments, "--max-lora-rank") == "8"
+        controls = [one["control"] for one in server.facts["adapters"]]
+        assert controls == ["good", "good", "bad"]
+    assert not any(Path(path).exists() for path in given.values())
+
+
+def test_values_that_stand_in_prompts_are_not_served(tiny: Path, seen: Path, alone: Path) -> None:
+    """Without them an adapter is another than was trained, and clients write the prompts."""
+    for make, kind in ((written, "text"), (soft, "embeddings")):
+        spec = ServeSpec(model=ModelSpec(model=str(tiny)), adapters=(str(make(alone / kind, tiny)),))
+        said = [one.what for one in serve_check.check(spec, load_plugins()).problems]
+        assert f"cannot be served: was trained with a conditioning by {kind}, which stands in prompts" in said[0]
+        assert len(said) == 1
 
 
 def test_without_adapters_there_is_no_gate_and_options_reach_vllm(tiny: Path, seen: Path) -> None:

@@ -50,6 +50,7 @@ class FoldSpec(Config):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="type of the written weights; auto: the base's"
     )
+    control: str | None = Field(None, description="value of the adapter's conditioning; the default when absent")
     probe: Path | None = Field(None, description="JSON lines with `text` (or `prompt`); bundled sentences when absent")
     probe_prompts: int | None = Field(
         None, description="how many texts to compare on; 0: no comparison; all when absent"
@@ -110,7 +111,7 @@ def fold(
         fresh: replace another merge that the folder holds.
         registry: from ``load_plugins``, for its observers; nobody is told by default.
         reporter: says what is going on; silent by default.
-        **settings: further fields of ``FoldSpec``: precision, dtype, probe, probe_prompts.
+        **settings: further fields of ``FoldSpec``: precision, dtype, control, probe, probe_prompts.
 
     Raises:
         UserError: a mistake of the user's, before anything was written.
@@ -121,7 +122,7 @@ def fold(
     spec = parse_options(FoldSpec, {"adapter": str(adapter), "base": given, **settings}, "harness fold")
     reporter = reporter or Reporter()
     texts = probe_texts(spec.probe, spec.probe_prompts)
-    one = MergeSpec(method="fold", base=given, inputs=(MergeInput(ref=spec.adapter, weight=1.0),))
+    one = MergeSpec(method="fold", base=given, inputs=(MergeInput(ref=spec.adapter, weight=1.0, control=spec.control),))
     opened = open_models(one, option="ADAPTER")
     if opened.inputs[0].adapter is None:
         raise UserError(f"ADAPTER {adapter}", "is a checkpoint, not an adapter", "Give the folder of a peft adapter.")
@@ -166,6 +167,7 @@ class _Fold:
             "dtype": dtype,
             "template": opened.template,
             "probe": probe,
+            **({"control": self.model.controlled.control} if self.model.controlled is not None else {}),
         }
         self.step = make_step(
             "fold",
@@ -210,6 +212,8 @@ class _Fold:
             dtype=self.dtype,
             template=self.opened.template,
         )
+        if self.opened.carried is not None:
+            self.opened.carried.write(folder)
         found = self._record(files, time.perf_counter() - begun, dict(probe(folder)))
         write_json(folder / FOLD, found)
         write_json(folder / LINEAGE, self._lineage())
@@ -312,7 +316,8 @@ class _Fold:
 def _quantisation_of(model: MergeModel) -> Any:
     """What the adapter's lineage says of the base's quantisation in training."""
     assert model.adapter is not None
-    file = Path(model.adapter.info.path) / LINEAGE
+    info = model.adapter.info if model.controlled is None else model.controlled.adapter
+    file = Path(info.path) / LINEAGE
     return read_checked(file, LineageFile).get("quantization") if file.is_file() else None
 
 

@@ -672,8 +672,8 @@ def test_prompt_learning_adapters_are_refused(folder: Path, tmp_path: Path) -> N
         session(folder, [adapter])
 
 
-def test_control_is_refused(opened: Any) -> None:
-    with pytest.raises(UserError, match=r"(?s)--control kind: the transformers engine cannot condition.*prompt_embeds"):
+def test_a_control_that_nobody_trained(opened: Any) -> None:
+    with pytest.raises(UserError, match=r"--control kind: the model has no conditioning"):
         opened.run([Request("loglikelihood", (5,), (6,), control="kind")])
 
 
@@ -749,8 +749,11 @@ def test_identity_holds_what_may_move_a_number() -> None:
 def test_capabilities(folder: Path) -> None:
     engine = TransformersEngine()
     can = engine.capabilities(info(folder), engine.Config())
-    assert can.lacks(["generate", "loglikelihood", "adapters"]) == {}
-    assert "token ids" in can.lacks(["prompt_embeds"])["prompt_embeds"]
+    assert can.lacks(["generate", "loglikelihood", "adapters", "prompt_embeds", "loglikelihood_embeds"]) == {}
+    layered = info(folder).model_copy(update={"config": {"text_config": {"hidden_size_per_layer_input": 8}}})
+    lacking = engine.capabilities(layered, engine.Config()).lacks(["generate", "prompt_embeds", "loglikelihood_embeds"])
+    assert set(lacking) == {"prompt_embeds", "loglikelihood_embeds"}
+    assert "in every layer" in lacking["loglikelihood_embeds"]
     t5 = info(folder).model_copy(update={"config": {"is_encoder_decoder": True}})
     assert set(engine.capabilities(t5, engine.Config()).lacks(["generate", "adapters"])) == {"generate", "adapters"}
     assert engine.availability().usable

@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,18 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
-from harness import AdapterInfo, Decoding, ModelInfo, Output, Request, Session, StepError, UserError
+from harness import (
+    AdapterInfo,
+    Conditioning,
+    Decoding,
+    ModelInfo,
+    ModelSpec,
+    Output,
+    Request,
+    Session,
+    StepError,
+    UserError,
+)
 from harness_plugins.engines.vllm import engine as engine_vllm, session as vllm_session, support as vllm_support
 from harness_plugins.engines.vllm.engine import VllmEngine
 from harness_plugins.engines.vllm.session import VllmSession
@@ -146,7 +158,16 @@ def test_small_heads_are_no_obstacle_on_cuda(monkeypatch: pytest.MonkeyPatch) ->
     able = ENGINE.capabilities(described(head_dim=16), ENGINE.Config())
     assert able.generate
     assert able.preference > 0
-    assert "prompt_embeds" in able.lacks(["prompt_embeds"])
+    assert able.lacks(["prompt_embeds", "loglikelihood_embeds"]) == {}
+
+
+def test_virtual_tokens_lie_apart_from_weights() -> None:
+    """vLLM loads every safetensors file beside config.json as weights."""
+    told = {"values": {"good": {"embeddings": "conditioning.safetensors"}}, "default": "good"}
+    model = described().model_copy(update={"conditioning": Conditioning.model_validate(told)})
+    lacks = ENGINE.capabilities(model, ENGINE.Config()).lacks(["generate", "prompt_embeds"])
+    assert all("would take conditioning.safetensors for weights" in reason for reason in lacks.values())
+    assert len(lacks) == 2
 
 
 @marked
@@ -523,6 +544,42 @@ def test_what_it_cannot_honour_is_an_error(session: Session, made: Made) -> None
         session.run([dataclasses.replace(request, control="harmless")])
     with pytest.raises(StepError, match="adapter 'other' is not open"):
         session.run([dataclasses.replace(request, adapter="other")])
+
+
+@marked
+def test_virtual_tokens_are_answered_as_by_transformers(desk: Desk, made: Made, tmp_path: Path) -> None:
+    """Token by token on a CPU, beside plain prompts, and with log-likelihoods that transformers gives too."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from harness.models.inspect import inspect_model
+    from harness_plugins.engines.transformers.engine import TransformersEngine
+
+    folder = Path(shutil.copytree(made.path, tmp_path / "conditioned"))
+    (folder / "conditioning").mkdir()
+    width = json.loads((folder / "config.json").read_text())["hidden_size"]
+    draw = np.random.default_rng(3)
+    vectors = {name: draw.standard_normal((count, width)).astype(np.float32) for name, count in (("a", 5), ("b", 2))}
+    save_file(vectors, folder / "conditioning" / "soft.safetensors")
+    values = {name: {"embeddings": "conditioning/soft.safetensors"} for name in vectors}
+    (folder / "conditioning.json").write_text(json.dumps({"values": values, "default": "a"}))
+    model = inspect_model(ModelSpec(model=str(folder), dtype="float32"), conditioned=True)
+    plain = [writes((0, *range(5 + n, 9 + n)), max_new_tokens=6) for n in range(4)]
+    steered = [dataclasses.replace(one, control="ab"[n % 2], control_at=1 + n % 2) for n, one in enumerate(plain)]
+    scored = [dataclasses.replace(one, kind="loglikelihood", continuation_ids=(7, 9), decoding=None) for one in steered]
+    requests = [*steered, *plain[:2], *scored]
+    found = []
+    other = TransformersEngine().open(model, [], TransformersEngine.Config(device="cpu"))
+    for session in (desk.open(model), other):
+        outputs = {}
+        for batch in session.batches(requests):
+            outputs |= dict(zip(batch, session.run([requests[i] for i in batch]), strict=True))
+        found.append([outputs[i] for i in range(len(requests))])
+    other.close()
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours.error, ours.token_ids) == (None, theirs.token_ids)
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+    assert len({output.token_ids for output in found[0][:6]}) > 4
 
 
 @marked

@@ -22,6 +22,7 @@ AUTO_ROWS = 256
 AUTO_TOKENS = {"cpu": 8_192, "mps": 8_192, "cuda": 65_536}
 """Constants rather than shares of free memory, so that a plan is the same on every run."""
 
+NEEDS = ("generate", "loglikelihood", "adapters")
 MOST_ADAPTERS = 32
 """Adapters that lie beside the base in memory, in fp32: at rank 64 on all projections of a 7B, 0.6 GB each."""
 
@@ -39,6 +40,8 @@ class TransformersEngine(Engine["TransformersEngine.Config"]):
       ``Decoding.seed`` None samples as seed 0. ``Output.token_ids`` holds the new ids before EOS; where a stop string
       ended the answer, up to and with the token that completed it, although ``text`` is cut before it. An answer
       that would leave the model's context ends there, with finish "length".
+    * Under a control that virtual tokens stand for, a batch is embedded here, and the vectors are laid in: rows of
+      other controls and of none in it are what they are without.
     * Out of memory halves the batch; outputs of a halved batch, and all outputs below fp32, are batch-dependent.
     """
 
@@ -76,14 +79,21 @@ class TransformersEngine(Engine["TransformersEngine.Config"]):
         return Availability(True, f"device {resolve_device('auto')}")
 
     def capabilities(self, model: ModelInfo, options: Config) -> Capabilities:
-        """Everything but prompt embeddings, for decoder-only models."""
-        embeds = {"prompt_embeds": "the transformers engine takes token ids only"}
+        """Everything, for decoder-only models; virtual tokens where the token ids enter the first layer alone."""
         if model.config.get("is_encoder_decoder"):
             reason = f"{model.architecture} is an encoder-decoder; only decoder-only models are supported"
-            return Capabilities(reasons=embeds | dict.fromkeys(("generate", "loglikelihood", "adapters"), reason))
+            return Capabilities(reasons=dict.fromkeys((*NEEDS, "prompt_embeds"), reason))
+        text = model.config.get("text_config") or model.config
+        layered = bool(text.get("hidden_size_per_layer_input"))
+        reasons = {"prompt_embeds": f"{model.architecture} looks token ids up in every layer"} if layered else {}
         # peft bounds no rank; this one only keeps the field a number.
         return Capabilities(
-            generate=True, loglikelihood=True, max_adapters=MOST_ADAPTERS, max_adapter_rank=1_000_000, reasons=embeds
+            generate=True,
+            loglikelihood=True,
+            prompt_embeds=not layered,
+            max_adapters=MOST_ADAPTERS,
+            max_adapter_rank=1_000_000,
+            reasons=reasons,
         )
 
     def device(self, options: Config) -> str:
@@ -122,7 +132,9 @@ class TransformersEngine(Engine["TransformersEngine.Config"]):
         for number, adapter in enumerate(adapters):
             names[adapter.name] = f"adapter_{number}"  # peft uses names as module names: no dots
             peft = load_adapter(peft or loaded, adapter, names[adapter.name], model)
-        return TransformersSession(loaded, tokenizer, limits, names, peft)
+        conditioned: dict[str | None, AdapterInfo | ModelInfo] = {one.name: one for one in adapters if one.conditioning}
+        conditioned |= {None: model} if model.conditioning is not None else {}
+        return TransformersSession(loaded, tokenizer, limits, names, peft, conditioned)
 
 
 def _budget(options: Any) -> tuple[int, int]:

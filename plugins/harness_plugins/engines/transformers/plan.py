@@ -32,8 +32,12 @@ class Row:
     """One row of a forward pass, and the requests (indices) that it answers."""
 
     ids: tuple[int, ...]
+    """With a place holder for every virtual token."""
     budget: int
     """Most new tokens; 0 for a log-likelihood."""
+    control: str | None = None
+    """Whose vectors stand in the place of ``ids`` from ``control_at`` on."""
+    control_at: int = 0
     scored: int = 0
     """Positions, counted from the end, whose logits are needed."""
     members: list[int] = field(default_factory=list)
@@ -44,18 +48,34 @@ class Row:
         return len(self.ids) + self.budget
 
 
-def plan(requests: Sequence[Request], limits: Limits) -> list[list[Row]]:
+def no_virtual_tokens(request: Request) -> int:
+    """How many vectors stand for a request's control, where none does."""
+    return 0
+
+
+def plan(
+    requests: Sequence[Request], limits: Limits, virtual: Callable[[Request], int] = no_virtual_tokens
+) -> list[list[Row]]:
     """Cut requests into batches of rows; a function of its arguments alone.
 
     Requests are grouped by kind, decoding, adapter and room for new tokens (groups in order of appearance), sorted
     longest first within a group (ties by index), and cut at ``limits``. Requests that need the same forward pass share
     one row: log-likelihoods with equal ``prompt_ids + continuation_ids[:-1]`` (the choices of a multiple-choice item)
-    and identical greedy generations. Planning one batch of a plan again yields that batch, in the same order.
+    and identical greedy generations; under one control, as far as there is one. Rows of several controls, and of none,
+    share batches. Planning one batch of a plan again yields that batch, in the same order.
+
+    Args:
+        requests: the whole list.
+        limits: of a batch and of the model.
+        virtual: how many vectors stand for a request's control.
     """
     groups: dict[tuple[Any, ...], dict[tuple[Any, ...], Row]] = {}
     for index, request in enumerate(requests):
-        refused = refusal(request, limits) is not None
+        count, at = virtual(request), request.control_at or 0
+        refused = refusal(request, limits, count) is not None
         budget, ids = 0, request.prompt_ids
+        soft = (request.control, at) if count else (None, 0)
+        ids = ids[:at] + (0,) * count + ids[at:]
         if request.kind == "generate":
             decoding = request.decoding or Decoding()
             budget = min(decoding.max_new_tokens, limits.max_length - len(ids))
@@ -66,7 +86,7 @@ def plan(requests: Sequence[Request], limits: Limits) -> list[list[Row]]:
             shared, group = ("row",), ("loglikelihood", request.adapter)
         if refused:
             group, budget = ("refused",), 0
-        row = groups.setdefault(group, {}).setdefault((ids, *shared), Row(ids, budget))
+        row = groups.setdefault(group, {}).setdefault((ids, *soft, *shared), Row(ids, budget, *soft))
         row.scored = max(row.scored, len(request.continuation_ids))
         row.members.append(index)
     return [batch for rows in groups.values() for batch in _cut(rows.values(), limits)]
@@ -89,14 +109,16 @@ def _cut(rows: Iterable[Row], limits: Limits) -> Iterator[list[Row]]:
         yield batch
 
 
-def refusal(request: Request, limits: Limits) -> str | None:
-    """Why this request cannot be answered at all, or None."""
+def refusal(request: Request, limits: Limits, virtual: int = 0) -> str | None:
+    """Why this request cannot be answered at all, or None; ``virtual``: vectors that stand for its control."""
     if not request.prompt_ids:
         return "the prompt has no tokens (not even BOS): there is nothing to predict from"
     largest = max(max(request.prompt_ids), max(request.continuation_ids, default=0))
     if largest >= limits.vocabulary:  # on CUDA such an index ends the process, and every answer in flight with it
         return f"token id {largest} is not among the model's {limits.vocabulary}: is the tokenizer of another model?"
-    length, max_length = len(request.prompt_ids), limits.max_length
+    if request.control_at is not None and not 0 <= request.control_at <= len(request.prompt_ids):
+        return f"its control stands at {request.control_at} of {len(request.prompt_ids)} tokens"
+    length, max_length = len(request.prompt_ids) + virtual, limits.max_length
     if request.kind == "loglikelihood":
         if not request.continuation_ids:
             return "the continuation has no tokens"

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness import Decoding, Output, Request, Session, UserError, nearest
+from harness import AdapterInfo, Decoding, ModelInfo, Output, Request, Session, UserError, nearest, soft_prompt
 from harness_plugins.engines.transformers.load import is_out_of_memory, not_finite
 from harness_plugins.engines.transformers.plan import Finite, Limits, Pace, Row, StopText, cut_at_stop, plan, refusal
 
@@ -28,8 +28,25 @@ log = logging.getLogger(__name__)
 class TransformersSession(Session):
     """An open model. See :class:`TransformersEngine` for what it promises."""
 
-    def __init__(self, model: Any, tokenizer: Any, limits: Limits, adapters: Mapping[str, str], peft: Any) -> None:
-        """``adapters`` maps their names to names within ``peft``, the PeftModel around ``model`` if there is one."""
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        limits: Limits,
+        adapters: Mapping[str, str],
+        peft: Any,
+        conditioned: Mapping[str | None, AdapterInfo | ModelInfo] | None = None,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            model: of transformers.
+            tokenizer: of the model.
+            limits: of a batch.
+            adapters: their names -> names within ``peft``.
+            peft: the PeftModel around ``model``, if there is one.
+            conditioned: name of an adapter, None for the base -> what has its conditioning.
+        """
         from transformers import GenerationConfig
 
         self._model, self._tokenizer, self._limits, self._adapters, self._peft = (
@@ -52,24 +69,26 @@ class TransformersSession(Session):
         model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         self._inexact = str(model.dtype) != "torch.float32"
         self._too_much: dict[int, int] = {}
+        self._conditioned = conditioned or {}
+        self._soft: dict[tuple[str | None, str], torch.Tensor] = {}
         self._unsound = not_finite(peft if peft is not None else model, adapters.values())
         self.facts = _facts(model, peft)
 
     def batches(self, requests: Sequence[Request]) -> list[list[int]]:
         """See :func:`plan`; limits count forward rows, of which one may answer several requests."""
         self._check(requests)
-        return [[index for row in batch for index in row.members] for batch in plan(requests, self._limits)]
+        return [[index for row in batch for index in row.members] for batch in self._plan(requests)]
 
     def run(self, requests: Sequence[Request]) -> list[Output]:
         """Answer one batch (a longer list is planned and run batch by batch)."""
         self._check(requests)
         outputs: dict[int, Output] = {}
-        for batch in plan(requests, self._limits):
+        for batch in self._plan(requests):
             first = requests[batch[0].members[0]]
             unsound = self._problem(first.adapter)
-            if unsound is not None or refusal(first, self._limits) is not None:
+            if unsound is not None or self._refusal(first) is not None:
                 indices = [index for row in batch for index in row.members]
-                outputs |= {i: Output(error=unsound or refusal(requests[i], self._limits)) for i in indices}
+                outputs |= {i: Output(error=unsound or self._refusal(requests[i])) for i in indices}
                 continue
             compute = self._generate if first.kind == "generate" else self._score
             with self._active(first.adapter):
@@ -81,18 +100,50 @@ class TransformersSession(Session):
         self._model = self._peft = None
         _release()
 
+    def _plan(self, requests: Sequence[Request]) -> list[list[Row]]:
+        return plan(requests, self._limits, self._virtual)
+
+    def _refusal(self, request: Request) -> str | None:
+        return refusal(request, self._limits, self._virtual(request))
+
+    def _virtual(self, request: Request) -> int:
+        return 0 if request.control is None else len(self._vectors(request.adapter, request.control))
+
+    def _vectors(self, adapter: str | None, control: str) -> torch.Tensor:
+        """The vectors that stand for a control, read once: (tokens, hidden size), in the model's type."""
+        key = adapter, control
+        if key not in self._soft:
+            owner = self._conditioned.get(adapter)
+            if owner is None:
+                of = f"adapter {adapter}" if adapter is not None else "the model"
+                raise UserError(f"--control {control}", f"{of} has no conditioning", "Leave --control out.")
+            vectors = soft_prompt(owner, control)
+            self._soft[key] = vectors.to(self._model.device, self._model.get_input_embeddings().weight.dtype)
+        return self._soft[key]
+
+    def _embedded(self, ids_BT: torch.Tensor, rows: Sequence[Row], adapter: str | None, *, left: bool) -> Any:
+        """What stands for token ids where rows have virtual tokens: (rows, tokens, hidden size); None: none has.
+
+        Of every other token it is the model's own embedding, so that plain rows come out the same.
+        """
+        if all(row.control is None for row in rows):
+            return None
+        words_BTD = self._model.get_input_embeddings()(ids_BT).clone()
+        for number, row in enumerate(rows):
+            if row.control is not None:
+                vectors = self._vectors(adapter, row.control)
+                start = row.control_at + (ids_BT.shape[1] - len(row.ids) if left else 0)
+                words_BTD[number, start : start + len(vectors)] = vectors
+        return words_BTD
+
     def _check(self, requests: Sequence[Request]) -> None:
         for request in requests:
-            if request.control is not None:
-                raise UserError(
-                    f"--control {request.control}",
-                    "the transformers engine cannot condition a model",
-                    "Leave --control out, or take an engine whose capabilities include prompt_embeds.",
-                )
             if request.adapter is not None and request.adapter not in self._adapters:
                 close = nearest(request.adapter, self._adapters)
                 known = f"Did you mean {close[0]!r}?" if close else f"Open: {', '.join(self._adapters) or 'none'}."
                 raise UserError("Request.adapter", f"adapter {request.adapter!r} is not open", known)
+            if request.control is not None:
+                self._vectors(request.adapter, request.control)
 
     def _problem(self, adapter: str | None) -> str | None:
         """Why no answer of base or adapter means anything."""
@@ -158,7 +209,8 @@ class TransformersSession(Session):
                 tokens = requests[index].continuation_ids
                 wanted.extend(zip(range(len(at) - len(tokens), len(at)), tokens, strict=True))
                 spans.append((index, len(tokens)))
-        logits_NV = self._logits(ids_BT, torch.tensor(at, device=ids_BT.device))
+        words_BTD = self._embedded(ids_BT, rows, requests[rows[0].members[0]].adapter, left=False)
+        logits_NV = self._logits(ids_BT, torch.tensor(at, device=ids_BT.device), words_BTD)
         chunks = torch.split(logits_NV, max(1, LOGITS_PER_CHUNK // logits_NV.shape[-1]))
         norm_N = torch.cat([torch.logsumexp(chunk.float(), -1) for chunk in chunks])
         best_N = torch.cat([chunk.argmax(-1) for chunk in chunks])
@@ -177,8 +229,8 @@ class TransformersSession(Session):
             start += count
         return outputs
 
-    def _logits(self, ids_BT: torch.Tensor, at_N2: torch.Tensor) -> torch.Tensor:
-        """Logits [N, V] at (row, position) pairs.
+    def _logits(self, ids_BT: torch.Tensor, at_N2: torch.Tensor, words_BTD: torch.Tensor | None) -> torch.Tensor:
+        """Logits [N, V] at (row, position) pairs, of token ids or of what stands for them.
 
         The hidden states are gathered at the door of the output layer, so that no other logits are ever computed:
         transformers' ``logits_to_keep`` can only name columns, and rows of unequal length end in different ones. A
@@ -194,7 +246,8 @@ class TransformersSession(Session):
         head = self._model.get_output_embeddings()
         handle = head.register_forward_pre_hook(gather) if head is not None else None
         try:
-            logits: torch.Tensor = self._model(input_ids=ids_BT, use_cache=False).logits
+            given = {"input_ids": ids_BT} if words_BTD is None else {"inputs_embeds": words_BTD}
+            logits: torch.Tensor = self._model(**given, use_cache=False).logits
         finally:
             if handle is not None:
                 handle.remove()
@@ -221,19 +274,22 @@ class TransformersSession(Session):
             disable_compile=True,
             **sampling,
         )
-        stop = StopText(self._tokenizer, texts, width, self._invisible) if texts else None
-        finite = Finite(width, ends[0] if ends else self._pad)
+        words_BTD = self._embedded(ids_BT, rows, requests[rows[0].members[0]].adapter, left=True)
+        # Of vectors transformers returns what is new alone.
+        start = width if words_BTD is None else 0
+        stop = StopText(self._tokenizer, texts, start, self._invisible) if texts else None
+        finite = Finite(start, ends[0] if ends else self._pad)
         pace = Pace(self.tell, sum(len(row.members) for row in rows), rows[0].budget)
         with _seeded(decoding, [requests[row.members[0]] for row in rows], device):
             all_BT = self._model.generate(
-                input_ids=ids_BT,
+                **({"input_ids": ids_BT} if words_BTD is None else {"inputs_embeds": words_BTD}),
                 attention_mask=mask_BT,
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([finite]),
                 stopping_criteria=StoppingCriteriaList([pace, *([stop] if stop else [])]),
             )
         outputs: dict[int, Output] = {}
-        for number, (row, new, bad) in enumerate(zip(rows, all_BT[:, width:].tolist(), finite.first, strict=True)):
+        for number, (row, new, bad) in enumerate(zip(rows, all_BT[:, start:].tolist(), finite.first, strict=True)):
             ended = stop.ended.get(number) if stop else None
             output = self._finished(new, ended, frozenset(ends), texts, bad)
             outputs |= dict.fromkeys(row.members, output)

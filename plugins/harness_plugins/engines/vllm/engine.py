@@ -94,10 +94,9 @@ class VllmEngine(Engine["VllmEngine.Config"]):
     def capabilities(self, model: ModelInfo, options: Config) -> Capabilities:
         """From config.json and vLLM's own table of architectures."""
         reason = self._refusal(model, options)
-        embeds = {"prompt_embeds": "this engine sends token ids only; use the transformers engine"}
         if reason is not None:
-            needs = ("generate", "loglikelihood", "adapters")
-            return Capabilities(reasons={**embeds, **dict.fromkeys(needs, reason)})
+            needs = ("generate", "loglikelihood", "adapters", "prompt_embeds")
+            return Capabilities(reasons=dict.fromkeys(needs, reason))
         preference, advice = 10, "CUDA"
         if is_cpu_build():
             large = model.size_bytes >= LARGE_BYTES
@@ -108,11 +107,11 @@ class VllmEngine(Engine["VllmEngine.Config"]):
         return Capabilities(
             generate=True,
             loglikelihood=True,
+            prompt_embeds=True,
             max_adapters=MOST_ADAPTERS,
             max_adapter_rank=LORA_RANKS[-1],
             preference=preference,
             advice=advice,
-            reasons=embeds,
         )
 
     @staticmethod
@@ -125,6 +124,9 @@ class VllmEngine(Engine["VllmEngine.Config"]):
         if heads and heads % options.tensor_parallel_size:
             return f"{heads} attention heads cannot be shared by tensor_parallel_size={options.tensor_parallel_size}"
         size = text.get("head_dim") or (width // heads if heads and width else None)
+        soft = model.conditioning.values.values() if model.conditioning is not None else ()
+        if beside := [one.embeddings for one in soft if one.embeddings is not None and "/" not in one.embeddings]:
+            return f"vLLM would take {beside[0]} for weights: it has to lie in a folder of its own"
         latent = "kv_lora_rank" in text
         if is_cpu_build() and size is not None and not latent and size not in CPU_HEAD_SIZES:
             return f"head size {size}: vLLM's CPU attention takes {', '.join(map(str, CPU_HEAD_SIZES))}"
@@ -132,9 +134,12 @@ class VllmEngine(Engine["VllmEngine.Config"]):
 
     def adapter_problem(self, model: ModelInfo, adapter: AdapterInfo, options: Config) -> str | None:
         """What vLLM refuses, or would leave out."""
-        return super().adapter_problem(model, adapter, options) or lora_problem(
-            adapter.config, adapter_modules(adapter)
-        )
+        problem = super().adapter_problem(model, adapter, options)
+        problem = problem or lora_problem(adapter.config, adapter_modules(adapter))
+        if problem is None and _is_soft(adapter):
+            # It embeds the token ids of a batch alone, and then lays LoRA on them as if all were there.
+            problem = "vLLM 0.32 takes no virtual tokens beside LoRA"
+        return problem
 
     def device(self, options: Config) -> str:
         """The build decides."""
@@ -230,6 +235,8 @@ class VllmEngine(Engine["VllmEngine.Config"]):
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
         }
+        if _is_soft(model) or any(map(_is_soft, adapters)):
+            arguments["enable_prompt_embeds"] = True
         if adapters:
             rank = max(adapter.rank for adapter in adapters)
             if rank > LORA_RANKS[-1]:
@@ -246,6 +253,12 @@ class VllmEngine(Engine["VllmEngine.Config"]):
                 "max_cpu_loras": len(adapters),
             }
         return arguments
+
+
+def _is_soft(one: AdapterInfo | ModelInfo) -> bool:
+    """Whether virtual tokens stand for a value that it was trained with."""
+    found = one.conditioning
+    return found is not None and any(value.kind == "embeddings" for value in found.values.values())
 
 
 def tear_down() -> None:

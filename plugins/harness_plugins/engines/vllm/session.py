@@ -3,7 +3,8 @@
 Log-likelihoods. A continuation c of n tokens after a prompt p is scored by ONE pass over ``p + c[:-1]``: the first
 n - 1 tokens by ``prompt_logprobs``, the last by ``logprob_token_ids`` at the one position that is generated. Requests
 of one token that share a prompt (the choices of a question) share the pass. So nothing beyond the model's
-context is ever fed, and a prompt that fills the context exactly still gets its score.
+context is ever fed, and a prompt that fills the context exactly still gets its score. Where the vectors of a control
+stand in the prompt, or LoRA forbids ``prompt_logprobs``, every token is scored by a pass of its own.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import importlib.metadata
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from harness import AdapterInfo, Decoding, ModelInfo, Output, Request, Session, StepError, end_tokens
+from harness import AdapterInfo, Decoding, ModelInfo, Output, Request, Session, StepError, end_tokens, soft_prompt
 from harness_plugins.engines.vllm.support import Environment, distribution, hint, root
 
 MOST_TOKEN_IDS = 128
@@ -36,6 +38,8 @@ class VllmSession(Session):
         self._tokenizer = llm.get_tokenizer()
         self._loras: dict[str | None, Any] = {None: None}
         self._refused: dict[str, StepError] = {}
+        self._conditioned: dict[str | None, AdapterInfo | ModelInfo] = {None: model} if model.conditioning else {}
+        self._soft: dict[tuple[str | None, str], Any] = {}
         config = llm.llm_engine.model_config
         self._vocabulary = int(config.get_vocab_size())
         self._eos = {*end_tokens(model), *(int(i) for i in (self._tokenizer.eos_token_id,) if i is not None)}
@@ -60,6 +64,8 @@ class VllmSession(Session):
         # vLLM knows adapters by number, from 1 on; here None, the base, is the first entry.
         for number, adapter in enumerate(adapters, start=len(self._loras)):
             lora = LoRARequest(adapter.name, number, adapter.path)
+            if adapter.conditioning is not None:
+                self._conditioned[adapter.name] = adapter
             try:
                 self._llm.llm_engine.add_lora(lora)
             except Exception as error:
@@ -96,7 +102,8 @@ class VllmSession(Session):
         for index, request in enumerate(requests):
             apart = self._apart and request.adapter is None
             group = groups.setdefault((request.kind, apart, request.decoding), {})
-            group.setdefault((request.adapter, request.prompt_ids), []).append(index)
+            shared = request.adapter, request.prompt_ids, request.control, request.control_at
+            group.setdefault(shared, []).append(index)
         plan: list[list[int]] = []
         for group in groups.values():
             batch: list[int] = []
@@ -129,7 +136,7 @@ class VllmSession(Session):
         try:
             with self._uncompiled():
                 watch = None if self.progress is None else partial(_Watch, calls.share(self.tell, len(requests)))
-                calls.carry_out(self._llm, self._loras, apart=self._apart, watch=watch)
+                calls.carry_out(self._llm, self._loras, self._built, apart=self._apart, watch=watch)
         except Exception as error:
             raise StepError(f"engine vllm, model {self._model.ref}", f"failed: {root(error)}", hint(error)) from error
         return [read() for read in readers]
@@ -144,32 +151,61 @@ class VllmSession(Session):
         return stance
 
     def _problem(self, request: Request) -> str | None:
-        if request.control is not None:
-            raise StepError("engine vllm", f"cannot honour the conditioning value {request.control!r}", "")
         if request.adapter in self._refused:
             raise self._refused[request.adapter]
         if request.adapter not in self._loras:
             raise StepError("engine vllm", f"adapter {request.adapter!r} is not open", "Name it when opening.")
+        virtual = len(self._vectors(request.adapter, request.control)) if request.control is not None else 0
+        if request.control_at is not None and not 0 <= request.control_at <= len(request.prompt_ids):
+            return f"its control stands at {request.control_at} of {len(request.prompt_ids)} tokens"
         if not request.prompt_ids:
             return "the prompt has no tokens"
         ids = request.prompt_ids + request.continuation_ids
         if min(ids) < 0 or max(ids) >= self._vocabulary:
             return f"a token id is outside the vocabulary of {self._vocabulary}"
         # The last token of a continuation is scored, never fed.
-        fed = len(ids) - 1 if request.continuation_ids else len(ids)
+        fed = virtual + (len(ids) - 1 if request.continuation_ids else len(ids))
         if fed > self._limit:
             return f"{fed} tokens do not fit the context of {self._limit}"
         return None
+
+    def _vectors(self, adapter: str | None, control: str) -> Any:
+        """The vectors that stand for a control, read once: (tokens, hidden size), in the model's type."""
+        key = adapter, control
+        if key not in self._soft:
+            owner = self._conditioned.get(adapter)
+            if owner is None:
+                raise StepError("engine vllm", f"cannot honour the conditioning value {control!r}: it has none", "")
+            self._soft[key] = soft_prompt(owner, control).to(self._llm.llm_engine.model_config.dtype)
+        return self._soft[key]
+
+    def _built(self, adapter: str | None, prompt: _Prompt) -> Any:
+        """What vLLM takes: token ids; with vectors among them, a place holder for each, and which are no ids."""
+        from vllm import TokensPrompt
+        from vllm.inputs import EmbedsPrompt
+
+        if prompt.control is None:
+            return TokensPrompt(prompt_token_ids=list(prompt.ids))
+        vectors, at = self._vectors(adapter, prompt.control), prompt.control_at
+        count, length = len(vectors), len(prompt.ids)
+        whole = vectors.new_zeros(length + count, vectors.shape[1])
+        whole[at : at + count] = vectors
+        return EmbedsPrompt(
+            prompt_embeds=whole,
+            prompt_token_ids=[*prompt.ids[:at], *[0] * count, *prompt.ids[at:]],
+            prompt_is_token_ids=[*[True] * at, *[False] * count, *[True] * (length - at)],
+        )
 
     def _plan_text(self, request: Request, calls: _Calls) -> Callable[[], Output]:
         from vllm import SamplingParams
 
         decoding = request.decoding or Decoding()
         stops = [stop for stop in decoding.stop if stop]
+        virtual = len(self._vectors(request.adapter, request.control)) if request.control is not None else 0
         # Text is decoded here, from the generated ids alone, as the other engines do; vLLM's own detokenizer, which
         # looks back at the prompt, only watches for stop strings.
         params = SamplingParams(
-            max_tokens=min(decoding.max_new_tokens, self._limit + 1 - len(request.prompt_ids)),
+            max_tokens=min(decoding.max_new_tokens, self._limit + 1 - len(request.prompt_ids) - virtual),
             temperature=decoding.temperature,
             top_p=decoding.top_p,
             seed=None if decoding.greedy else decoding.seed,
@@ -178,7 +214,7 @@ class VllmSession(Session):
             detokenize=bool(stops),
             logprobs=0,  # of the token drawn alone: from logits that are not finite it is no number
         )
-        number = calls.add(request.adapter, request.prompt_ids, params)
+        number = calls.add(request.adapter, _Prompt.of(request), params)
         return lambda: self._text(calls.results[number].outputs[0], stops)
 
     def _text(self, completion: Any, stops: Sequence[str]) -> Output:
@@ -203,13 +239,14 @@ class VllmSession(Session):
         prompt, continuation = request.prompt_ids, request.continuation_ids
         if not continuation:
             return lambda: Output(logprob=0.0, is_greedy=True, batch_dependent=True)
-        if len(continuation) == 1 or self._stepwise:
+        # vLLM gives no `prompt_logprobs` of a prompt with vectors in it.
+        if len(continuation) == 1 or self._stepwise or request.control is not None:
             numbers = [
-                (calls.probe(request.adapter, prompt + continuation[:place], token), token)
+                (calls.probe(request.adapter, _Prompt.of(request, continuation[:place]), token), token)
                 for place, token in enumerate(continuation)
             ]
             return lambda: _total([calls.probed(number, token) for number, token in numbers])
-        number = calls.whole(request.adapter, (prompt + continuation)[:-1], continuation[-1])
+        number = calls.whole(request.adapter, _Prompt.of(request, continuation[:-1]), continuation[-1])
 
         def read() -> Output:
             rows = calls.results[number].prompt_logprobs
@@ -233,19 +270,33 @@ class VllmSession(Session):
                 self._environment = None
 
 
+@dataclass(frozen=True)
+class _Prompt:
+    """Token ids, and the control whose vectors stand among them."""
+
+    ids: tuple[int, ...]
+    control: str | None
+    control_at: int
+
+    @classmethod
+    def of(cls, request: Request, more: tuple[int, ...] = ()) -> _Prompt:
+        """A request's prompt, and the beginning of an answer."""
+        return cls(request.prompt_ids + more, request.control, request.control_at or 0)
+
+
 class _Calls:
     """The prompts of one batch, each distinct scoring pass once, and what vLLM returned."""
 
     def __init__(self) -> None:
-        self._prompts: list[tuple[str | None, tuple[int, ...], Any]] = []
-        self._open: dict[tuple[str | None, tuple[int, ...]], int] = {}
+        self._prompts: list[tuple[str | None, _Prompt, Any]] = []
+        self._open: dict[tuple[str | None, _Prompt], int] = {}
         self.results: list[Any] = []
 
-    def add(self, adapter: str | None, prompt: tuple[int, ...], params: Any) -> int:
+    def add(self, adapter: str | None, prompt: _Prompt, params: Any) -> int:
         self._prompts.append((adapter, prompt, params))
         return len(self._prompts) - 1
 
-    def whole(self, adapter: str | None, prompt: tuple[int, ...], last: int) -> int:
+    def whole(self, adapter: str | None, prompt: _Prompt, last: int) -> int:
         """A pass that scores every token of the prompt, and ``last`` after it."""
         from vllm import SamplingParams
 
@@ -254,7 +305,7 @@ class _Calls:
         )
         return self.add(adapter, prompt, params)
 
-    def probe(self, adapter: str | None, prompt: tuple[int, ...], token: int) -> int:
+    def probe(self, adapter: str | None, prompt: _Prompt, token: int) -> int:
         """A pass that scores ``token`` after the prompt; joins one that exists while that has room."""
         from vllm import SamplingParams
 
@@ -289,14 +340,19 @@ class _Calls:
         return advance
 
     def carry_out(
-        self, llm: Any, loras: Mapping[str | None, Any], *, apart: bool, watch: Callable[..., Any] | None = None
+        self,
+        llm: Any,
+        loras: Mapping[str | None, Any],
+        build: Callable[[str | None, _Prompt], Any],
+        *,
+        apart: bool,
+        watch: Callable[..., Any] | None = None,
     ) -> None:
         """Run every prompt, each with its adapter, in one call of vLLM.
 
-        ``apart``: the base's in a call of their own. ``watch`` makes what vLLM takes for a progress bar.
+        ``build`` makes what vLLM takes. ``apart``: the base's in a call of their own. ``watch`` makes what vLLM takes
+        for a progress bar.
         """
-        from vllm import TokensPrompt
-
         self.results = [None] * len(self._prompts)
         for base in (True, False) if apart else (None,):
             numbers = [i for i, prompt in enumerate(self._prompts) if base is None or (prompt[0] is None) is base]
@@ -304,7 +360,7 @@ class _Calls:
                 continue
             requests = [loras[self._prompts[number][0]] for number in numbers]
             outputs = llm.generate(
-                [TokensPrompt(prompt_token_ids=list(self._prompts[number][1])) for number in numbers],
+                [build(*self._prompts[number][:2]) for number in numbers],
                 sampling_params=[self._prompts[number][2] for number in numbers],
                 lora_request=requests if any(requests) else None,
                 use_tqdm=watch or False,
