@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-SECONDS = 60.0
+SECONDS = 20.0
 FLAGS = (
     "--headless=new",
     # Containers have neither the namespaces nor the shared memory that its sandbox and its buffers ask for.
@@ -68,7 +68,7 @@ class Browser:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             pass_fds=(3, 4),
-            preexec_fn=in_place,  # noqa: PLW1509
+            preexec_fn=in_place,
         )
         os.close(to_child)
         os.close(from_child)
@@ -121,7 +121,9 @@ class Browser:
         return dict(json.loads(line))
 
     @contextmanager
-    def page(self, url: str, *, width: int = 1400, height: int = 900, media: dict[str, str] | None = None) -> Iterator[Page]:
+    def page(
+        self, url: str, *, width: int = 1400, height: int = 900, media: dict[str, str] | None = None
+    ) -> Iterator[Page]:
         """Open a tab at ``url`` and wait until it has loaded. ``media``: features, as prefers-color-scheme."""
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -162,6 +164,8 @@ class Page:
         before = len(self.events("Page.loadEventFired"))
         self.send("Page.navigate", url=url)
         self.wait(lambda: len(self.events("Page.loadEventFired")) > before, f"{url} loads")
+        # Clicks before the first frame are dropped.
+        self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))")
 
     def wait(self, condition: Callable[[], bool], what: str) -> None:
         """Wait until something holds."""
@@ -173,10 +177,10 @@ class Page:
 
     def until(self, expression: str) -> None:
         """Wait until a JavaScript expression is true."""
-        self.wait(lambda: bool(self.run(expression)), expression)
+        self.wait(lambda: self.run(f"Boolean({expression})"), expression)
 
     def run(self, expression: str) -> Any:
-        """Value of a JavaScript expression, promises awaited. The debugger may evaluate where the page's CSP may not."""
+        """Value of a JavaScript expression, promises awaited; the page's policy does not hold for a debugger."""
         found = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in found:
             raise BrowserError(f"{expression}: {found['exceptionDetails']}")
@@ -184,7 +188,9 @@ class Page:
 
     def texts(self, selector: str) -> list[str]:
         """Visible text of every element that a selector finds."""
-        return list(self.run(f"Array.from(document.querySelectorAll({json.dumps(selector)}), one => one.innerText)"))
+        return list(
+            self.run(f"Array.from(document.querySelectorAll({json.dumps(selector)}), one => one.innerText.trim())")
+        )
 
     def press(self, key: str, *, shift: bool = False) -> None:
         """Press a key, as a person does: it goes to what has the focus."""

@@ -22,7 +22,7 @@ from harness.cli.options import (
     revisions_of,
     with_defaults,
 )
-from harness.cli.tables import print_json
+from harness.cli.tables import print_json, say
 from harness.core.errors import ExitCode, UserError
 from harness.core.text import visible
 
@@ -171,11 +171,19 @@ def compare(
     allow_prompt_mismatch: Annotated[
         bool, typer.Option("--allow-prompt-mismatch", help="Compare what was asked raw or in another chat template.")
     ] = False,
+    html: Annotated[
+        bool, typer.Option("--html", help="Write a page with all samples side by side, and print where it lies.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of --html; otherwise compare-A-B in the current folder.")
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Paired differences between two runs, or between the arms and the base of one, with the samples that changed."""
     from harness.report import compare as comparing, compare_text
 
+    if out is not None and not html:
+        raise UserError("--out", f"{out} is the folder of a page, and none was asked for", "Give --html, too.")
     result = comparing.compare_runs(
         run_a,
         run_b,
@@ -199,11 +207,25 @@ def compare(
             else []
         )
         console.print(compare_text.changed_text(changed, result), markup=False, highlight=False, soft_wrap=True)
+    if html:
+        page = _write_page(result, run_a, run_b, out, everything=every)
+        say(str(page)) if as_json else print(visible(str(page)))
     if fail_if_worse:
         if result.regressions:
             return ExitCode.REGRESSION
         _refuse_unjudged(result)
     return ExitCode.STEPS_FAILED if result.failed else ExitCode.DONE
+
+
+def _write_page(report: ComparisonReport, a: Path, b: Path | None, out: Path | None, *, everything: bool) -> Path:
+    """The page of a comparison, in a folder that names both runs where none is given."""
+    from harness.report.pages.comparison import write_comparison
+    from harness.report.read import open_run
+    from harness.steps.files import slug
+
+    folder = out or Path("-".join(["compare", *(slug(run.resolve().name) for run in (a, b) if run is not None)]))
+    run_b = None if b is None else open_run(b)
+    return write_comparison(report, open_run(a), run_b, folder, everything=everything)
 
 
 def _refuse_unjudged(result: ComparisonReport) -> None:
