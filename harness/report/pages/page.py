@@ -58,12 +58,18 @@ def environment() -> Environment:
 
 
 def render_page(
-    template: str, *, styles: Sequence[str] = (), scripts: Sequence[str] = (), side_files: bool = False, **values: Any
+    template: str,
+    *,
+    styles: Sequence[str] = (),
+    more_style: str = "",
+    scripts: Sequence[str] = (),
+    side_files: bool = False,
+    **values: Any,
 ) -> str:
     """A page from a template of the assets, its style sheets and scripts in it. Equal values give equal bytes."""
     from markupsafe import Markup
 
-    style = "".join((ASSETS / name).read_text(encoding="utf-8") for name in (BASE_STYLE.name, *styles))
+    style = "".join((ASSETS / name).read_text(encoding="utf-8") for name in (BASE_STYLE.name, *styles)) + more_style
     script = "".join((ASSETS / name).read_text(encoding="utf-8") for name in scripts)
     return (
         environment()

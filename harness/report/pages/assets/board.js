@@ -26,7 +26,7 @@
   const cellOf = (cell) => {
     const td = make("td", cell ? "" : "none", cell ? undefined : "–");
     if (!cell) return td;
-    const [mean, ends, said, kind, marks] = cell;
+    const [mean, ends, counts, marks] = cell;
     td.append(make("b", "", mean));
     if (ends) td.append(" ", make("span", "ends", ends));
     if (marks.length) {
@@ -35,7 +35,7 @@
       bar.append(draw("circle", { cx: marks[0], cy: 6, r: 3.2 }));
       td.append(bar);
     }
-    if (said) td.append(make("span", `said ${kind}`, said));
+    if (counts) td.append(make("span", "counts", counts));
     return td;
   };
   const seedRows = new Map();
