@@ -149,12 +149,41 @@ def print_report(report: Report, page: Path) -> None:
     console.print(visible(str(page)), markup=False, highlight=False, soft_wrap=True)
 
 
-def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
-    """Rebuild a run's report from its records, and print it."""
+def report(
+    run: Annotated[list[Path], typer.Argument(help="Run folders and studies.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the board; by default RUN/report, with one run alone.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Title of the board; by default the runs' names.")] = None,
+    layout: Annotated[str | None, typer.Option(help="Also the tables in a layout: paper (arXiv 2406.04879).")] = None,
+    published: Annotated[
+        Path | None, typer.Option(help="YAML of published numbers for the layout: ARM: {TASK: NUMBER}.")
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="Level of the board's tests, Holm-adjusted over a column.")] = 0.05,
+) -> None:
+    """Rebuild reports from the records and print them; of several runs one board: board.json, .md, .csv, LaTeX."""
     from harness.report.build import write_all
+    from harness.report.write_board import write_board
 
-    for page, found in write_all(run).items():
-        print_report(found, page)
+    if len(run) > 1 and out is None:
+        fix = "Give the folder of their board with --out DIR."
+        raise UserError("--out", f"{len(run)} runs have no report folder in common", fix)
+    if len(run) == 1:
+        for page, found in write_all(run[0]).items():
+            print_report(found, page)
+    folder = out or run[0] / "report"
+    board = write_board(run, folder, title=title, layout=layout, published=published, alpha=alpha)
+    if len(run) > 1 or len(board.rows) > 1:
+        from rich.console import Console
+
+        from harness.report.board_text import board_table
+
+        if len(run) > 1:
+            Console().print(board_table(board))
+        print(visible(board.finding))
+        for claim in board.claims:
+            print(visible(f"claim {claim.name}: {claim.status} ({claim.why})"))
+        print(visible(str(folder / "board.md")))
 
 
 def compare(

@@ -119,7 +119,8 @@ class Sample:
     """One item of a task: what is asked, and what scorers may know about it.
 
     ``leaf`` is the leaf task it belongs to (an MMLU subject, say); ``cut`` says that the prompt was shortened to fit
-    the model's context; ``chance`` is the expected share of right answers of guessing, where the question allows one.
+    the model's context; ``chance`` is the expected share of right answers of guessing, where the question allows one;
+    samples of one ``cluster`` are not independent of each other.
     """
 
     id: str
@@ -130,6 +131,7 @@ class Sample:
     data: Mapping[str, Any] = field(default_factory=dict)
     cut: bool = False
     chance: float | None = None
+    cluster: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,11 @@ class TaskSpec(Config):
     leaf: str | None = Field(
         None, description="Jinja template over the row: the leaf task it counts for, a category say; empty: none"
     )
+    cluster: str | None = Field(
+        None,
+        description="Jinja template over the row: what samples that hang together share, a question asked in several"
+        " wordings say; empty: the sample stands for itself",
+    )
     generation_prompt: bool = Field(
         True, description="whether a chat prompt ends where the assistant answers; else with the user's turn"
     )
@@ -101,8 +106,8 @@ class TaskSpec(Config):
             raise ValueError("a task with a `dataset` needs at least one scorer under `scorers`")
         if self.lm_eval is not None and self.prompt == "auto":
             raise ValueError("an lm-eval task is `raw` or `chat`")
-        if self.lm_eval is not None and (self.leaf is not None or not self.generation_prompt):
-            raise ValueError("leaf tasks and prompts of an lm-eval task are lm-eval's own")
+        if self.lm_eval is not None and (self.leaf or self.cluster or not self.generation_prompt):
+            raise ValueError("leaf tasks, clusters and prompts of an lm-eval task are lm-eval's own")
         if self.lm_eval is not None and self.decoding_of == "model":
             raise ValueError("how an lm-eval task is decoded is lm-eval's own")
         return self

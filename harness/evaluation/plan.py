@@ -31,7 +31,7 @@ from harness.tasks.catalog import Catalog, Chosen, code_of
 from harness.tasks.questions import dataset_of, resolve_variant
 
 LM_EVAL_SCORER = "lm_eval"
-LATER = {"leaf": None, "generation_prompt": True, "decoding_of": "task"}
+LATER = {"leaf": None, "cluster": None, "generation_prompt": True, "decoding_of": "task"}
 """Fields that a task got after its steps had ids, with what they stand for when absent: then they are no part of it."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,7 @@ def sample_rows(samples: Sequence[Sample], answers: Sequence[Answer], scores: Se
             "cut": sample.cut,
             "hit_limit": answer.hit_limit,
             "detail": dict(score.detail),
+            **({"cluster": sample.cluster} if sample.cluster is not None else {}),
         }
         for sample, answer, score in zip(samples, answers, scores, strict=True)
     ]
@@ -121,7 +122,7 @@ def _row(
         mean, stderr, interval = _corpus(context.scorer, session, metric, [score for _, _, score in triples])
         notes.append(f"{metric.name} is a corpus metric: interval by bootstrap over samples, {CORPUS_DRAWS} draws")
     elif withheld is None:
-        mean, stderr, interval = _mean(metric, values)
+        mean, stderr, interval = _mean(metric, values, _clusters([sample for sample, _, _ in triples]))
     chance = _chance(metric, [sample for sample, _, _ in triples])
     return Row(
         model=context.model,
@@ -156,15 +157,24 @@ def _commonest_reason(metric: Metric, triples: Sequence[tuple[Sample, Answer, Sc
     return reason if len(reason) <= REASON_LENGTH else f"{reason[:REASON_LENGTH]}..."
 
 
+def _clusters(samples: Sequence[Sample]) -> list[tuple[str, str]] | None:
+    """What each sample hangs together with, itself alone where nothing is said; None: no sample says anything."""
+    if all(sample.cluster is None for sample in samples):
+        return None
+    return [("sample", one.id) if one.cluster is None else ("cluster", one.cluster) for one in samples]
+
+
 def _mean(
-    metric: Metric, values: Sequence[float | None]
+    metric: Metric, values: Sequence[float | None], clusters: Sequence[Hashable] | None
 ) -> tuple[float | None, float | None, tuple[float, float] | None]:
     """Mean, standard error and interval; a share that is told in percent has the interval of a share."""
     whole = {"proportion": 1.0, "percent": 100.0}.get(metric.unit, 0.0)
     if whole and all(value in (0.0, whole, None) for value in values):
-        summary = summarise([None if value is None else value / whole for value in values], kind="proportion")
+        summary = summarise(
+            [None if value is None else value / whole for value in values], kind="proportion", clusters=clusters
+        )
     else:
-        summary, whole = summarise(values), 1.0
+        summary, whole = summarise(values, clusters=clusters), 1.0
     if summary.mean is None:
         return None, None, None
     span = summary.interval

@@ -204,7 +204,8 @@ def _difference(a: Side, b: Side, *, seed: int, allow_prompt_mismatch: bool) -> 
     if reason is not None:
         return Difference(**base, verdict="not comparable", notes=(reason, *notes)), lambda level: None
     # B first, so that differences and intervals are B minus A.
-    result = compare_paired(values_b, values_a, seed=seed)
+    clusters, strata = a.step.hanging
+    result = compare_paired(values_b, values_a, seed=seed, clusters=clusters, strata=strata)
     up, down = result.wins, result.losses
     better, worse = (down, up) if a.metric.higher_is_better is False else (up, down)
     one = Difference(

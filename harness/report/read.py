@@ -6,9 +6,10 @@ adversarial by design, so every text goes through :func:`visible` before it reac
 
 from __future__ import annotations
 
-import glob
 import gzip
+import hashlib
 import json
+import os
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -115,15 +116,24 @@ class StepResult:
         path = self.artifact / "samples.jsonl.gz"
         if not path.exists():  # read_rows takes a missing file for an empty one
             raise CorruptionError(f"{path}: is missing, though its step has ended; start over with --fresh")
-        rows = read_rows(path)
-        if self.record is not None and self.record.digest is not None and rows_digest(rows) != self.record.digest:
-            raise CorruptionError(f"{path}: does not hold what status.json recorded; run the same command again")
+        digest = self.record.digest if self.record is not None else None
+        rows = _as_recorded(path, digest)
+        if rows is None:
+            rows = read_rows(path)
+            if digest is not None and rows_digest(rows) != digest:
+                raise CorruptionError(f"{path}: does not hold what status.json recorded; run the same command again")
         found: dict[str, dict[str, Any]] = {}
         for row in rows:
             if row["id"] in found:
                 raise CorruptionError(f"{path}: sample {row['id']!r} is in it twice; start over with --fresh")
             found[row["id"]] = row
         return found
+
+    @property
+    def hanging(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Cluster and stratum (leaf task) of the samples that have one."""
+        found = [{key: row[name] for key, row in self.samples.items() if row.get(name)} for name in ("cluster", "leaf")]
+        return found[0], found[1]
 
     @property
     def requests_file(self) -> Path:
@@ -279,14 +289,33 @@ def open_run(root: Path) -> RunResult:
     return run_of(root, plan)
 
 
-def run_of(root: Path, plan: Mapping[str, Any]) -> RunResult:
-    """The run that a plan describes, from the records in a folder.
+class StepFolders:
+    """The step folders of a run by the ends of their names, from one scan: a study has thousands."""
+
+    def __init__(self, root: Path) -> None:
+        """Scan ``root/steps``, which need not be there."""
+        self.root = root
+        self._by_end: dict[str, list[str]] = {}
+        if (root / "steps").is_dir():
+            with os.scandir(root / "steps") as entries:
+                for entry in entries:
+                    self._by_end.setdefault(entry.name.rpartition("-")[2], []).append(entry.name)
+
+    def of(self, kind: str, step_id: str) -> list[Path]:
+        """Folders that a step of this kind and id may lie in."""
+        names = sorted(name for name in self._by_end.get(step_id[:12], ()) if name.startswith(f"{kind}-"))
+        return [self.root / "steps" / name for name in names]
+
+
+def run_of(root: Path, plan: Mapping[str, Any], folders: StepFolders | None = None) -> RunResult:
+    """The run that a plan describes, from the records in a folder; ``folders``: its steps, where they are known.
 
     Raises:
         CorruptionError: the plan is none, or a record is damaged.
     """
+    folders = folders or StepFolders(root)
     try:
-        tasks = tuple(_task(root, {**task, "template": _template(plan, task)}) for task in plan["tasks"])
+        tasks = tuple(_task(folders, {**task, "template": _template(plan, task)}) for task in plan["tasks"])
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptionError(f"{root / 'plan.json'}: not a plan ({error!r}); start over with --fresh") from None
     return RunResult(root, plan, tasks)
@@ -315,17 +344,34 @@ def _template(plan: Mapping[str, Any], task: Mapping[str, Any]) -> str | None:
     return digest
 
 
-def _task(root: Path, info: Mapping[str, Any]) -> TaskResult:
+def _as_recorded(path: Path, digest: str | None) -> list[dict[str, Any]] | None:
+    """The rows of a file whose text is the very one recorded, without writing each anew; None: look closer."""
+    try:
+        text = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error):
+        return None
+    if digest is None or hashlib.sha256(text).hexdigest() != digest:
+        return None
+    return list(json.loads(b"[" + b",".join(text.splitlines()) + b"]"))
+
+
+def _task(folders: StepFolders, info: Mapping[str, Any]) -> TaskResult:
     answers = info.get("answers")
     return TaskResult(
         info=info,
-        answers=_step(root, "answers", str(answers)) if answers else None,
-        scores=tuple(_step(root, "scores", str(step_id)) for step_id in info.get("scores", ())),
+        answers=read_step(folders, "answers", str(answers)) if answers else None,
+        scores=tuple(read_step(folders, "scores", str(step_id)) for step_id in info.get("scores", ())),
     )
 
 
-def _step(root: Path, kind: str, step_id: str) -> StepResult:
-    for folder in sorted((root / "steps").glob(f"{kind}-*-{glob.escape(step_id[:12])}")):
+def read_step(folders: StepFolders, kind: str, step_id: str) -> StepResult:
+    """One step of a run, which may not have begun.
+
+    Raises:
+        CorruptionError: its record is damaged, or a file is not what the record says.
+    """
+    root = folders.root
+    for folder in folders.of(kind, step_id):
         if not (folder / "step.json").is_file():
             continue
         info = read_json(folder / "step.json")

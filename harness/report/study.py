@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.core.errors import CorruptionError
-from harness.report.read import RunResult, open_run, run_of
+from harness.report.read import RunResult, StepFolders, open_run, run_of
 from harness.steps.files import read_json
 
 INDEX = "index.json"
@@ -30,7 +30,8 @@ def open_runs(root: Path) -> dict[str | None, RunResult]:
         found: dict[str | None, list[Mapping[str, Any]]] = {}
         for one in plan["evaluations"]:
             found.setdefault(str(one["model"]["name"]), []).append(one)
-        return {base: run_of(root, _together(plans, index)) for base, plans in found.items()}
+        folders = StepFolders(root)
+        return {base: run_of(root, _together(plans, index), folders) for base, plans in found.items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptionError(f"{root / 'plan.json'}: no study ({error!r}); start over with --fresh") from None
 

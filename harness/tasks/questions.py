@@ -55,6 +55,7 @@ class Questions:
                 "data": dict(sample.data),
                 "cut": sample.cut,
                 "chance": sample.chance,
+                **({"cluster": sample.cluster} if sample.cluster is not None else {}),
                 "requests": [_stored(request, sample.prompt) for request in sample.requests],
             }
             for sample in self.samples
@@ -98,7 +99,7 @@ def read_samples(path: Path, digest: str) -> list[Sample]:
 def _sample_of(row: Mapping[str, Any]) -> Sample:
     requests = tuple(_request_of(request, row["prompt"]) for request in row["requests"])
     kept = {name: row[name] for name in ("id", "prompt", "target", "leaf", "data", "cut", "chance")}
-    return Sample(requests=requests, **kept)
+    return Sample(requests=requests, cluster=row.get("cluster"), **kept)
 
 
 def _request_of(row: Mapping[str, Any], prompt: str) -> Request:
@@ -236,7 +237,10 @@ def _open_native(
         if chosen.limit is not None and counts[leaf] > chosen.limit:
             continue
         sample = _native_sample(spec, row, f"{place}, template, row {row.id}", variant, model, tokenizer)
-        samples.append(replace(sample, leaf=leaf or None))
+        cluster = (
+            prompts.render(spec.cluster, row.data, f"{place}, cluster, row {row.id}").strip() if spec.cluster else ""
+        )
+        samples.append(replace(sample, leaf=leaf or None, cluster=cluster or None))
     return Questions(samples, job.dropped, tuple(job.notes))
 
 

@@ -135,24 +135,36 @@ def _values(path: Path, name: str) -> dict[str, float]:
 
 
 def _over_seeds(paths: list[Path], name: str, start: dict[str, float] | None) -> dict[str, Any]:
-    """Mean over rows and seeds, crossed bootstrap; of a loss, its change from the start."""
+    """Mean over rows and seeds with the noise of both; of a loss, its change from the start."""
     import numpy as np
 
-    from harness.core.stats import crossed_bootstrap
+    from harness.core.stats import Seeds, crossed_mean
 
     found = [_values(path, name) for path in paths]
     ids = sorted(set.intersection(*(set(values) for values in found)))
     matrix = np.array([[values[i] - (start[i] if start else 0.0) for i in ids] for values in found])
-    summary = crossed_bootstrap(matrix, seed=0)
+    summary = crossed_mean(Seeds(matrix))
     assert summary.interval is not None
     return {
         "n_rows": len(ids),
         "n_seeds": len(paths),
         "mean": summary.mean,
         "ci95": [summary.interval.low, summary.interval.high],
+        "method": summary.interval.method,
         "per_seed": [float(value) for value in matrix.mean(axis=1)],
         "start": float(np.mean([start[i] for i in ids])) if start else None,
     }
+
+
+def _how(arms: list[dict[str, Any]]) -> list[str]:
+    """How the intervals of these records were made: before 0.1 was out, by a bootstrap."""
+    if any("method" in figure for arm in arms for figure in arm["figures"].values()):
+        how = ("by Student's t with the noise of seeds and", "of rows (docs/reading-the-numbers.md); the means")
+        return [f"Held-out rows share no prompt with training rows. Intervals are 95 %, {how[0]}", how[1]]
+    return [
+        "Held-out rows share no prompt with training rows. Intervals are 95 %, seeds and rows resampled independently",
+        "(10,000 draws); over three seeds such an interval is too narrow when training noise dominates, so the means",
+    ]
 
 
 def render() -> str:
@@ -166,8 +178,7 @@ def render() -> str:
         + ", ".join(f"{name} {value}" for name, value in sorted(COMMON.items()))
         + "; a recipe is steps x rows at a learning rate.",
         "",
-        "Held-out rows share no prompt with training rows. Intervals are 95 %, seeds and rows resampled independently",
-        "(10,000 draws); over three seeds such an interval is too narrow when training noise dominates, so the means",
+        *_how(record["arms"]),
         "of the seeds stand beside it. `beavertails:helpful` has no row here: its labels are null in this copy of the",
         "data.",
         "",

@@ -13,18 +13,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from harness.core import stats
 from harness.core.stats import (
     Comparison,
     Summary,
     cohen_kappa,
     compare_paired,
-    crossed_bootstrap,
     holm,
     holm_levels,
     is_binary,
     mcnemar_exact,
     newcombe_paired,
+    paired,
     rank_by_significance,
     summarise,
     wilson,
@@ -357,12 +356,10 @@ def test_compare_does_not_depend_on_the_hash_seed(hash_seed: str) -> None:
 def test_seed_changes_the_draws_and_chunks_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).normal(size=101)
     a, b = keyed(values.tolist()), keyed([0.0] * 101)
-    matrix = values[:99].reshape(3, 33)
-    whole, crossed = compare_paired(a, b, seed=5, draws=500), crossed_bootstrap(matrix, seed=5, draws=500)
+    whole = compare_paired(a, b, seed=5, draws=500)
     assert whole.interval != compare_paired(a, b, seed=6, draws=500).interval
-    monkeypatch.setattr(stats, "CHUNK_CELLS", 777)
+    monkeypatch.setattr(paired, "CHUNK_CELLS", 777)
     assert compare_paired(a, b, seed=5, draws=500) == whole
-    assert crossed_bootstrap(matrix, seed=5, draws=500) == crossed
 
 
 def test_mmlu_sized_bootstrap_is_bounded_in_memory() -> None:
@@ -385,70 +382,6 @@ def test_compare_rejects() -> None:
         compare_paired({}, {}, seed=0, draws=0)
     with pytest.raises(ValueError, match="level"):
         compare_paired({}, {}, seed=0, level=95)
-
-
-# crossed_bootstrap
-
-
-def test_crossed_stderr_of_an_additive_table() -> None:
-    # Cell = a_i + b_j: the bootstrap variance is var0(a)/3 + var0(b)/2 with var0 the variance over n (ddof 0).
-    # a = 0, 3, 6: var0 6. b = -1, 1: var0 1. stderr = sqrt(2 + 0.5) = 1.5811.
-    got = crossed_bootstrap(np.array([[-1.0, 1.0], [2.0, 4.0], [5.0, 7.0]]), seed=0, draws=40_000)
-    assert (got.n_seeds, got.n_samples, got.n_unscored, got.mean, got.note) == (3, 2, 0, 3.0, None)
-    assert got.stderr == pytest.approx(math.sqrt(2.5), rel=0.02)
-
-
-@pytest.mark.parametrize(
-    "table", [[[1.0, 2.0], [3.0, 5.0], [4.0, 9.0]], [[1.0, NAN, 8.0], [NAN, 3.0, 5.0], [4.0, 9.0, NAN]]]
-)
-def test_crossed_against_enumeration(table: list[list[float]]) -> None:
-    cells = np.array(table)
-    rows, columns = cells.shape
-    exact = []
-    for chosen_rows in itertools.product(range(rows), repeat=rows):
-        for chosen_columns in itertools.product(range(columns), repeat=columns):
-            resampled = cells[np.ix_(chosen_rows, chosen_columns)]
-            if not np.isnan(resampled).all():
-                exact.append(np.nanmean(resampled))
-    got = crossed_bootstrap(cells, seed=1, draws=40_000)
-    assert got.mean == pytest.approx(np.nanmean(cells))
-    assert got.n_unscored == int(np.isnan(cells).sum())
-    assert got.stderr == pytest.approx(np.std(exact), rel=0.02)
-    assert got.interval is not None
-    assert got.interval.low == pytest.approx(np.quantile(exact, 0.025), abs=0.35)
-    assert got.interval.high == pytest.approx(np.quantile(exact, 0.975), abs=0.35)
-    assert got.interval.method == "crossed_bootstrap"
-
-
-def test_under_three_seeds_only_samples_are_resampled() -> None:
-    # Rows differ by 100, columns alternate -1, 1: resampling columns alone has sd 1 / sqrt(100).
-    row = np.tile([-1.0, 1.0], 50)
-    got = crossed_bootstrap(np.stack([row, row + 100.0]), seed=0)
-    assert (got.mean, got.note) == (50.0, "training noise not estimated")
-    assert got.stderr == pytest.approx(0.1, rel=0.05)
-    assert got.interval is not None
-    assert got.interval.method == "sample_bootstrap"
-    # A failed third seed does not count as a seed.
-    failed = crossed_bootstrap(np.stack([row, row + 100.0, np.full(100, NAN)]), seed=0)
-    assert (failed.n_seeds, failed.n_unscored, failed.interval) == (2, 100, got.interval)
-
-
-def test_crossed_p_value_is_not_below_the_t_test_on_seed_means() -> None:
-    # Seed means 1, 2, 3: t = 2 / (1 / sqrt 3) on 2 degrees, where p = 1 - t / sqrt(2 + t**2) = 1 - sqrt(12 / 14).
-    # The bootstrap alone never moves by 2 and would say 1 / (draws + 1).
-    got = crossed_bootstrap(np.array([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]), seed=0)
-    assert got.p_value == pytest.approx(1 - math.sqrt(12 / 14))
-    assert crossed_bootstrap(np.zeros((3, 4)), seed=0).p_value == 1.0
-
-
-def test_crossed_edges() -> None:
-    empty = crossed_bootstrap(np.full((3, 2), NAN), seed=0)
-    assert (empty.n_seeds, empty.n_samples, empty.n_unscored, empty.mean, empty.interval) == (0, 0, 6, None, None)
-    one = crossed_bootstrap(np.array([[1.0], [2.0], [6.0]]), seed=0)
-    assert (one.n_samples, one.mean, one.stderr, one.interval, one.p_value) == (1, 3.0, None, None, None)
-    for bad in (np.zeros(3), np.array([[math.inf, 1.0]])):
-        with pytest.raises(ValueError, match="seeds x samples"):
-            crossed_bootstrap(bad, seed=0)
 
 
 # Error rates, simulated with a seed. 1,000 sets put a 95 % rate within 0.95 -+ 0.02 (three standard errors).
@@ -480,18 +413,6 @@ def test_coverage_of_paired_intervals_and_size_of_their_tests() -> None:
     assert 0.92 <= coverage([(i.low, i.high) for i in continuous if i], 0.0) <= 0.98
     assert 0.92 <= coverage([(i.low, i.high) for i in binary], 0.1) <= 0.98
     assert 0.02 <= false_alarms / 1000 <= 0.08
-
-
-def test_crossed_bootstrap_covers_with_many_seeds_and_does_not_cry_wolf_with_three() -> None:
-    generator = np.random.default_rng(13)
-    many, false_alarms = [], 0
-    for i in range(1000):
-        noise = generator.normal(0, 0.3, (20, 1)) + generator.normal(0, 1, (1, 40)) + generator.normal(0, 1, (20, 40))
-        many.append(crossed_bootstrap(noise, seed=i, draws=500).interval)
-        training = generator.normal(0, 1, (3, 1)) + generator.normal(0, 0.1, (3, 20))
-        false_alarms += (crossed_bootstrap(training, seed=i, draws=200).p_value or 0.0) < 0.05
-    assert 0.92 <= coverage([(i.low, i.high) for i in many if i], 0.0) <= 0.98
-    assert false_alarms / 1000 <= 0.08
 
 
 # Holm, ranks, kappa

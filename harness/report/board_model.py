@@ -1,0 +1,173 @@
+"""What a board holds: arms as rows, a metric of a task as a column, and what each number is worth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from harness.core.config import Config
+from harness.core.records import SCHEMA_VERSION
+from harness.report.model import Verdict
+
+
+class Source(Config):
+    """One run or study that a board was made from."""
+
+    name: str = Field(description="its study, or model and adapter; never a folder")
+    study: str | None = None
+    summary: str = ""
+    engine: str = ""
+    notes: tuple[str, ...] = ()
+
+
+class Column(Config):
+    """One metric of one task, asked of every row in the same way."""
+
+    key: str = Field(description="digest of how it was asked and scored")
+    label: str = Field(description="task with its variant")
+    task: str
+    variant: str
+    metric: str
+    scorer: str
+    unit: str
+    higher_is_better: bool | None
+    primary: bool
+    aggregate: str = "mean"
+    version: int | None = None
+    resolution: float | None = Field(None, description="smallest difference worth naming, in the unit")
+    chance: float | None = None
+    templates: tuple[str, ...] = Field((), description="digests of chat templates; several: one for each base")
+    n_samples: int = 0
+    n_clusters: int = Field(0, description="independent groups of samples; as many as samples where each stands alone")
+    n_strata: int = Field(1, description="leaf tasks, which another sample would have too")
+    family: str = Field("", description="the tests that Holm's correction is taken over, in words")
+    family_size: int = 0
+    rank_n: int | None = Field(None, description="samples that every ranked row has a score of")
+    rank_note: str | None = None
+    differs: tuple[str, ...] = Field((), description="how it was asked or scored otherwise than columns of its label")
+
+    @property
+    def shown(self) -> str:
+        """Label, metric and number of the column among those of its name."""
+        return f"{self.label} {self.metric}"
+
+
+class BaseDifference(Config):
+    """A row less its base in one column, paired by sample, crossed over seeds."""
+
+    base: str = Field(description="key of the base's row")
+    n: int = Field(description="samples that both have a score of")
+    difference: float | None
+    stderr: float | None = None
+    degrees: float | None = Field(None, description="of freedom, of the standard error")
+    ci95: tuple[float, float] | None = None
+    p_value: float | None = None
+    p_adjusted: float | None = Field(None, description="Holm over the column's family")
+    ci_adjusted: tuple[float, float] | None = Field(None, description="interval that goes with p_adjusted")
+    level_adjusted: float | None = None
+    test: str = "none"
+    verdict: Verdict
+    detectable: float | None = Field(None, description="smallest difference found with 80 % power, tested alone at 5 %")
+    detectable_adjusted: float | None = Field(None, description="the same at 5 % over the size of the family")
+    note: str | None = None
+
+
+class Cell(Config):
+    """One number of the board."""
+
+    mean: float | None = None
+    stderr: float | None = None
+    ci95: tuple[float, float] | None = None
+    method: str | None = Field(None, description="of the interval")
+    n: int = Field(0, description="samples with a score of any seed")
+    n_unscored: int = Field(0, description="samples without a score, over all seeds")
+    n_truncated: int = Field(0, description="samples cut, over all seeds")
+    n_seeds: int = 1
+    withheld: str | None = None
+    template: str | None = None
+    rank: int | None = Field(None, description="1 + the rows of the column that are better at adjusted p < alpha")
+    difference: BaseDifference | None = None
+    steps: tuple[str, ...] = Field((), description="ids of the scores steps, one for each seed")
+    note: str | None = None
+
+
+class SeedCell(Config):
+    """The number of one seed."""
+
+    mean: float | None = None
+    ci95: tuple[float, float] | None = None
+    n: int = 0
+    n_unscored: int = 0
+    n_truncated: int = 0
+    withheld: str | None = None
+    step: str = ""
+
+
+class SeedRow(Config):
+    """One arm as it was trained once."""
+
+    name: str
+    seed: int | None = None
+    sources: tuple[int, ...] = Field((), description="places in the board's sources")
+    made_by: str | None = Field(None, description="id of the step that made it")
+    factors: dict[str, Any] = Field(default_factory=dict)
+    cells: dict[str, SeedCell] = Field(default_factory=dict)
+    missing: tuple[str, ...] = Field((), description="tasks without numbers, and why")
+
+
+class BoardRow(Config):
+    """One arm, its seeds folded."""
+
+    key: str
+    name: str
+    kind: str = Field(description="base, align, checkpoint, merge or adapter, as a study says; arm elsewhere")
+    base: str | None = Field(None, description="key of its base's row; None: it is one, or the base was not evaluated")
+    base_name: str | None = None
+    factors: dict[str, Any] = Field(default_factory=dict, description="without the seed")
+    parents: tuple[str, ...] = Field((), description="names of the rows that it was made from")
+    cells: dict[str, Cell] = Field(default_factory=dict, description="by key of the column")
+    seeds: tuple[SeedRow, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class ClaimResult(Config):
+    """What the numbers say of one claim."""
+
+    name: str
+    summary: str = ""
+    task: str
+    metric: str
+    direction: str
+    margin: float | None = None
+    status: str = Field(description="supported, contradicted or undecided")
+    effect: float | None = Field(None, description="side a less side b, in the metric's unit")
+    ci95: tuple[float, float] | None = None
+    p_value: float | None = None
+    p_adjusted: float | None = Field(None, description="Holm over the claims of the board")
+    level: float = 0.05
+    detectable: float | None = Field(None, description="smallest effect found with 80 % power at the level over claims")
+    n: int = 0
+    rows_a: tuple[str, ...] = ()
+    rows_b: tuple[str, ...] = ()
+    why: str = Field("", description="in words, what decided it or what is missing")
+
+
+class Board(Config):
+    """``board.json``: every number of any number of runs and studies, side by side."""
+
+    schema_version: int = SCHEMA_VERSION
+    harness: str
+    title: str
+    finding: str = Field("", description="one sentence of what the differences from the bases come to")
+    alpha: float = 0.05
+    power: float = 0.8
+    sources: tuple[Source, ...] = ()
+    columns: tuple[Column, ...] = ()
+    rows: tuple[BoardRow, ...] = ()
+    claims: tuple[ClaimResult, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def column(self, key: str) -> Column:
+        """The column of a key."""
+        return next(one for one in self.columns if one.key == key)

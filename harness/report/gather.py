@@ -1,0 +1,307 @@
+"""From run folders to arms with scores: which numbers belong to one arm, and which were asked in the same way.
+
+An arm is known by what it is made of, so that the same arm in two runs is one. A column is known by how it was asked
+and scored: another prompt, template, version, revision, limit or scorer is another column.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.core.errors import CorruptionError
+from harness.core.records import Metric, Row, digest_of
+from harness.core.text import clip, portable, task_label, visible
+from harness.report.board_model import Source
+from harness.report.pairing import base_of
+from harness.report.read import RunResult, StepFolders, StepResult, TaskResult
+from harness.report.study import INDEX, open_runs
+from harness.steps.files import read_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_ARM = ("model", "adapter", "control", "engine", "dtype", "folded")
+_ASKED = ("task", "variant", "limit", "data", "seed")
+_RECIPE = (
+    "method",
+    "adapter",
+    "model",
+    "base",
+    "dtype",
+    "template",
+    "recipe",
+    "options",
+    "data",
+    "weights",
+    "processes",
+)
+_RECIPE_MORE = ("checkpoints", "form", "rank", "code", "stage")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How one number was asked and scored: what a column is known by, its template apart."""
+
+    digest: str
+    template: str | None
+    metric: str
+
+
+@dataclass
+class Scored:
+    """The scores of one arm, trained once, in one column."""
+
+    row: Row
+    metric: Metric
+    task: TaskResult
+    step: StepResult
+    values: NDArray[np.float64]
+    """In the order of the column's samples."""
+
+
+@dataclass
+class Samples:
+    """The samples of a column, in one order, and how they hang together."""
+
+    ids: list[str]
+    clusters: list[str] | None
+    strata: list[str] | None
+
+
+@dataclass
+class ArmRun:
+    """One arm, trained once."""
+
+    key: str
+    name: str
+    base: str | None
+    base_name: str | None
+    kind: str
+    factors: dict[str, Any]
+    parents: tuple[str, ...] = ()
+    made_by: str | None = None
+    recipe: str | None = None
+    sources: list[int] = field(default_factory=list)
+    scores: dict[Asked, Scored] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Gathered:
+    """Everything that a board is made from."""
+
+    sources: list[Source] = field(default_factory=list)
+    arms: dict[str, ArmRun] = field(default_factory=dict)
+    """By what an arm is made of, in the order in which they were met: every base before its arms."""
+    samples: dict[str, Samples] = field(default_factory=dict)
+    """By the digest of how they were asked and scored."""
+    asked: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The same digest -> what it is of, to say what two columns differ in."""
+    claims: list[Any] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def gather(roots: Sequence[Path]) -> Gathered:
+    """Read run folders and studies.
+
+    Raises:
+        UserError: a folder is no run.
+        CorruptionError: a record is damaged, or two records of one number differ.
+    """
+    found = Gathered()
+    for root in dict.fromkeys(root.resolve() for root in roots):
+        runs = list(open_runs(root).values())
+        plan = read_json(root / "plan.json")
+        study = _Study(root, plan) if "study" in plan else None
+        if study is not None:
+            found.claims += [one for one in plan.get("claims") or () if one not in found.claims]
+        found.sources.append(_source(runs[0], plan))
+        for run in runs:
+            _add_run(found, run, study)
+    return found
+
+
+def _source(run: RunResult, plan: Mapping[str, Any]) -> Source:
+    study = plan.get("study")
+    engine = str((run.plan.get("engine") or {}).get("name", ""))
+    name = visible(portable(str(study))) if study is not None else run.name
+    return Source(name=name, study=study, summary=visible(portable(str(plan.get("summary") or ""))), engine=engine)
+
+
+class _Study:
+    """What a study's plan says of its arms, and the recipes of those that were made."""
+
+    def __init__(self, root: Path, plan: Mapping[str, Any]) -> None:
+        index = read_json(root / INDEX) if (root / INDEX).is_file() else {}
+        self.ids: Mapping[str, str] = index.get("ids", {})
+        self.folders = StepFolders(root)
+        self.arms: dict[str, Mapping[str, Any]] = {str(arm["name"]): arm for arm in plan.get("arms", ())}
+        self._recipes: dict[str, tuple[str | None, str | None]] = {}
+
+    def made(self, arm: Mapping[str, Any]) -> tuple[str | None, str | None]:
+        """Id of the step that made an arm, and the digest of its recipe but for its seed and what it builds on."""
+        key = arm.get("made_by")
+        if key is None:
+            return None, None
+        step_id = str(self.ids.get(key, key))
+        if step_id not in self._recipes:
+            self._recipes[step_id] = (step_id, self._recipe(step_id))
+        return self._recipes[step_id]
+
+    def _recipe(self, step_id: str) -> str | None:
+        for kind in ("align", "merge"):
+            for folder in self.folders.of(kind, step_id):
+                if (folder / "step.json").is_file() and (info := read_json(folder / "step.json")).get("id") == step_id:
+                    identity = info.get("identity") or {}
+                    kept = {name: identity[name] for name in _RECIPE if name in identity}
+                    started = {"from": identity.get("from") is not None, "inputs": len(identity.get("inputs") or ())}
+                    return digest_of({**kept, **started})
+        return None
+
+
+def _add_run(found: Gathered, run: RunResult, study: _Study | None) -> None:
+    number = len(found.sources) - 1
+    base, others = base_of(run)
+    base_key = _arm_key(base, study) if base is not None else None
+    for one in ([base] if base is not None else []) + others:
+        key = _arm_key(one, study)
+        identity = _identity(one)
+        # Of a run without its base the base is that of its adapters, if another run has it.
+        implied = digest_of({**identity, "adapter": None, "control": None, "folded": None}) if identity else None
+        of_base = None if one is base else base_key or (implied if implied != key else None)
+        arm = found.arms.get(key)
+        if arm is None:
+            arm = found.arms[key] = ArmRun(key, one.label or _model_name(one), of_base, _model_name(run), "arm", {})
+        arm.base = arm.base or of_base
+        if number not in arm.sources:
+            arm.sources.append(number)
+        _describe(arm, one, study, one is base)
+        _add_scores(found, arm, one)
+    for name, why in run.plan.get("left_out", {}).items():
+        found.notes.append(visible(portable(f"{name}: {why}")))
+
+
+def _describe(arm: ArmRun, run: RunResult, study: _Study | None, is_base: bool) -> None:
+    """A study says more of an arm than an evaluation; the first that does is believed."""
+    told = study.arms.get(run.label or _model_name(run)) if study is not None else None
+    if told is not None and (not arm.factors or arm.kind == "arm"):
+        assert study is not None
+        arm.factors, arm.kind = {k: v for k, v in told["factors"].items() if v is not None}, str(told["kind"])
+        arm.name, arm.base_name, arm.parents = str(told["name"]), str(told["base"]), tuple(told.get("from", ()))
+        arm.made_by, arm.recipe = study.made(told)
+    elif not arm.factors:
+        arm.kind = "base" if is_base else "arm"
+        arm.factors = {"base": arm.base_name, "method": "base"} if is_base else {"base": arm.base_name}
+        if run.label is not None:
+            arm.factors["adapter"] = run.label
+
+
+def _model_name(run: RunResult) -> str:
+    model = run.plan.get("model") or {}
+    return visible(portable(str(model.get("name") or model.get("ref") or run.root.name)))
+
+
+def _identity(run: RunResult) -> dict[str, Any]:
+    """What an arm is made of, from its answers; the template is how it was asked."""
+    for task in run.tasks:
+        identity = task.answers.identity if task.answers is not None else {}
+        if isinstance(identity.get("model"), Mapping):
+            whole = {name: identity.get(name) for name in _ARM}
+            return {**whole, "model": {k: v for k, v in identity["model"].items() if k != "template"}}
+    return {}
+
+
+def _arm_key(run: RunResult, study: _Study | None) -> str:
+    identity = _identity(run)
+    if identity:
+        return digest_of(identity)
+    # Records of no known identity, or none yet: one run's are never another's.
+    return digest_of([str(run.root.absolute()), run.label, _model_name(run)])
+
+
+def _add_scores(found: Gathered, arm: ArmRun, run: RunResult) -> None:
+    for task in run.tasks:
+        label = task_label(task.name, task.variant)
+        for step in task.failed():
+            why = clip(visible(portable((step.record.error if step.record else None) or "no reason recorded")), 400)
+            arm.missing.append(f"{label}: failed: {why}")
+        if task.unfinished():
+            arm.missing.append(f"{label}: not finished")
+        for step in task.scores:
+            if step.done:
+                _add_step(found, arm, task, step)
+    arm.missing = list(dict.fromkeys(arm.missing))
+
+
+def _add_step(found: Gathered, arm: ArmRun, task: TaskResult, step: StepResult) -> None:
+    import numpy as np
+
+    rows = {row.metric: row for row in step.rows if row.leaf is None}
+    samples = step.samples
+    ids = list(samples)
+    answers = task.answers.identity if task.answers is not None else {}
+    how = {name: answers.get(name) for name in _ASKED} if "task" in answers else {"limit": task.info.get("limit")}
+    how |= {"name": task.name, "variant": task.variant, "version": task.info.get("version")}
+    how |= {"scorer": step.info.get("scorer"), "scorer options": step.identity.get("scorer")}
+    how |= {
+        "scorer code": step.identity.get("scorer_code"),
+        "samples": hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest(),
+    }
+    judged = {row.task for row in rows.values()}
+    digest = digest_of({**how, "judged": sorted(judged)})
+    known = found.samples.get(digest)
+    if known is None:
+        found.asked[digest] = how
+        known = found.samples[digest] = Samples(ids, _labels(samples, "cluster"), _labels(samples, "leaf"))
+    order = None if ids == known.ids else known.ids
+    for metric in step.metrics:
+        row = rows.get(metric.name)
+        if row is None:
+            raise CorruptionError(
+                f"{step.artifact / 'scores.json'}: has no row of {metric.name}; start over with --fresh"
+            )
+        where = Asked(digest, row.template, metric.name)
+        if (before := arm.scores.get(where)) is not None and before.step.id == step.id:
+            if before.row.mean != row.mean:
+                what = f"two runs hold the step {step.id[:12]} with other numbers ({before.row.mean} and {row.mean})"
+                raise CorruptionError(f"{step.folder}: {what}; leave one of the runs out")
+            continue
+        if before is not None:
+            found.notes.append(f"{arm.name}, {row.task}: answered twice; the first run's numbers are shown")
+            continue
+        by_id = {key: one["values"].get(metric.name) for key, one in samples.items()}
+        scores = [by_id[key] for key in order] if order is not None else list(by_id.values())
+        values = np.array([np.nan if one is None else one for one in scores], dtype=np.float64)
+        if not np.isfinite(values[~np.isnan(values)]).all() or any(one != one for one in scores if one is not None):
+            raise CorruptionError(
+                f"{step.artifact}: a score of {metric.name} is no finite number; start over with --fresh"
+            )
+        _check_mean(row, metric, values, step)
+        arm.scores[where] = Scored(row, metric, task, step, values)
+
+
+def _check_mean(row: Row, metric: Metric, values: NDArray[np.float64], step: StepResult) -> None:
+    """The row must be of these samples: a mean of one and a difference of the other would both look right."""
+    import numpy as np
+
+    if metric.aggregate != "mean" or row.mean is None or row.withheld is not None:
+        return
+    scored = values[~np.isnan(values)]
+    mean = float(scored.mean()) if len(scored) else None
+    if mean is None or len(scored) != row.n or abs(mean - row.mean) > 1e-9 * max(1.0, float(np.abs(scored).max())):
+        what = f"the mean of {metric.name} is {row.mean} of {row.n}, its samples' {mean} of {len(scored)}"
+        raise CorruptionError(f"{step.artifact / 'scores.json'}: {what}; start over with --fresh")
+
+
+def _labels(samples: Mapping[str, Mapping[str, Any]], name: str) -> list[str] | None:
+    """The label of each sample; one without stands for itself. None: none has any."""
+    if all(not row.get(name) for row in samples.values()):
+        return None
+    if name == "leaf":
+        return [str(row.get(name) or "") for row in samples.values()]
+    return [f"cluster {row[name]}" if row.get(name) else f"sample {key}" for key, row in samples.items()]

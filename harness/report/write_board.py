@@ -1,0 +1,71 @@
+"""Writes a board: `board.json`, `board.md`, `board.csv` and `tables/*.tex`, rebuilt from the records byte for byte."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.core.errors import CorruptionError, UserError
+from harness.report.board import build_board
+from harness.report.board_model import Board
+from harness.report.board_text import board_csv, board_latex, board_markdown
+from harness.report.paper import LAYOUTS, paper_tables, read_published
+from harness.steps.files import read_json, write_bytes
+
+FILES = ("board.json", "board.md", "board.csv", "tables/board.tex")
+
+
+def write_board(
+    roots: Sequence[Path],
+    out: Path,
+    *,
+    title: str | None = None,
+    layout: str | None = None,
+    published: Path | None = None,
+    alpha: float = 0.05,
+) -> Board:
+    """Build the board of some runs and studies, and write it into ``out``.
+
+    Args:
+        roots: run folders.
+        out: folder of the files.
+        title: in place of the names of the runs.
+        layout: ``paper``: also the tables of arXiv 2406.04879.
+        published: YAML of published numbers, shown beside ours in that layout.
+        alpha: level of the tests, after Holm's correction.
+
+    Raises:
+        UserError: a folder is no run, or the layout is unknown.
+        CorruptionError: a record is damaged.
+    """
+    if layout is not None and layout not in LAYOUTS:
+        raise UserError("--layout", f"{layout!r} is none", f"Layouts: {', '.join(LAYOUTS)}.")
+    if published is not None and layout is None:
+        raise UserError("--published", "is shown in a layout, and none is asked for", "Add --layout paper.")
+    board = build_board(roots, title=title, alpha=alpha)
+    # ASCII, so that printing the file cannot steer a terminal.
+    text = json.dumps(board.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    files = {
+        "board.json": text + "\n",
+        "board.md": board_markdown(board),
+        "board.csv": board_csv(board),
+        "tables/board.tex": board_latex(board),
+    }
+    if layout is not None:
+        files |= paper_tables(board, read_published(published, board) if published is not None else None)
+    for name, content in files.items():
+        write_bytes(out / name, content.encode())
+    return board
+
+
+def load_board(out: Path) -> Board:
+    """Read board.json as it lies there.
+
+    Raises:
+        CorruptionError: the file is torn, or no board.
+    """
+    try:
+        return Board.model_validate(read_json(out / "board.json"))
+    except ValueError as error:
+        raise CorruptionError(f"{out / 'board.json'}: no board ({error}); run `harness report` again") from None
