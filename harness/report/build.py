@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from harness.core.records import Row
 from harness.core.text import clip, portable, task_label, visible
 from harness.core.version import __version__
 from harness.report.compare import compare_arms
 from harness.report.engines import stored_parity
+from harness.report.facts import provenance_of, task_report
 from harness.report.leaderboard import markdown_lines, terminal_table
 from harness.report.model import Difference, Report, TaskReport
 from harness.report.pairing import base_of
-from harness.report.read import RunResult, TaskResult, open_run
+from harness.report.read import RunResult, open_run
 from harness.report.study import open_runs
 from harness.report.text import markdown
 from harness.steps.files import read_json, slug, write_bytes
@@ -55,7 +55,7 @@ def build_report(run: RunResult) -> Report:
                 leaves += [row for row in step.rows if row.leaf is not None]
         for step in task.steps:
             notes += [f"{name}: {note}" for note in (step.record.notes if step.record is not None else ())]
-        tasks.append(_task_report(task, several))
+        tasks.append(task_report(task, several))
     notes += [f"{visible(name)}: {why}" for name, why in plan.get("left_out", {}).items()]
     differences = _against_base(run)
     notes += [f"{one.label}: {one.notes[0]} (A: the base)" for one in differences if one.prompts_differ is not None]
@@ -75,7 +75,7 @@ def build_report(run: RunResult) -> Report:
         differences=differences,
         parity=parity.model_dump(mode="json") if parity is not None else None,
         notes=tuple(dict.fromkeys(portable(notes))),
-        provenance=_provenance(run),
+        provenance=provenance_of(run),
     )
 
 
@@ -126,89 +126,3 @@ def _write(run: RunResult, folder: Path) -> Report:
 
 def _portable_row(row: Row) -> Row:
     return row.model_copy(update={"notes": tuple(portable(row.notes)), "withheld": portable(row.withheld)})
-
-
-def _task_report(task: TaskResult, several: bool) -> TaskReport:
-    info = portable(dict(task.info))
-    asks, decoding = _asked(task)
-    status = "failed" if task.failed() else "unfinished" if task.unfinished() else "done"
-    rows = [row for step in task.scores if step.done for row in step.rows if row.leaf is None]
-    scorers = [row.scorer for row in rows]
-    metrics = {metric.name: metric for step in task.scores for metric in step.metrics}
-    return TaskReport(
-        task=task.name,
-        variant=task.variant,
-        arm=info.get("arm") if several else None,
-        version=info.get("version"),
-        source=info.get("source") or "",
-        licence=info.get("licence") or "unknown",
-        notes=tuple(
-            dict.fromkeys(portable([*(info.get("notes") or ()), *(note for row in rows for note in row.notes)]))
-        ),
-        dropped=_dropped(task),
-        limit=info.get("limit"),
-        asks=asks,
-        decoding=decoding,
-        scorers=tuple(dict.fromkeys(scorers)),
-        metrics=tuple(metrics.values()),
-        steps=tuple(step.id for step in task.steps),
-        status=status,
-    )
-
-
-def _dropped(task: TaskResult) -> dict[str, int]:
-    counts = task.answers.record.counts if task.answers is not None and task.answers.record is not None else {}
-    return {
-        portable(key.removeprefix("dropped: ")): n for key, n in counts.items() if key.startswith("dropped: ") and n
-    }
-
-
-def _asked(task: TaskResult) -> tuple[Any, dict[str, Any] | None]:
-    """Kind of request and decoding, as the first stored request shows them, else as the answers step says."""
-    request = next((step.first_request() for step in task.scores), {})
-    info = task.answers.info if task.answers is not None else {}
-    described = task.answers.identity.get("task") if task.answers is not None else None
-    kind = request.get("kind")
-    if kind == "loglikelihood":
-        return kind, None
-    decoding = request.get("decoding")
-    # What lm-eval decodes with stands in its own task file, not in ours.
-    if decoding is None and not (isinstance(described, dict) and described.get("lm_eval") is not None):
-        decoding = info.get("decoding")
-    return ("generate" if decoding else kind), (dict(decoding) if decoding else None)
-
-
-def _provenance(run: RunResult) -> dict[str, Any]:
-    """What produced the numbers. Where steps differ (a run continued after an upgrade) every value is kept."""
-    versions: dict[str, list[str]] = {}
-    facts: dict[str, list[Any]] = {}
-    steps = []
-    seen = set()
-    for task in run.tasks:
-        for step in task.steps:
-            if step.id in seen:
-                continue
-            seen.add(step.id)
-            source = portable(step.provenance)
-            for name, version in {"harness": source.get("harness"), **source.get("libraries", {})}.items():
-                if version is not None and version not in versions.setdefault(name, []):
-                    versions[name].append(version)
-            for name, fact in source.items():
-                if name not in ("schema_version", "harness", "libraries") and fact not in facts.setdefault(name, []):
-                    facts[name].append(fact)
-            record = step.record
-            steps.append(
-                {
-                    "id": step.id,
-                    "kind": "answers" if step is task.answers else "scores",
-                    "folder": step.folder.name if step.folder is not None else None,
-                    "task": task.name,
-                    "variant": task.variant,
-                    **({"arm": task.info.get("arm")} if len(run.arms) > 1 else {}),
-                    "status": record.status if record is not None else "unfinished",
-                    "digest": record.digest if record is not None else None,
-                    "counts": dict(record.counts) if record is not None else {},
-                    "seconds": dict(record.seconds) if record is not None else {},
-                }
-            )
-    return {"versions": versions, "facts": facts, "steps": steps}

@@ -96,6 +96,8 @@ class Gathered:
     """Everything that a board is made from."""
 
     sources: list[Source] = field(default_factory=list)
+    roots: list[Path] = field(default_factory=list)
+    """Run folders, in the order of the sources."""
     arms: dict[str, ArmRun] = field(default_factory=dict)
     """By what an arm is made of, in the order in which they were met: every base before its arms."""
     samples: dict[str, Samples] = field(default_factory=dict)
@@ -120,6 +122,7 @@ def gather(roots: Sequence[Path]) -> Gathered:
         study = _Study(root, plan) if "study" in plan else None
         if study is not None:
             found.claims += [one for one in plan.get("claims") or () if one not in found.claims]
+        found.roots.append(root)
         found.sources.append(_source(runs[0], plan))
         for run in runs:
             _add_run(found, run, study)

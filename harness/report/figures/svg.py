@@ -100,9 +100,7 @@ class Canvas:
     def file(self) -> bytes:
         """The figure as a file of its own, dark on white."""
         return (
-            self._whole(
-                ' xmlns="http://www.w3.org/2000/svg" color="#1d1f22"', f"<style>{STYLE}</style>{self._paper()}"
-            )
+            self._whole(' xmlns="http://www.w3.org/2000/svg" color="#1d1f22"', f"<style>{STYLE}</style>{self._paper()}")
             + "\n"
         ).encode()
 

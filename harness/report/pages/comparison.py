@@ -40,7 +40,7 @@ def write_comparison(
     """
     files = SideFiles(folder / SAMPLES)
     arms = _arms(a, b)
-    data = {"folder": SAMPLES, "arms": gather([(name, arm) for name, _, arm in arms], files)}
+    data = {"folder": SAMPLES, "arms": gather([(name, arm.tasks) for name, _, arm in arms], files)}
     files.sweep()
     starts = _starts(arms, b)
     page = render_page(

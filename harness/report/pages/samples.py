@@ -17,7 +17,7 @@ from harness.core.records import digest_of
 from harness.core.text import clip, portable, task_label, visible
 from harness.report.pages.page import pieces
 from harness.report.pages.side_files import SideFiles
-from harness.report.read import RunResult, StepResult, TaskResult, Texts
+from harness.report.read import StepResult, TaskResult, Texts
 
 MOST_CHARACTERS = 20_000
 """Longest prompt or answer that a page shows; a longer one says how much was left out."""
@@ -42,7 +42,7 @@ class _Part:
         return self.steps[0].requests_file
 
 
-def gather(arms: Sequence[tuple[str, RunResult]], files: SideFiles) -> list[dict[str, Any]]:
+def gather(arms: Sequence[tuple[str, Sequence[TaskResult]]], files: SideFiles) -> list[dict[str, Any]]:
     """Write the samples of some arms; returns them as a page's script wants them, in the order given.
 
     Raises:
@@ -61,9 +61,9 @@ def gather(arms: Sequence[tuple[str, RunResult]], files: SideFiles) -> list[dict
     ]
 
 
-def _parts(arms: Sequence[tuple[str, RunResult]]) -> Iterator[_Part]:
-    for index, (_, arm) in enumerate(arms):
-        for place, task in enumerate(arm.tasks):
+def _parts(arms: Sequence[tuple[str, Sequence[TaskResult]]]) -> Iterator[_Part]:
+    for index, (_, tasks) in enumerate(arms):
+        for place, task in enumerate(tasks):
             steps = tuple(step for step in task.scores if step.done and step.metrics)
             if steps:
                 yield _Part(index, place, task, steps)
