@@ -78,6 +78,7 @@ def eval_(
     allow_template_mismatch: AllowTemplateMismatch = False,
 ) -> int:
     """Evaluate a model, or many adapters of one base: helpfulness and harmlessness, with intervals."""
+    from harness.contracts.report_section import ReportSection
     from harness.core.config import laid_over
     from harness.core.progress import for_terminal
     from harness.evaluation.run import evaluate
@@ -125,7 +126,8 @@ def eval_(
         spent = ", ".join(f"{name} {value:.1f}" for name, value in evaluation.seconds.items() if value)
         if spent:
             reporter.note(f"seconds: {spent}")
-    print_report(write_reports(evaluation.root), evaluation.root / "report" / "report.html")
+    sections = [section for _, section in registry.of_kind(ReportSection)]
+    print_report(write_reports(evaluation.root, sections=sections), evaluation.root / "report" / "report.html")
     return ExitCode.STEPS_FAILED if evaluation.failures else ExitCode.DONE
 
 
@@ -138,15 +140,16 @@ def _check_numbers(limit: int | None, parity: int | None, cost: float | None) ->
         raise UserError("--max-judge-cost", f"{cost:g} is negative", "Give 0 or more, or leave it out.")
 
 
-def print_report(report: Report, page: Path) -> None:
-    """Print a report's table, and where its page lies."""
+def print_report(report: Report, page: Path | None = None) -> None:
+    """Print a report's table, and where its page lies if that is told."""
     from rich.console import Console
 
     from harness.report.build import terminal_table
 
     console = Console()
     console.print(terminal_table(report))
-    console.print(visible(str(page)), markup=False, highlight=False, soft_wrap=True)
+    if page is not None:
+        console.print(visible(str(page)), markup=False, highlight=False, soft_wrap=True)
 
 
 def report(
@@ -160,19 +163,36 @@ def report(
         Path | None, typer.Option(help="YAML of published numbers for the layout: ARM: {TASK: NUMBER}.")
     ] = None,
     alpha: Annotated[float, typer.Option(help="Level of the board's tests, Holm-adjusted over a column.")] = 0.05,
+    samples: Annotated[
+        bool | None,
+        typer.Option("--samples/--no-samples", help="All samples beside the page; by default up to 100,000."),
+    ] = None,
+    plugin: PluginFiles = None,
 ) -> None:
     """Rebuild reports from the records and print them; of several runs one board: board.json, .md, .csv, LaTeX."""
+    from harness.contracts.registry import load_plugins
+    from harness.contracts.report_section import ReportSection
     from harness.report.build import write_all
     from harness.report.write_board import write_board
 
     if len(run) > 1 and out is None:
         fix = "Give the folder of their board with --out DIR."
         raise UserError("--out", f"{len(run)} runs have no report folder in common", fix)
-    if len(run) == 1:
-        for page, found in write_all(run[0]).items():
-            print_report(found, page)
+    registry = load_plugins(plugin or ())
     folder = out or run[0] / "report"
-    board = write_board(run, folder, title=title, layout=layout, published=published, alpha=alpha)
+    if len(run) == 1:
+        for found in write_all(run[0], page=False).values():
+            print_report(found)
+    board = write_board(
+        run,
+        folder,
+        title=title,
+        layout=layout,
+        published=published,
+        alpha=alpha,
+        samples=samples,
+        sections=[section for _, section in registry.of_kind(ReportSection)],
+    )
     if len(run) > 1 or len(board.rows) > 1:
         from rich.console import Console
 
@@ -183,7 +203,7 @@ def report(
         print(visible(board.finding))
         for claim in board.claims:
             print(visible(f"claim {claim.name}: {claim.status} ({claim.why})"))
-        print(visible(str(folder / "board.md")))
+    print(visible(str(folder / "report.html")))
 
 
 def compare(

@@ -150,6 +150,7 @@ def run(
 ) -> int:
     """Train, merge, answer and score all arms of a study; the same command goes on where it stopped."""
     from harness.cli.eval import print_report
+    from harness.contracts.report_section import ReportSection
     from harness.core.progress import for_terminal
     from harness.report.build import write_all
     from harness.steps.execute import Execution
@@ -167,8 +168,10 @@ def run(
         done = run_study(found, root, fresh=fresh, retry_failed=retry_failed, reporter=reporter, execute=elsewhere)
         for name, reason in done.failures.items():
             reporter.note(f"failed: {name}: {first_line(reason)}")
-    for page, report in write_all(root).items():
-        print_report(report, page)
+    sections = [section for _, section in found.registry.of_kind(ReportSection)]
+    for report in write_all(root, sections=sections).values():
+        print_report(report)
+    print(visible(str(root / "report" / "report.html")))
     return ExitCode.STEPS_FAILED if done.failures else ExitCode.DONE
 
 

@@ -6,8 +6,10 @@ A report holds nothing of its own: it can be deleted and is rebuilt from the rec
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from harness.contracts.report_section import ReportSection
 from harness.core.records import Row
 from harness.core.text import clip, portable, task_label, visible
 from harness.core.version import __version__
@@ -87,8 +89,13 @@ def _against_base(run: RunResult) -> tuple[Difference, ...]:
     return compare_arms(run).differences
 
 
-def write_all(root: Path) -> dict[Path, Report]:
-    """Write the reports of a run folder, for a study one for every base; returns them by their HTML page.
+def write_all(root: Path, *, sections: Sequence[ReportSection] = (), page: bool = True) -> dict[Path, Report]:
+    """Write the reports of a run folder, for a study one for every base, and one page; returns them by their folders.
+
+    Args:
+        root: run folder.
+        sections: what plugins add to the page.
+        page: write report.html and what goes with it, too.
 
     Raises:
         UserError: the folder is not a run.
@@ -98,29 +105,39 @@ def write_all(root: Path) -> dict[Path, Report]:
     found = {}
     for base, run in open_runs(root).items():
         place = folder if base is None else folder / slug(base)
-        found[place / "report.html"] = _write(run, place)
+        found[place] = _write(run, place)
+    if page:
+        _write_page(root, sections)
     return found
 
 
-def write_reports(store_root: Path) -> Report:
+def write_reports(store_root: Path, *, sections: Sequence[ReportSection] = ()) -> Report:
     """Write report.json, report.md and report.html of a run folder from its records.
 
     Raises:
         UserError: the folder is not a run.
         CorruptionError: a record is damaged.
     """
-    return _write(open_run(store_root), RunStore(store_root).report)
+    report = _write(open_run(store_root), RunStore(store_root).report)
+    _write_page(store_root, sections)
+    return report
+
+
+def _write_page(root: Path, sections: Sequence[ReportSection]) -> None:
+    from harness.report.board import board_of
+    from harness.report.gather import gather
+    from harness.report.pages.write import write_pages
+
+    found = gather([root])
+    write_pages(board_of(found), found, RunStore(root).report, sections=sections)
 
 
 def _write(run: RunResult, folder: Path) -> Report:
-    from harness.report.html import render
-
     report = build_report(run)
     # ASCII, so that printing the file cannot steer a terminal.
     text = json.dumps(report.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False)
     write_bytes(folder / "report.json", (text + "\n").encode())
     write_bytes(folder / "report.md", markdown(report, markdown_lines(report) if report.arms else ()).encode())
-    write_bytes(folder / "report.html", render(report, run).encode())
     return report
 
 

@@ -105,9 +105,9 @@ def rows(title: str, names: Sequence[str], groups: Sequence[str], panels: Sequen
             canvas.mark(axis.at(value.mean), y, series, hint=f"{names[row]}, {panel.title}: {value}")
     for row, name in enumerate(names):
         canvas.text(left, top + ROW * (row + 0.5) + 4, _fit(name, left), anchor="end")
-    canvas.height = bottom + 26
+    canvas.height = bottom + 28
     if len(kinds) > 1:
-        canvas.height += canvas.legend(left + 8, bottom + 46, kinds)
+        canvas.height += 14 + canvas.legend(left + 8, bottom + 50, kinds)
     return canvas
 
 
@@ -142,7 +142,7 @@ def scatter(title: str, says: tuple[str, str], points: Sequence[Point], front: S
             name="quiet",
             anchor="end" if end else "start",
         )
-    canvas.height = 456 + canvas.legend(70, 466, kinds) if len(kinds) > 1 else 456
+    canvas.height = 464 + canvas.legend(70, 472, kinds) if len(kinds) > 1 else 456
     return canvas
 
 
@@ -172,7 +172,7 @@ def curves(title: str, says: tuple[str, str], panels: Sequence[tuple[str, Sequen
                     canvas.mark(x.at(at), y.at(one.mean), series, size=3.2, hint=f"{curve.name}, {at:g}: {one}")
     canvas.height = 28 + 270.0 * ((len(panels) + across - 1) // across)
     if len(names) > 1:
-        canvas.height += canvas.legend(60, canvas.height + 6, names)
+        canvas.height += 6 + canvas.legend(60, canvas.height + 8, names)
     return canvas
 
 

@@ -19,7 +19,7 @@ from harness.report.figures.charts import Curve, Value, curves
 from harness.report.figures.svg import STYLE
 from harness.report.pages.board import factors_of
 from harness.report.pages.page import render_page
-from harness.report.read import StepFolders
+from harness.report.read import StepFolders, StepResult
 from harness.steps.files import read_json
 
 KINDS = ("align", "merge")
@@ -78,8 +78,22 @@ class MadeSteps:
         return None
 
 
-def render_arm(board: Board, row: BoardRow, made: Sequence[Made], links: Mapping[str, str]) -> str:
-    """The page of one row; ``links``: name of a row -> its page, beside this one."""
+def render_arm(
+    board: Board,
+    row: BoardRow,
+    made: Sequence[Made],
+    links: Mapping[str, str],
+    scores: Mapping[str, StepResult],
+) -> str:
+    """The page of one row.
+
+    Args:
+        board: the whole.
+        row: the arm.
+        made: records of the steps that made it.
+        links: name of a row -> its page, beside this one.
+        scores: id -> scores step, whose leaf tasks are shown.
+    """
     columns = [column for column in board.columns if column.key in row.cells]
     return render_page(
         "arm.html.j2",
@@ -97,6 +111,7 @@ def render_arm(board: Board, row: BoardRow, made: Sequence[Made], links: Mapping
             (seed.name, [_seed_text(seed.cells.get(column.key)) for column in columns], seed.missing)
             for seed in row.seeds
         ],
+        leaves=[leaf for column in columns if (leaf := _leaves(column, row, scores)) is not None],
         figure=_training(made),
         recipe=_recipe(made),
         merge=_merge(made),
@@ -138,6 +153,23 @@ def _seed_text(cell: SeedCell | None) -> str:
     return number(cell.mean, minus=MINUS) + ("" if cell.ci95 is None else f" {_ends(cell.ci95)}")
 
 
+def _leaves(column: Column, row: BoardRow, scores: Mapping[str, StepResult]) -> dict[str, Any] | None:
+    """The leaf tasks of a column, a column for each seed; None where there are none."""
+    found: dict[str, dict[str, str]] = {}
+    seeds = [seed for seed in row.seeds if column.key in seed.cells and seed.cells[column.key].step in scores]
+    for seed in seeds:
+        for one in scores[seed.cells[column.key].step].rows:
+            if one.leaf is not None and one.metric == column.metric:
+                text = "withheld" if one.withheld is not None else number(one.mean, minus=MINUS)
+                ends = "" if one.ci95 is None or one.withheld is not None else f" {_ends(one.ci95)}"
+                found.setdefault(one.leaf, {})[seed.name] = f"{text}{ends} of {one.n:,}"
+    if not found:
+        return None
+    names = [seed.name for seed in seeds]
+    rows = [(leaf, [cells.get(name, "–") for name in names]) for leaf, cells in found.items()]
+    return {"title": f"{column.label} {column.metric}", "seeds": names, "rows": rows}
+
+
 # ----------------------------------------------------------------------------------------------------------- training
 
 
@@ -167,7 +199,8 @@ def log_lines(file: Path) -> Iterator[dict[str, Any]]:
             line = json.loads(text)
         except ValueError:
             continue
-        if isinstance(line, dict) and line.get("event") == "train" and isinstance(line.get("step"), int):
+        of_step = isinstance(line, dict) and line.get("event") == "train" and isinstance(line.get("step"), int)
+        if of_step and "train_runtime" not in line:
             found[line["step"], any(key.startswith("eval_") for key in line)] = line
     yield from (found[key] for key in sorted(found))
 

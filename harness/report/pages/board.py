@@ -12,11 +12,13 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from harness.contracts.report_section import SectionColumn
 from harness.core.text import ARROWS, MINUS, number, visible
 from harness.report.board_model import Board, BoardRow, Cell, ClaimResult, Column, SeedCell, SeedRow
 from harness.report.compare_text import p_text, signed
 from harness.report.figures.svg import STYLE
 from harness.report.pages.page import line_html, render_page, script_json
+from harness.report.pages.sections import Added, column_cells, column_values
 
 BAR_WIDTH, BAR_MARGIN = 150.0, 4.0
 MOST_CHOICES = 40
@@ -39,8 +41,8 @@ class Beside:
     """Why there is none."""
     figures: Sequence[tuple[str, Markup]] = ()
     """Heading and SVG of each figure."""
-    sections: Sequence[tuple[str, Markup]] = ()
-    """Heading and body of the sections that plugins add, safe already."""
+    added: Sequence[Added] = ()
+    """What plugins add."""
     tasks: Sequence[tuple[str, Sequence[tuple[str, str]]]] = ()
     """Task and what is to be said about it."""
     pedigree: Sequence[tuple[str, str]] = ()
@@ -50,15 +52,16 @@ def render_board(board: Board, beside: Beside) -> str:
     """The page. Equal boards give equal bytes."""
     columns = shown(board)
     scales = [scale_of(column, board.rows) for column in columns]
+    pairs = list(zip(columns, scales, strict=True))
     bases = {row.key: row for row in board.rows}
     factors = varying(board.rows)
+    more = [column for one in beside.added for column in one.columns]
     rows = [
         {
             "is_base": row.kind == "base",
             "head": _head(row, factors, beside.links.get(row.key, "")),
-            "cells": Markup(
-                "".join(_cell(row, bases.get(row.base or ""), *pair) for pair in zip(columns, scales, strict=True))
-            ),
+            "cells": Markup("".join(_cell(row, bases.get(row.base or ""), *pair) for pair in pairs))
+            + column_cells(more, row.key),
         }
         for row in board.rows
     ]
@@ -73,17 +76,19 @@ def render_board(board: Board, beside: Beside) -> str:
         beside=beside,
         shared=_shared(board),
         rows=rows,
-        columns=[_column(board, *pair) for pair in zip(columns, scales, strict=True)],
+        columns=[_column(board, *pair) for pair in pairs],
+        more=more,
         facets=[
             (place, name, [visible(value) for value in values])
             for place, (name, values) in enumerate(factors.items())
             if len(values) <= MOST_CHOICES
         ],
+        rank_notes=list(dict.fromkeys(column.rank_note for column in columns if column.rank_note)),
         claims=[_claim(one) for one in board.claims],
         remarks=list(
             dict.fromkeys([*board.notes, *(f"{row.name}: {note}" for row in board.rows for note in row.notes)])
         ),
-        data=Markup(script_json(_data(board, columns, scales, list(factors)))),
+        data=Markup(script_json(_data(board, pairs, more, list(factors)))),
     )
 
 
@@ -241,7 +246,6 @@ def _column(board: Board, column: Column, scale: Scale) -> dict[str, Any]:
         "n": column.n_samples,
         "detectable": " to ".join(dict.fromkeys((ends[0], ends[-1]))) if ends else "",
         "differs": column.differs[0] if column.differs else "",
-        "rank_note": column.rank_note or "",
         "low": number(scale.low, minus=MINUS),
         "high": number(scale.high, minus=MINUS),
     }
@@ -284,20 +288,24 @@ def _claim(one: ClaimResult) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------------- data
 
 
-def _data(board: Board, columns: Sequence[Column], scales: Sequence[Scale], factors: Sequence[str]) -> dict[str, Any]:
+def _data(
+    board: Board, pairs: Sequence[tuple[Column, Scale]], more: Sequence[SectionColumn], factors: Sequence[str]
+) -> dict[str, Any]:
     """What the script sorts and filters by, and the rows of single seeds."""
     told = [factors_of(row) for row in board.rows]
     return {
-        "better": [-1 if column.higher_is_better is False else 1 for column in columns],
-        "means": [[_mean(row.cells.get(column.key)) for column in columns] for row in board.rows],
+        "better": [-1 if one.higher_is_better is False else 1 for one in (*(column for column, _ in pairs), *more)],
+        "means": [
+            [*(_mean(row.cells.get(column.key)) for column, _ in pairs), *column_values(more, row.key)]
+            for row in board.rows
+        ],
+        "more": len(more),
         "factors": [[visible(one.get(name, "")) for name in factors] for one in told],
         "texts": [
             " ".join(visible(part).lower() for part in (row.name, *one.values()))
             for row, one in zip(board.rows, told, strict=True)
         ],
-        "seeds": [
-            [_seed(seed, columns, scales) for seed in row.seeds] if len(row.seeds) > 1 else [] for row in board.rows
-        ],
+        "seeds": [[_seed(seed, pairs) for seed in row.seeds] if len(row.seeds) > 1 else [] for row in board.rows],
     }
 
 
@@ -305,10 +313,10 @@ def _mean(cell: Cell | None) -> float | None:
     return None if cell is None or cell.withheld is not None else cell.mean
 
 
-def _seed(seed: SeedRow, columns: Sequence[Column], scales: Sequence[Scale]) -> list[Any]:
+def _seed(seed: SeedRow, pairs: Sequence[tuple[Column, Scale]]) -> list[Any]:
     """Name, and for each column mean, interval, what is odd about its samples, and the places on the bar."""
     cells: list[Any] = []
-    for column, scale in zip(columns, scales, strict=True):
+    for column, scale in pairs:
         cell = seed.cells.get(column.key)
         if cell is None:
             cells.append(0)

@@ -11,6 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from harness.contracts.report_section import ReportSection
 from harness.core.text import portable, visible
 from harness.report.board_model import Board, BoardRow
 from harness.report.facts import task_report
@@ -20,6 +21,7 @@ from harness.report.pages.arm import MadeSteps, render_arm
 from harness.report.pages.board import Beside, render_board
 from harness.report.pages.page import render_page, script_json
 from harness.report.pages.samples import gather
+from harness.report.pages.sections import added_by
 from harness.report.pages.side_files import SideFiles
 from harness.report.read import StepResult, TaskResult
 from harness.report.text import task_facts
@@ -31,7 +33,14 @@ MOST_SAMPLES = 100_000
 """Answers whose samples are written unless they are asked for: about 100 MB and half a minute."""
 
 
-def write_pages(board: Board, found: Gathered, out: Path, *, samples: bool | None = None) -> Path:
+def write_pages(
+    board: Board,
+    found: Gathered,
+    out: Path,
+    *,
+    samples: bool | None = None,
+    sections: Sequence[ReportSection] = (),
+) -> Path:
     """Write the pages of a board into a folder; returns report.html.
 
     Args:
@@ -39,6 +48,7 @@ def write_pages(board: Board, found: Gathered, out: Path, *, samples: bool | Non
         found: what they were made from.
         out: folder; arms, figures and samples of an earlier report in it are deleted.
         samples: write all samples, or none; None: where there are at most `MOST_SAMPLES`.
+        sections: what plugins add.
 
     Raises:
         CorruptionError: a record is damaged.
@@ -46,12 +56,15 @@ def write_pages(board: Board, found: Gathered, out: Path, *, samples: bool | Non
     for name in (ARMS, FIGURES):
         if (out / name).is_dir():
             shutil.rmtree(out / name)
-    made = MadeSteps(found.roots)
     names = _file_names(board.rows)
-    hours = _write_arms(board, made, names, out)
+    hours = _write_arms(board, found, names, out)
     figures = figures_of(board, hours)
     for figure in figures:
         write_bytes(out / FIGURES / f"{figure.name}.svg", figure.canvas.file())
+    added = added_by(sections, board)
+    for one in added:
+        for number, canvas in enumerate(one.figures, start=1):
+            write_bytes(out / FIGURES / f"{slug(one.name)}-{number}.svg", canvas.file())
     told = _write_samples(board, found, out, samples)
     beside = Beside(
         date=_date(found),
@@ -59,6 +72,7 @@ def write_pages(board: Board, found: Gathered, out: Path, *, samples: bool | Non
         samples=SAMPLES if told is None else "",
         no_samples=told or "",
         figures=[(figure.said, figure.canvas.inline()) for figure in figures],
+        added=added,
         tasks=_tasks(found.arms.values()),
         pedigree=_pedigree(found.arms.values()),
     )
@@ -78,9 +92,11 @@ def _file_names(rows: Iterable[BoardRow]) -> dict[str, str]:
     return found
 
 
-def _write_arms(board: Board, made: MadeSteps, names: Mapping[str, str], out: Path) -> dict[str, float]:
+def _write_arms(board: Board, found: Gathered, names: Mapping[str, str], out: Path) -> dict[str, float]:
     """Write the page of every row; returns GPU-hours by key of a row, where all its seeds say."""
     hours = {}
+    made = MadeSteps(found.roots)
+    scores = {scored.step.id: scored.step for arm in found.arms.values() for scored in arm.scores.values()}
     links = {row.name: names[row.key] for row in board.rows}
     for row in board.rows:
         steps = made.of(row)
@@ -89,7 +105,7 @@ def _write_arms(board: Board, made: MadeSteps, names: Mapping[str, str], out: Pa
         if known and len(known) == len(row.seeds):
             hours[row.key] = sum(known) / len(known) / 3600
         (out / ARMS).mkdir(parents=True, exist_ok=True)
-        (out / ARMS / names[row.key]).write_bytes(render_arm(board, row, steps, links).encode())
+        (out / ARMS / names[row.key]).write_bytes(render_arm(board, row, steps, links, scores).encode())
     return hours
 
 

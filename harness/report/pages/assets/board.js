@@ -46,7 +46,7 @@
         const head = make("th", "", undefined);
         head.scope = "row";
         head.append(make("span", "arm", name));
-        row.append(head, ...cells.map(cellOf));
+        row.append(head, ...cells.map(cellOf), ...Array.from({ length: data.more }, () => make("td")));
         return row;
       }));
     }
