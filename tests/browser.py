@@ -206,6 +206,19 @@ class Page:
         self.send("Input.dispatchKeyEvent", type="keyDown", **common, **({"text": text} if text else {}))
         self.send("Input.dispatchKeyEvent", type="keyUp", **common)
 
+    def choose(self, selector: str, value: str) -> None:
+        """Give a field a value and say so to the page."""
+        self.run(
+            f"(() => {{ const one = document.querySelector({json.dumps(selector)}); one.value = {json.dumps(value)};"
+            " for (const kind of ['input', 'change']) one.dispatchEvent(new Event(kind, {bubbles: true})); })()"
+        )
+
+    def place(self, selector: str) -> tuple[float, float]:
+        """Left and top of an element in the window (CSS pixels)."""
+        found = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
+        left, top = self.run(f"(box => [box.left, box.top])({found})")
+        return left, top
+
     def write(self, text: str) -> None:
         """Type into what has the focus."""
         self.send("Input.insertText", text=text)

@@ -1,4 +1,4 @@
-"""Writes a board: pages, `board.json`, `board.md`, `board.csv` and `tables/*.tex`, rebuilt from records byte for byte."""
+"""Writes a board: its pages, `board.json`, `.md`, `.csv` and `tables/*.tex`, rebuilt from records byte for byte."""
 
 from __future__ import annotations
 

@@ -85,9 +85,7 @@ def render_board(board: Board, beside: Beside) -> str:
         ],
         rank_notes=list(dict.fromkeys(column.rank_note for column in columns if column.rank_note)),
         claims=[_claim(one) for one in board.claims],
-        remarks=list(
-            dict.fromkeys([*board.notes, *(f"{row.name}: {note}" for row in board.rows for note in row.notes)])
-        ),
+        remarks=_remarks(board, columns),
         data=Markup(script_json(_data(board, pairs, more, list(factors)))),
     )
 
@@ -135,7 +133,8 @@ def scale_of(column: Column, rows: Iterable[BoardRow]) -> Scale:
     """The axis of one column, seeds included."""
     cells: list[Cell | SeedCell] = []
     for row in rows:
-        cells += [one.cells[column.key] for one in (row, *row.seeds) if column.key in one.cells]
+        cells += [row.cells[column.key]] if column.key in row.cells else []
+        cells += [seed.cells[column.key] for seed in row.seeds if column.key in seed.cells]
     known = [cell for cell in cells if cell.withheld is None]
     return Scale([value for cell in known for value in (cell.mean, *(cell.ci95 or ())) if value is not None])
 
@@ -224,8 +223,8 @@ def _cell(row: BoardRow, base: BoardRow | None, column: Column, scale: Scale) ->
         + (f' <span class="ends">{interval}</span>' if interval else "")
         + _bar(cell, base.cells.get(column.key) if base is not None else None, scale)
         + (f'<span class="said {kind}">{escape(said)}</span>' if said else "")
-        + (f'<span class="rank">rank {cell.rank}</span>' if cell.rank is not None else "")
-        + (f'<span class="counts">{counts}</span>' if counts else "")
+        + (f' <span class="rank">rank {cell.rank}</span>' if cell.rank is not None else "")
+        + (f' <span class="counts">{counts}</span>' if counts else "")
         + "</td>"
     )
 
@@ -269,6 +268,14 @@ def _shared(board: Board) -> list[tuple[str, str]]:
     return [*found, ("level", f"{board.alpha:g} after Holm, within each column")]
 
 
+def _remarks(board: Board, columns: Sequence[Column]) -> list[str]:
+    """What a reader must know: columns of one name, what the board notes, and what arms lack."""
+    found = [f"{column.shown}, {'; '.join(column.differs)}" for column in columns if column.differs]
+    found += board.notes
+    found += [f"{row.name}: {note}" for row in board.rows for note in row.notes]
+    return list(dict.fromkeys(found))
+
+
 def _claim(one: ClaimResult) -> dict[str, Any]:
     ends = "" if one.ci95 is None else f" [{', '.join(signed(end) for end in one.ci95)}]"
     sides = [" + ".join(side) for side in (one.rows_a, one.rows_b)]
@@ -294,7 +301,10 @@ def _data(
     """What the script sorts and filters by, and the rows of single seeds."""
     told = [factors_of(row) for row in board.rows]
     return {
-        "better": [-1 if one.higher_is_better is False else 1 for one in (*(column for column, _ in pairs), *more)],
+        "better": [
+            *(-1 if column.higher_is_better is False else 1 for column, _ in pairs),
+            *(-1 if one.higher_is_better is False else 1 for one in more),
+        ],
         "means": [
             [*(_mean(row.cells.get(column.key)) for column, _ in pairs), *column_values(more, row.key)]
             for row in board.rows

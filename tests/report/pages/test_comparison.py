@@ -45,11 +45,14 @@ def write_run(root: Path, model: str) -> Path:
         }
         for k in range(SUMS)
     }
-    folder.task("sums", sums, [row(n=SUMS)], metrics=(ACC,))
+    known = [one["value"] for one in sums.values() if one["value"] is not None]
+    counted = {"n": len(known), "n_unscored": SUMS - len(known), "mean": sum(known) / len(known)}
+    folder.task("sums", sums, [row(**counted)], metrics=(ACC,))
     story = {
         f"s{k}": {"value": k + (model == "second") * 0.5, "choices": [(" A", -1.5), (" B", -0.25)]} for k in range(3)
     }
-    folder.task("story", story, [row("toxicity", unit="logit", n=3)], metrics=(TOX,), scorer="toxicity")
+    mean = 1.0 + (model == "second") * 0.5
+    folder.task("story", story, [row("toxicity", unit="logit", n=3, mean=mean)], metrics=(TOX,), scorer="toxicity")
     return folder.write_plan()
 
 
