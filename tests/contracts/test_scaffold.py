@@ -26,7 +26,7 @@ def test_every_kind_of_the_contracts_can_be_written() -> None:
     assert set(KINDS) == {*CONTRACTS, "task", "loss", "observer"}
 
 
-LIGHT = ("converter", "dataset", "executor", "scorer", "task")
+LIGHT = ("converter", "dataset", "executor", "scorer", "section", "task")
 
 
 @pytest.mark.parametrize(

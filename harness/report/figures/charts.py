@@ -64,7 +64,15 @@ class Curve:
     points: tuple[tuple[float, Value], ...]
 
 
-def rows(title: str, names: Sequence[str], groups: Sequence[str], panels: Sequence[Panel], *, bars: bool) -> Canvas:
+def rows(
+    title: str,
+    names: Sequence[str],
+    groups: Sequence[str],
+    panels: Sequence[Panel],
+    *,
+    bars: bool,
+    kinds: Sequence[str] = (),
+) -> Canvas:
     """Arms down, a panel for each benchmark across: bars with intervals, or points with intervals.
 
     Args:
@@ -73,8 +81,9 @@ def rows(title: str, names: Sequence[str], groups: Sequence[str], panels: Sequen
         groups: what tells the rows' colours apart (the method, say), one each.
         panels: one axis each.
         bars: draw a bar from 0 to each mean; its axis then holds 0.
+        kinds: all groups of a board, so that one has the same colour in every figure.
     """
-    kinds = list(dict.fromkeys(groups))
+    order = list(dict.fromkeys([*kinds, *groups]))
     left = min(LEFT_MOST, max(map(width_of, names), default=0.0) + 14)
     canvas = Canvas(left + len(panels) * (PANEL + GAP), 0, title)
     top = 44.0
@@ -96,7 +105,7 @@ def rows(title: str, names: Sequence[str], groups: Sequence[str], panels: Sequen
             if value is None:
                 canvas.text(start + 4, y + 4, "–", name="quiet")
                 continue
-            series = kinds.index(groups[row])
+            series = order.index(groups[row])
             if bars:
                 zero, end = axis.at(0.0), axis.at(value.mean)
                 box = f'x="{near(min(zero, end))}" y="{near(y - 6)}" width="{near(abs(end - zero))}" height="12"'
@@ -106,15 +115,22 @@ def rows(title: str, names: Sequence[str], groups: Sequence[str], panels: Sequen
     for row, name in enumerate(names):
         canvas.text(left, top + ROW * (row + 0.5) + 4, _fit(name, left), anchor="end")
     canvas.height = bottom + 28
-    if len(kinds) > 1:
-        canvas.height += 14 + canvas.legend(left + 8, bottom + 50, kinds)
+    if len(set(groups)) > 1:
+        canvas.height += 14 + canvas.legend(left + 8, bottom + 50, _told(order, groups))
     return canvas
 
 
-def scatter(title: str, says: tuple[str, str], points: Sequence[Point], front: Sequence[Point] = ()) -> Canvas:
+def scatter(
+    title: str,
+    says: tuple[str, str],
+    points: Sequence[Point],
+    front: Sequence[Point] = (),
+    *,
+    kinds: Sequence[str] = (),
+) -> Canvas:
     """One score against another, with intervals both ways; ``front`` is joined by a line, in its order."""
     canvas = Canvas(720, 470, title)
-    kinds = list(dict.fromkeys(point.series for point in points))
+    order = list(dict.fromkeys([*kinds, *(point.series for point in points)]))
     x = axis_over([value for point in points for value in point.x.all], 70, 690)
     y = axis_over([value for point in points for value in point.y.all], 400, 16)
     _frame(canvas, x, 16, 400)
@@ -125,7 +141,7 @@ def scatter(title: str, says: tuple[str, str], points: Sequence[Point], front: S
         data = "L".join(f"{near(x.at(point.x.mean))} {near(y.at(point.y.mean))}" for point in front)
         canvas.path(f"M{data}", "front")
     for point in points:
-        series = kinds.index(point.series)
+        series = order.index(point.series)
         across, up = x.at(point.x.mean), y.at(point.y.mean)
         _interval(canvas, x, point.x, up, series)
         if point.y.low is not None and point.y.high is not None:
@@ -142,7 +158,8 @@ def scatter(title: str, says: tuple[str, str], points: Sequence[Point], front: S
             name="quiet",
             anchor="end" if end else "start",
         )
-    canvas.height = 464 + canvas.legend(70, 472, kinds) if len(kinds) > 1 else 456
+    told = _told(order, [point.series for point in points])
+    canvas.height = 464 + (canvas.legend(70, 472, told) if len(told) > 1 else 0)
     return canvas
 
 
@@ -172,7 +189,7 @@ def curves(title: str, says: tuple[str, str], panels: Sequence[tuple[str, Sequen
                     canvas.mark(x.at(at), y.at(one.mean), series, size=3.2, hint=f"{curve.name}, {at:g}: {one}")
     canvas.height = 28 + 270.0 * ((len(panels) + across - 1) // across)
     if len(names) > 1:
-        canvas.height += 6 + canvas.legend(60, canvas.height + 8, names)
+        canvas.height += 6 + canvas.legend(60, canvas.height + 8, list(enumerate(names)))
     return canvas
 
 
@@ -190,6 +207,11 @@ def pareto(points: Sequence[Point], x_better: bool, y_better: bool) -> list[Poin
         if not best or one[1] > best[-1][1] or (one[0], one[1]) == (best[-1][0], best[-1][1]):
             best.append(one)
     return [point for _, _, point in best]
+
+
+def _told(order: Sequence[str], used: Sequence[str]) -> list[tuple[int, str]]:
+    """Series with their names, those that a figure shows."""
+    return [(series, name) for series, name in enumerate(order) if name in used]
 
 
 def _frame(canvas: Canvas, axis: Axis, top: float, bottom: float) -> None:

@@ -31,6 +31,8 @@ class Figure:
     name: str
     said: str
     canvas: Canvas
+    first: bool = True
+    """Whether it is the first of its kind, which a page shows at once."""
 
 
 def figures_of(board: Board, gpu_hours: Mapping[str, float] | None = None) -> list[Figure]:
@@ -70,6 +72,11 @@ def _group(row: BoardRow) -> str:
     return str(row.factors.get("method") or row.kind)
 
 
+def _kinds(board: Board) -> list[str]:
+    """All groups of a board: each has one colour in all figures."""
+    return list(dict.fromkeys(map(_group, board.rows)))
+
+
 def _chosen(rows_: Sequence[BoardRow], columns: Sequence[Column]) -> tuple[list[BoardRow], str]:
     """At most `MOST_ROWS` rows, those of the best ranks, in the board's order; and what to say of that."""
     if len(rows_) <= MOST_ROWS:
@@ -95,7 +102,7 @@ def _by_row(board: Board, columns: Sequence[Column], number: int) -> Iterator[Fi
             for column in columns
         ]
         said = f"Mean of every arm with its 95 % interval.{left}"
-        canvas = rows(said, [row.name for row in some], list(map(_group, some)), panels, bars=True)
+        canvas = rows(said, [row.name for row in some], list(map(_group, some)), panels, bars=True, kinds=_kinds(board))
         yield Figure(f"bars{end}", said, canvas)
     compared = [row for row in board.rows if any(_difference(row, column) is not None for column in columns)]
     some, left = _chosen(compared, columns)
@@ -105,7 +112,9 @@ def _by_row(board: Board, columns: Sequence[Column], number: int) -> Iterator[Fi
             for column in columns
         ]
         said = f"Difference of every arm from its own base, with the interval that goes with its Holm-adjusted p.{left}"
-        canvas = rows(said, [row.name for row in some], list(map(_group, some)), panels, bars=False)
+        canvas = rows(
+            said, [row.name for row in some], list(map(_group, some)), panels, bars=False, kinds=_kinds(board)
+        )
         yield Figure(f"differences{end}", said, canvas)
 
 
@@ -193,8 +202,10 @@ def _trade_offs(board: Board, columns: Sequence[Column]) -> Iterator[Figure]:
                 f"Helpfulness ({_title(x)}) against harmlessness ({_title(y)}), means with 95 % intervals; the dashed "
                 "line joins the arms that no other is as good as on both."
             )
-            canvas = scatter(said, (f"{_title(x)}: {_says(x)}", f"{_title(y)}: {_says(y)}"), points, front)
-            yield Figure(f"trade-off{f'-{number + 1}' if number else ''}", said, canvas)
+            canvas = scatter(
+                said, (f"{_title(x)}: {_says(x)}", f"{_title(y)}: {_says(y)}"), points, front, kinds=_kinds(board)
+            )
+            yield Figure(f"trade-off{f'-{number + 1}' if number else ''}", said, canvas, first=number == 0)
 
 
 def _points(board: Board, x: Column, y: Column) -> list[Point]:
@@ -215,5 +226,7 @@ def _by_cost(board: Board, columns: Sequence[Column], gpu_hours: Mapping[str, fl
         ]
         if len(points) > 1:
             said = f"{_title(column)} against the GPU-hours that it took to make the arm, as its records say."
-            canvas = scatter(said, ("GPU-hours (mean over seeds)", f"{_title(column)}: {_says(column)}"), points)
-            yield Figure(f"by-gpu-hour{f'-{number + 1}' if number else ''}", said, canvas)
+            canvas = scatter(
+                said, ("GPU-hours (mean over seeds)", f"{_title(column)}: {_says(column)}"), points, kinds=_kinds(board)
+            )
+            yield Figure(f"by-gpu-hour{f'-{number + 1}' if number else ''}", said, canvas, first=number == 0)

@@ -81,10 +81,10 @@ class Canvas:
         data = "L".join(f"{near(x + size * dx)} {near(y + size * dy)}" for dx, dy in corners)
         self.parts.append(f'<path class="{name}" d="M{data}Z">{told}</path>')
 
-    def legend(self, x: float, y: float, names: Sequence[str]) -> float:
+    def legend(self, x: float, y: float, names: Sequence[tuple[int, str]]) -> float:
         """Names of series in lines no wider than the canvas; returns the height that they take."""
         left, line = x, 0
-        for series, name in enumerate(names):
+        for series, name in names:
             room = width_of(name) + 34
             if left + room > self.width and left > x:
                 left, line = x, line + 1

@@ -40,7 +40,9 @@ class Beside:
     no_samples: str = ""
     """Why there is none."""
     figures: Sequence[tuple[str, Markup]] = ()
-    """Heading and SVG of each figure."""
+    """Heading and SVG of each figure that is shown at once."""
+    more_figures: Sequence[tuple[str, Markup]] = ()
+    """The same of those that are folded away."""
     added: Sequence[Added] = ()
     """What plugins add."""
     tasks: Sequence[tuple[str, Sequence[tuple[str, str]]]] = ()

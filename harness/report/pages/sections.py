@@ -51,7 +51,7 @@ def _added(section: ReportSection, board: Board) -> Added:
         blocks = list(section.blocks(board.model_dump(mode="json"), config))
         keys = {row.key for row in board.rows}
         for column in columns:
-            _check_column(column, keys)
+            check_column(column, keys)
         figures = tuple(canvas_of(block) for block in blocks if isinstance(block, SectionFigure))
         body = Markup("\n").join(block_html(block) for block in blocks)
     except Exception as error:
@@ -60,7 +60,8 @@ def _added(section: ReportSection, board: Board) -> Added:
     return Added(section.name, heading, body, columns, figures)
 
 
-def _check_column(column: SectionColumn, keys: set[str]) -> None:
+def check_column(column: SectionColumn, keys: set[str]) -> None:
+    """Raise for what is no column, or has a value for a row that is not there."""
     if not isinstance(column, SectionColumn):
         raise TypeError(f"columns() yielded {type(column).__name__}, which is no SectionColumn")
     unknown = sorted(set(column.values) - keys)
@@ -92,7 +93,7 @@ def block_html(block: SectionBlock) -> Markup:
     if isinstance(block, SectionText):
         return Markup("<p>{}</p>").format(line_html(block.text))
     if isinstance(block, SectionFigure):
-        said = Markup("<figure><figcaption>{}</figcaption>{}</figure>")
+        said = Markup("<figure tabindex='0'><figcaption>{}</figcaption>{}</figure>")
         return said.format(line_html(block.title), canvas_of(block).inline())
     if isinstance(block, SectionTable):
         return _table(block)
@@ -116,8 +117,11 @@ def _table(block: SectionTable) -> Markup:
         for place, (text, some) in enumerate(zip(block.head, numeric, strict=True))
     )
     caption = Markup("<caption>{}</caption>").format(line_html(block.caption)) if block.caption else Markup("")
-    whole = '<div class="scroll"><table>{}<thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>'
-    return Markup(whole).format(caption, heads, Markup("").join(lines))
+    whole = Markup("<table>{}<thead><tr>{}</tr></thead><tbody>{}</tbody></table>")
+    table = whole.format(caption, heads, Markup("").join(lines))
+    return Markup('<div class="scroll" tabindex="0" role="group">{}</div>').format(table)
+        caption, heads, Markup("").join(lines)
+    )
 
 
 def canvas_of(figure: SectionFigure) -> Canvas:
