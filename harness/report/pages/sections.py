@@ -120,8 +120,6 @@ def _table(block: SectionTable) -> Markup:
     whole = Markup("<table>{}<thead><tr>{}</tr></thead><tbody>{}</tbody></table>")
     table = whole.format(caption, heads, Markup("").join(lines))
     return Markup('<div class="scroll" tabindex="0" role="group">{}</div>').format(table)
-        caption, heads, Markup("").join(lines)
-    )
 
 
 def canvas_of(figure: SectionFigure) -> Canvas:
