@@ -172,8 +172,8 @@ def report(
     """Rebuild reports from the records and print them; of several runs one board: board.json, .md, .csv, LaTeX."""
     from harness.contracts.registry import load_plugins
     from harness.contracts.report_section import ReportSection
+    from harness.report.board.write import write_board
     from harness.report.build import write_all
-    from harness.report.write_board import write_board
 
     if len(run) > 1 and out is None:
         fix = "Give the folder of their board with --out DIR."
@@ -196,7 +196,7 @@ def report(
     if len(run) > 1 or len(board.rows) > 1:
         from rich.console import Console
 
-        from harness.report.board_text import board_table
+        from harness.report.board.text import board_table
 
         if len(run) > 1:
             Console().print(board_table(board))

@@ -72,7 +72,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what a study would do: arms, steps by kind, and what is done already; loads no model."""
-    from harness.study.outline import counted, data_rows, families
+    from harness.study.outline import counted, data_rows, families, undecidable
     from harness.study.status import states_of, summary
 
     found = _planned(file, model, set_, data_revision, plugin)
@@ -92,6 +92,11 @@ def plan(
         print_table("Arms", ["arm", "kind", "from", "key"], every)
     else:
         print_table("Arms", ["kind", "arm", "bases", "seeds", "arms", "from"], families(found.arms))
+    tasks = list(
+        dict.fromkeys(task.chosen.spec.name for one in found.evaluations for arm in one.arms for task in arm.tasks)
+    )
+    for line in undecidable(spec, found.arms, tasks):
+        print(visible(f"warning: {line}"))
     if spec.data:
         print_table("Data", ["data", "is", "rows stated", "rows here"], data_rows(spec, root))
     if (root / "plan.json").is_file():
@@ -152,6 +157,7 @@ def run(
     from harness.cli.eval import print_report
     from harness.contracts.report_section import ReportSection
     from harness.core.progress import for_terminal
+    from harness.report.board.write import write_board
     from harness.report.build import write_all
     from harness.steps.execute import Execution
     from harness.study.run import run_study
@@ -168,9 +174,12 @@ def run(
         done = run_study(found, root, fresh=fresh, retry_failed=retry_failed, reporter=reporter, execute=elsewhere)
         for name, reason in done.failures.items():
             reporter.note(f"failed: {name}: {first_line(reason)}")
-    sections = [section for _, section in found.registry.of_kind(ReportSection)]
-    for report in write_all(root, sections=sections).values():
+    for report in write_all(root, page=False).values():
         print_report(report)
+    sections = [section for _, section in found.registry.of_kind(ReportSection)]
+    board = write_board([root], root / "report", sections=sections)
+    for line in (board.finding, *(f"claim {one.name}: {one.status} ({one.why})" for one in board.claims)):
+        print(visible(line))
     print(visible(str(root / "report" / "report.html")))
     return ExitCode.STEPS_FAILED if done.failures else ExitCode.DONE
 

@@ -124,8 +124,8 @@ def write_reports(store_root: Path, *, sections: Sequence[ReportSection] = ()) -
 
 
 def _write_page(root: Path, sections: Sequence[ReportSection]) -> None:
-    from harness.report.board import board_of
-    from harness.report.gather import gather
+    from harness.report.board.build import board_of
+    from harness.report.board.gather import gather
     from harness.report.pages.write import write_pages
 
     found = gather([root])

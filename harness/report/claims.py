@@ -1,8 +1,8 @@
 """Claims: what a study is meant to show, said before it has run, and what its numbers say of it.
 
 A claim contrasts two sides, each given by factors or by patterns of arm names. Rows of both sides are matched on every
-factor that both have and neither side names (base, data, adapter, ...), so that a contrast of methods compares like
-with like; what has no match on the other side is left out. Each matched group counts once.
+factor that all have but those that set the sides apart (so on base, data, adapter, ...), so that a contrast of methods
+compares like with like; what has no match on the other side is left out. Each matched group counts once.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from harness.core.config import Config
 from harness.core.errors import UserError
 from harness.core.stats import MIN_SEEDS, CrossedDifference, Design, crossed_contrast, holm
 from harness.core.text import number, visible
-from harness.report.board_model import BoardRow, ClaimResult, Column
-from harness.report.cells import POWER, Folded, few_seeds, whole_of
+from harness.report.board.cells import POWER, Folded, few_seeds, whole_of
+from harness.report.board.model import BoardRow, ClaimResult, Column
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -46,6 +46,11 @@ class ClaimSpec(Config):
         "better", description="of a against b; better and worse follow the metric; same: within `margin`"
     )
     margin: float | None = Field(None, gt=0, description="with `same`: largest difference that counts as none")
+    match: tuple[str, ...] | None = Field(
+        None,
+        description="factors that rows of both sides must share to be compared; when absent all that every row has and"
+        " in which the sides, as given, do not differ; `base` where a side is given by patterns",
+    )
     level: float = Field(0.05, gt=0, lt=1, description="of the test, after Holm's correction over the claims")
 
     @model_validator(mode="after")
@@ -133,16 +138,29 @@ _Arm = tuple[str, Factors]
 def _matched(
     claim: ClaimSpec, a: Sequence[_Arm], b: Sequence[_Arm]
 ) -> dict[tuple[Any, ...], tuple[list[_Arm], list[_Arm]]]:
-    """Arms of both sides by the factors that all have and neither side names; groups of one side alone are left out."""
-    named = {key for side in (claim.a, claim.b) for one in side if not isinstance(one, str) for key in one}
-    everywhere = [set(factors) for _, factors in (*a, *b)]
-    keys = sorted(set.intersection(*everywhere) - named - {"seed"}) if everywhere else []
+    """Arms of both sides by the factors that both must share; groups of one side alone are left out."""
+    keys = claim.match
+    if keys is None and any(isinstance(one, str) for one in (*claim.a, *claim.b)):
+        keys = ("base",)
+    if keys is None:
+        everywhere = [set(factors) for _, factors in (*a, *b)]
+        keys = tuple(sorted(set.intersection(*everywhere) - _contrasted(claim) - {"seed"}))
     groups: dict[tuple[Any, ...], tuple[list[_Arm], list[_Arm]]] = {}
     for index, some in enumerate((a, b)):
         for arm in some:
             key = tuple(str(arm[1].get(one)) for one in keys)
             groups.setdefault(key, ([], []))[index].append(arm)
     return {key: group for key, group in groups.items() if group[0] and group[1]}
+
+
+def _contrasted(claim: ClaimSpec) -> set[str]:
+    """Factors that the two sides, as given, name with other values: what the claim is about."""
+    values: tuple[dict[str, set[str]], dict[str, set[str]]] = ({}, {})
+    for found, side in zip(values, (claim.a, claim.b), strict=True):
+        for one in side:
+            for key, value in one.items() if not isinstance(one, str) else ():
+                found.setdefault(key, set()).add(str(value))
+    return {key for key in {*values[0], *values[1]} if values[0].get(key) != values[1].get(key)}
 
 
 def evaluate_claims(

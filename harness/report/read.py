@@ -112,7 +112,15 @@ class StepResult:
 
     @cached_property
     def samples(self) -> dict[str, dict[str, Any]]:
-        """Sample id -> row of samples.jsonl.gz, in the stored order."""
+        """Sample id -> row of samples.jsonl.gz, in the stored order; kept once it has been read."""
+        return self.read_samples()
+
+    def read_samples(self) -> dict[str, dict[str, Any]]:
+        """The same, read each time: of thousands of steps nobody needs the rows at once.
+
+        Raises:
+            CorruptionError: the file is missing, damaged, or not what was recorded.
+        """
         path = self.artifact / "samples.jsonl.gz"
         if not path.exists():  # read_rows takes a missing file for an empty one
             raise CorruptionError(f"{path}: is missing, though its step has ended; start over with --fresh")

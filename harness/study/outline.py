@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.core.errors import CorruptionError
+from harness.report.claims import claim_warnings
 from harness.steps.files import read_json
 from harness.steps.folder import STEP
 from harness.study.arms import Arm
@@ -39,6 +40,19 @@ def families(arms: Sequence[Arm]) -> list[dict[str, Any]]:
         }
         for (kind, name), some in found.items()
     ]
+
+
+def undecidable(spec: StudySpec, arms: Sequence[Arm], tasks: Sequence[str]) -> list[str]:
+    """Why claims of the study cannot be decided, whatever its numbers will be; one line for each such claim.
+
+    Args:
+        spec: of the study.
+        arms: all of them.
+        tasks: what they are asked, by name.
+    """
+    named = [(arm.name.replace(f"-s{arm.factors.get('seed')}", "", 1), arm.factors) for arm in arms]
+    told = [(name, {key: value for key, value in factors.items() if value is not None}) for name, factors in named]
+    return claim_warnings(spec.claims, told, tasks)
 
 
 def _family(arm: Arm) -> str:

@@ -89,6 +89,7 @@ class StudyPlan:
         return {
             "study": self.read.spec.study,
             "summary": self.read.spec.summary,
+            "claims": [claim.model_dump(mode="json") for claim in self.read.spec.claims],
             "arms": [
                 {
                     "name": arm.name,

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from harness.core.config import Config, Located, laid_over, load_yaml, parse, set_path
 from harness.core.errors import UserError, unknown
 from harness.core.specs import ModelSpec
+from harness.report.claims import ClaimSpec
 
 
 def _listed(value: Any) -> Any:
@@ -141,6 +142,7 @@ class StudySpec(Config):
     arms: tuple[ArmSpec, ...] = ()
     merges: tuple[MergeBlock, ...] = ()
     evaluation: EvaluationBlock = Field(default_factory=lambda: EvaluationBlock())
+    claims: tuple[ClaimSpec, ...] = Field((), description="what its numbers are meant to show; the report decides them")
     data_revisions: dict[str, str] = Field(default_factory=dict, description="hub id of a data set -> commit")
     plugins: Names = Field((), description="loose plugin files")
     keep: Annotated[tuple[Literal["merge"], ...], BeforeValidator(_listed)] = Field(

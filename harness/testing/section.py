@@ -8,7 +8,7 @@ from typing import Any
 
 from harness.contracts.report_section import ReportSection, SectionColumn
 from harness.core.text import visible
-from harness.report.board_model import BaseDifference, Board, BoardRow, Cell, Column, SeedCell, SeedRow
+from harness.report.board.model import BaseDifference, Board, BoardRow, Cell, Column, SeedCell, SeedRow
 from harness.report.pages.sections import block_html, check_column
 from harness.testing.common import check_plugin, demand, options_of
 

@@ -15,6 +15,7 @@ import harness
 from harness.contracts.registry import load_plugins
 from harness.core.errors import UserError
 from harness.core.records import Row
+from harness.report.board.build import build_board
 from harness.report.build import load_report, write_reports
 from harness.report.compare import compare_runs
 from harness.report.leaderboard import markdown_lines, terminal_table
@@ -383,3 +384,16 @@ def test_the_command_line(cli: Any, tiny: Path, sums: Path, plugin: Path, adapte
     assert ran.err == "error: --max-judge-cost: -1 is negative\n  Give 0 or more, or leave it out.\n"
     ran = cli(*command, "--adapter", sums)
     assert ran.code == 2 and "adapter_config.json is not in that folder" in ran.err
+
+
+def test_a_board_says_of_one_run_what_its_report_says(run: Path) -> None:
+    board, report = build_board([run]), compare_runs(run)
+    (column,) = board.columns
+    assert [row.name for row in board.rows] == ["tiny", "bad", "good", "half"]
+    found = [cell.difference for row in board.rows[1:] if (cell := row.cells[column.key]) is not None]
+    told = [(one.difference, one.p_value, one.p_adjusted, one.verdict, one.test) for one in found if one is not None]
+    same = report.differences
+    assert told == [(one.difference, one.p_value, one.p_adjusted, one.verdict, one.test) for one in same]
+    assert [one.ci95 for one in found if one is not None] == [one.ci95 for one in same]
+    assert [one.ci_adjusted for one in found if one is not None] == [one.ci_adjusted for one in same]
+    assert [row.cells[column.key].mean for row in board.rows] == [1.0, 0.0, 1.0, 0.5]

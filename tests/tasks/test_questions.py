@@ -15,6 +15,7 @@ from harness.contracts.scorer import ScoreJob, ScorerSession
 from harness.core.errors import CorruptionError, StepError
 from harness.core.records import Answer, Metric, Output, Request, Row, Sample, Score
 from harness.core.specs import Decoding
+from harness.evaluation.plan import LATER
 from harness.evaluation.rows import RowContext, Scored, build_rows, check_scores, sample_rows
 from harness.evaluation.run import evaluate
 from harness.steps.journal import read_rows, write_rows
@@ -274,3 +275,20 @@ def test_a_task_longer_than_the_context_leaves_half_to_the_prompt(tiny: Path, su
     step = next(done.root.glob("steps/answers-*/artifact/answers.jsonl.gz"))
     (row,) = read_rows(step)
     assert 0 < len(row["output"]["token_ids"]) <= context // 2
+
+
+def test_samples_of_one_cluster_are_one_observation_and_no_other_id_moves(tmp_path: Path) -> None:
+    """Right, right, wrong, wrong in two pairs: 1 and 0, so stderr is sqrt(0.5 / 2) = 0.5. Four alone: sqrt(1/3 / 4)."""
+    scores = [Score({"acc": value}) for value in (1.0, 1.0, 0.0, 0.0)]
+    pairs = [Sample(str(i), (), cluster="ab"[i // 2]) for i in range(4)]
+    assert rows_of((ACC,), scores, pairs)[None, "acc"].stderr == pytest.approx(0.5)
+    alone = rows_of((ACC,), scores, samples_of(4))[None, "acc"]
+    assert alone.stderr == pytest.approx(math.sqrt(1 / 3 / 4))
+    assert rows_of((ACC,), scores, [Sample(str(i), ()) for i in range(4)])[None, "acc"] == alone
+    answers = [Answer(one.id, (Output("x"),)) for one in pairs]
+    assert [row["cluster"] for row in sample_rows(pairs, answers, scores)] == ["a", "a", "b", "b"]
+    questions = Questions(pairs)
+    write_rows(tmp_path / "asked.jsonl.gz", questions.rows())
+    assert read_samples(tmp_path / "asked.jsonl.gz", questions.digest) == pairs
+    # A task that names none has neither the key in its rows nor in what its ids are made of.
+    assert "cluster" not in Questions(samples_of(1)).rows()[0] and LATER["cluster"] is None

@@ -19,8 +19,8 @@ from harness.contracts.report_section import (
     SectionTable,
     SectionText,
 )
-from harness.report.board import board_of
-from harness.report.gather import gather
+from harness.report.board.build import board_of
+from harness.report.board.gather import gather
 from harness.report.pages.board import Beside, render_board
 from harness.report.pages.sections import added_by
 from harness.report.pages.write import write_pages

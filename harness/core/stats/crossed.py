@@ -235,7 +235,7 @@ def crossed_contrast(
 
     normal_quantile(level)
     table = np.stack([arm.met for arm, _ in arms])
-    common = table.all(axis=0)
+    common: NDArray[np.bool_] = np.asarray(table.all(axis=0))
     n, dropped = int(common.sum()), int(table.any(axis=0).sum() - common.sum())
     note = next((arm.note for arm, _ in arms if arm.note is not None), None)
     if n == 0:

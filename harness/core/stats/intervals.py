@@ -155,6 +155,8 @@ class Design:
         """The design of those samples alone."""
         import numpy as np
 
+        if bool(mask.all()):
+            return self
         where = np.flatnonzero(mask)
         return Design(self.cluster[where].tolist(), self.stratum[self.cluster[where]].tolist(), len(where))
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.report.board_model import Board, BoardRow, Cell, Column
+from harness.report.board.model import Board, BoardRow, Cell, Column
 from harness.report.figures.charts import Curve, Panel, Point, Value, curves, pareto, rows, scatter
 from harness.report.figures.svg import Canvas
 

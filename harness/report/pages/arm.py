@@ -13,7 +13,7 @@ from typing import Any
 
 from harness.core.errors import CorruptionError
 from harness.core.text import ARROWS, MINUS, clip, number, portable, visible
-from harness.report.board_model import Board, BoardRow, Cell, Column, SeedCell
+from harness.report.board.model import Board, BoardRow, Cell, Column, SeedCell
 from harness.report.compare_text import ends_text, p_text, signed
 from harness.report.figures.charts import Curve, Value, curves
 from harness.report.figures.svg import STYLE

@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 
 from harness.contracts.report_section import SectionColumn
 from harness.core.text import ARROWS, MINUS, number, visible
-from harness.report.board_model import Board, BoardRow, Cell, ClaimResult, Column, SeedCell, SeedRow
+from harness.report.board.model import Board, BoardRow, Cell, ClaimResult, Column, SeedCell, SeedRow
 from harness.report.compare_text import p_text, signed
 from harness.report.figures.svg import STYLE
 from harness.report.pages.page import line_html, render_page, script_json

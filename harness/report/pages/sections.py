@@ -20,7 +20,7 @@ from harness.contracts.report_section import (
     SectionText,
 )
 from harness.core.text import MINUS, first_line, number, visible
-from harness.report.board_model import Board
+from harness.report.board.model import Board
 from harness.report.figures.svg import Canvas
 from harness.report.pages.page import line_html
 

@@ -13,10 +13,10 @@ from markupsafe import Markup
 
 from harness.contracts.report_section import ReportSection
 from harness.core.text import portable, visible
-from harness.report.board_model import Board, BoardRow
+from harness.report.board.gather import ArmRun, Gathered
+from harness.report.board.model import Board, BoardRow
 from harness.report.facts import task_report
 from harness.report.figures.of_board import figures_of
-from harness.report.gather import ArmRun, Gathered
 from harness.report.pages.arm import MadeSteps, render_arm
 from harness.report.pages.board import Beside, render_board
 from harness.report.pages.page import render_page, script_json

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.report.board_model import (
+from harness.report.board.model import (
     BaseDifference,
     Board,
     BoardRow,

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from harness.report.board import board_of
-from harness.report.board_model import Board
-from harness.report.gather import gather
+from harness.report.board.build import board_of
+from harness.report.board.gather import gather
+from harness.report.board.model import Board
 from harness.report.pages.board import Beside, render_board
 from harness.report.pages.write import write_pages
 from tests.browser import Browser, Page
@@ -272,7 +272,7 @@ def test_a_run_without_a_score_has_a_page(browser: Browser, tmp_path: Path) -> N
 
 
 def test_nothing_heavy_is_imported(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    code = "import sys\nfrom pathlib import Path\nfrom harness.report.write_board import write_board\n"
+    code = "import sys\nfrom pathlib import Path\nfrom harness.report.board.write import write_board\n"
     code += f"write_board([Path(one) for one in {[str(run) for run in runs]!r}], Path({str(tmp_path / 'out')!r}))\n"
     code += "import json\nprint(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

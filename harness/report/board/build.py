@@ -14,12 +14,12 @@ from pathlib import Path
 from harness.core.errors import UserError
 from harness.core.records import digest_of
 from harness.core.stats import Design
-from harness.core.text import task_label, visible
+from harness.core.text import portable, task_label, visible
 from harness.core.version import __version__
-from harness.report.board_model import Board, BoardRow, Column, SeedRow
-from harness.report.cells import Folded, fold, judge, rank, seed_cells
+from harness.report.board.cells import Folded, fold, judge, rank, seed_cells
+from harness.report.board.gather import ArmRun, Asked, Gathered, Scored, gather
+from harness.report.board.model import Board, BoardRow, Column, SeedRow
 from harness.report.claims import evaluate_claims, read_claims
-from harness.report.gather import ArmRun, Asked, Gathered, Scored, gather
 from harness.steps.step import unequal
 
 
@@ -123,6 +123,7 @@ def _rows(found: Gathered) -> tuple[list[BoardRow], dict[str, list[ArmRun]]]:
                 base_name=first.base_name,
                 factors={name: value for name, value in first.factors.items() if name != "seed"},
                 parents=tuple(dict.fromkeys(visible(row_names.get(one, one)) for one in first.parents)),
+                recipe=portable(dict(first.made.recipe)) if first.made is not None else {},
                 seeds=tuple(_seed_row(arm) for arm in some),
                 notes=tuple(missing),
             )
@@ -154,8 +155,9 @@ def _family_key(arm: ArmRun, families: Mapping[str, Sequence[ArmRun]]) -> str:
     if seed is None or name == arm.name:
         return arm.key
     rest = {key: value for key, value in arm.factors.items() if key != "seed"}
-    unknown = arm.sources[:1] if arm.recipe is None else None
-    key = digest_of([name, arm.base, rest, arm.recipe, unknown])
+    recipe = arm.made.digest if arm.made is not None else None
+    unknown = arm.sources[:1] if recipe is None else None
+    key = digest_of([name, arm.base, rest, recipe, unknown])
     return arm.key if any(one.factors.get("seed") == seed for one in families.get(key, ())) else key
 
 
@@ -164,7 +166,10 @@ def _seed_row(arm: ArmRun) -> SeedRow:
         name=visible(arm.name),
         seed=arm.factors.get("seed"),
         sources=tuple(arm.sources),
-        made_by=arm.made_by,
+        made_by=arm.made.id if arm.made is not None else None,
+        folder=arm.made.folder if arm.made is not None else None,
+        seconds=arm.made.seconds if arm.made is not None else {},
+        counts=arm.made.counts if arm.made is not None else {},
         factors=dict(arm.factors),
         missing=tuple(arm.missing),
     )

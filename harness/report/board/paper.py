@@ -1,4 +1,4 @@
-"""The tables of arXiv 2406.04879 from a board: LoRA and QLoRA in pairs, merges beside their inputs, data set by data set.
+"""The tables of arXiv 2406.04879 from a board: LoRA and QLoRA in pairs, merges beside their inputs, data by data.
 
 Its published numbers stand beside ours where they are given (`--published FILE`), arm by arm and task by task; none are
 shipped. A number of ours and one of the paper's are of the same arm only where base, data, method and adapter are.
@@ -13,8 +13,8 @@ from typing import Any
 from harness.core.config import load_yaml
 from harness.core.errors import UserError, nearest
 from harness.core.text import number
-from harness.report.board_model import Board, BoardRow, Cell, Column
-from harness.report.board_text import latex_table, shown_columns
+from harness.report.board.model import Board, BoardRow, Cell, Column
+from harness.report.board.text import latex_table, shown_columns
 from harness.report.text import escape_markdown, markdown_table
 
 LAYOUTS = ("paper",)

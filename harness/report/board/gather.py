@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from harness.core.errors import CorruptionError
 from harness.core.records import Metric, Row, digest_of
 from harness.core.text import clip, portable, task_label, visible
-from harness.report.board_model import Source
+from harness.report.board.model import Source
 from harness.report.pairing import base_of
-from harness.report.read import RunResult, StepFolders, StepResult, TaskResult
+from harness.report.read import RunResult, StepFolders, StepResult, TaskResult, read_step
 from harness.report.study import INDEX, open_runs
 from harness.steps.files import read_json
 
@@ -73,6 +73,20 @@ class Samples:
     strata: list[str] | None
 
 
+@dataclass(frozen=True)
+class Made:
+    """The step that made an arm."""
+
+    id: str
+    folder: str
+    recipe: Mapping[str, Any]
+    """What decides its weights but for its seed and the very arms that it builds on."""
+    digest: str
+    """Of the recipe."""
+    seconds: dict[str, float]
+    counts: dict[str, int]
+
+
 @dataclass
 class ArmRun:
     """One arm, trained once."""
@@ -84,8 +98,7 @@ class ArmRun:
     kind: str
     factors: dict[str, Any]
     parents: tuple[str, ...] = ()
-    made_by: str | None = None
-    recipe: str | None = None
+    made: Made | None = None
     sources: list[int] = field(default_factory=list)
     scores: dict[Asked, Scored] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -104,6 +117,8 @@ class Gathered:
     """By the digest of how they were asked and scored."""
     asked: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The same digest -> what it is of, to say what two columns differ in."""
+    versions: dict[int, dict[str, list[str]]] = field(default_factory=dict)
+    """Place of a source -> versions of harness and libraries."""
     claims: list[Any] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -126,6 +141,8 @@ def gather(roots: Sequence[Path]) -> Gathered:
         found.sources.append(_source(runs[0], plan))
         for run in runs:
             _add_run(found, run, study)
+        versions = {name: tuple(some) for name, some in found.versions.get(len(found.sources) - 1, {}).items() if some}
+        found.sources[-1] = found.sources[-1].model_copy(update={"versions": versions})
     return found
 
 
@@ -144,27 +161,27 @@ class _Study:
         self.ids: Mapping[str, str] = index.get("ids", {})
         self.folders = StepFolders(root)
         self.arms: dict[str, Mapping[str, Any]] = {str(arm["name"]): arm for arm in plan.get("arms", ())}
-        self._recipes: dict[str, tuple[str | None, str | None]] = {}
+        self._made: dict[str, Made | None] = {}
 
-    def made(self, arm: Mapping[str, Any]) -> tuple[str | None, str | None]:
-        """Id of the step that made an arm, and the digest of its recipe but for its seed and what it builds on."""
+    def made(self, arm: Mapping[str, Any]) -> Made | None:
+        """How an arm was made; None: it was not, or its record is not there."""
         key = arm.get("made_by")
         if key is None:
-            return None, None
+            return None
         step_id = str(self.ids.get(key, key))
-        if step_id not in self._recipes:
-            self._recipes[step_id] = (step_id, self._recipe(step_id))
-        return self._recipes[step_id]
+        if step_id not in self._made:
+            found = [read_step(self.folders, kind, step_id) for kind in ("align", "merge")]
+            self._made[step_id] = next((_made(one) for one in found if one.folder is not None), None)
+        return self._made[step_id]
 
-    def _recipe(self, step_id: str) -> str | None:
-        for kind in ("align", "merge"):
-            for folder in self.folders.of(kind, step_id):
-                if (folder / "step.json").is_file() and (info := read_json(folder / "step.json")).get("id") == step_id:
-                    identity = info.get("identity") or {}
-                    kept = {name: identity[name] for name in _RECIPE if name in identity}
-                    started = {"from": identity.get("from") is not None, "inputs": len(identity.get("inputs") or ())}
-                    return digest_of({**kept, **started})
-        return None
+
+def _made(step: StepResult) -> Made:
+    identity = step.identity
+    recipe = {name: identity[name] for name in _RECIPE if name in identity}
+    recipe |= {"from": identity.get("from") is not None, "inputs": len(identity.get("inputs") or ())}
+    record, folder = step.record, step.folder
+    seconds, counts = (dict(record.seconds), dict(record.counts)) if record is not None else ({}, {})
+    return Made(step.id, folder.name if folder is not None else "", recipe, digest_of(recipe), seconds, counts)
 
 
 def _add_run(found: Gathered, run: RunResult, study: _Study | None) -> None:
@@ -177,9 +194,15 @@ def _add_run(found: Gathered, run: RunResult, study: _Study | None) -> None:
         # Of a run without its base the base is that of its adapters, if another run has it.
         implied = digest_of({**identity, "adapter": None, "control": None, "folded": None}) if identity else None
         of_base = None if one is base else base_key or (implied if implied != key else None)
+        name = one.label or _model_name(one)
         arm = found.arms.get(key)
+        if arm is not None and number in arm.sources and arm.name != name:
+            # Two arms of one run that came out alike are still two; which of them a further run has, its name says.
+            found.notes.append(visible(portable(f"{arm.name} and {name} are the same, byte for byte")))
+            key = digest_of([key, name])
+            arm = found.arms.get(key)
         if arm is None:
-            arm = found.arms[key] = ArmRun(key, one.label or _model_name(one), of_base, _model_name(run), "arm", {})
+            arm = found.arms[key] = ArmRun(key, name, of_base, _model_name(run), "arm", {})
         arm.base = arm.base or of_base
         if number not in arm.sources:
             arm.sources.append(number)
@@ -196,7 +219,7 @@ def _describe(arm: ArmRun, run: RunResult, study: _Study | None, is_base: bool) 
         assert study is not None
         arm.factors, arm.kind = {k: v for k, v in told["factors"].items() if v is not None}, str(told["kind"])
         arm.name, arm.base_name, arm.parents = str(told["name"]), str(told["base"]), tuple(told.get("from", ()))
-        arm.made_by, arm.recipe = study.made(told)
+        arm.made = study.made(told)
     elif not arm.factors:
         arm.kind = "base" if is_base else "arm"
         arm.factors = {"base": arm.base_name, "method": "base"} if is_base else {"base": arm.base_name}
@@ -224,10 +247,11 @@ def _arm_key(run: RunResult, study: _Study | None) -> str:
     if identity:
         return digest_of(identity)
     # Records of no known identity, or none yet: one run's are never another's.
-    return digest_of([str(run.root.absolute()), run.label, _model_name(run)])
+    return digest_of([[[task.info.get("answers"), task.info.get("scores")] for task in run.tasks], run.label])
 
 
 def _add_scores(found: Gathered, arm: ArmRun, run: RunResult) -> None:
+    versions = found.versions.setdefault(len(found.sources) - 1, {})
     for task in run.tasks:
         label = task_label(task.name, task.variant)
         for step in task.failed():
@@ -238,6 +262,12 @@ def _add_scores(found: Gathered, arm: ArmRun, run: RunResult) -> None:
         for step in task.scores:
             if step.done:
                 _add_step(found, arm, task, step)
+        for step in task.steps:
+            source = step.provenance if step.folder is not None else {}
+            for name, version in {"harness": source.get("harness"), **source.get("libraries", {})}.items():
+                known = versions.setdefault(name, [])
+                if version is not None and version not in known:
+                    known.append(visible(portable(str(version))))
     arm.missing = list(dict.fromkeys(arm.missing))
 
 
@@ -245,7 +275,7 @@ def _add_step(found: Gathered, arm: ArmRun, task: TaskResult, step: StepResult) 
     import numpy as np
 
     rows = {row.metric: row for row in step.rows if row.leaf is None}
-    samples = step.samples
+    samples = step.read_samples()
     ids = list(samples)
     answers = task.answers.identity if task.answers is not None else {}
     how = {name: answers.get(name) for name in _ASKED} if "task" in answers else {"limit": task.info.get("limit")}

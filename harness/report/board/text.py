@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from harness.core.text import ARROWS, number, visible
-from harness.report.board_model import Board, BoardRow, Cell, Column
+from harness.report.board.model import Board, BoardRow, Cell, Column
 from harness.report.compare_text import STYLES, p_text, signed
 from harness.report.text import escape_markdown, figures_table, markdown_table
 
@@ -102,8 +102,8 @@ def _column_lines(board: Board, column: Column) -> list[str]:
     facts += [f"rank: {column.rank_note}"] if column.rank_note else []
     facts += [f"differs: {one}" for one in column.differs]
     lines += [*[f"* {escape_markdown(fact)}" for fact in facts], ""]
-    head = ("arm", "verdict", "note", "seeds", "n", "unscored", "truncated", "mean", "95 % interval", "minus base")
-    head += ("95 % interval of it", "p", "p (Holm)", "detectable", "detectable (Holm)")
+    head = ["arm", "verdict", "note", "seeds", "n", "unscored", "truncated", "mean", "95 % interval", "minus base"]
+    head += ["95 % interval of it", "p", "p (Holm)", "detectable", "detectable (Holm)"]
     lines += markdown_table(head, [_row_cells(row, row.cells[column.key]) for row in _having(board, column)], words=3)
     return [*lines, ""]
 

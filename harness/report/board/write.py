@@ -8,12 +8,12 @@ from pathlib import Path
 
 from harness.contracts.report_section import ReportSection
 from harness.core.errors import CorruptionError, UserError
-from harness.report.board import board_of, check_board
-from harness.report.board_model import Board
-from harness.report.board_text import board_csv, board_latex, board_markdown
-from harness.report.gather import gather
+from harness.report.board.build import board_of, check_board
+from harness.report.board.gather import gather
+from harness.report.board.model import Board
+from harness.report.board.paper import LAYOUTS, paper_tables, read_published
+from harness.report.board.text import board_csv, board_latex, board_markdown
 from harness.report.pages.write import write_pages
-from harness.report.paper import LAYOUTS, paper_tables, read_published
 from harness.steps.files import read_json, write_bytes
 
 FILES = ("board.json", "board.md", "board.csv", "tables/board.tex")

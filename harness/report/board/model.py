@@ -18,7 +18,9 @@ class Source(Config):
     study: str | None = None
     summary: str = ""
     engine: str = ""
-    notes: tuple[str, ...] = ()
+    versions: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict, description="of harness and libraries, every one that a step of it was done with"
+    )
 
 
 class Column(Config):
@@ -111,6 +113,9 @@ class SeedRow(Config):
     seed: int | None = None
     sources: tuple[int, ...] = Field((), description="places in the board's sources")
     made_by: str | None = Field(None, description="id of the step that made it")
+    folder: str | None = Field(None, description="name of that step's folder in `steps/` of the first source")
+    seconds: dict[str, float] = Field(default_factory=dict, description="of that step, by what they were spent on")
+    counts: dict[str, int] = Field(default_factory=dict, description="of that step: rows, steps")
     factors: dict[str, Any] = Field(default_factory=dict)
     cells: dict[str, SeedCell] = Field(default_factory=dict)
     missing: tuple[str, ...] = Field((), description="tasks without numbers, and why")
@@ -126,6 +131,7 @@ class BoardRow(Config):
     base_name: str | None = None
     factors: dict[str, Any] = Field(default_factory=dict, description="without the seed")
     parents: tuple[str, ...] = Field((), description="names of the rows that it was made from")
+    recipe: dict[str, Any] = Field(default_factory=dict, description="what its seeds share of how they were made")
     cells: dict[str, Cell] = Field(default_factory=dict, description="by key of the column")
     seeds: tuple[SeedRow, ...] = ()
     notes: tuple[str, ...] = ()

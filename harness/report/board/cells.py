@@ -23,10 +23,14 @@ from harness.core.stats import (
     pairwise,
     rank_by_significance,
 )
-from harness.report.board_model import BaseDifference, Cell, Column, SeedCell
+from harness.report.board.model import BaseDifference, Cell, Column, SeedCell
+from harness.report.model import Verdict
 
 if TYPE_CHECKING:
-    from harness.report.gather import Scored
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from harness.report.board.gather import Scored
 
 POWER = 0.8
 ENOUGH_SHARED = 0.5
@@ -157,8 +161,7 @@ def judge(
         elif (why := one.withheld or cells[base].withheld) is not None:
             found[key] = (base, None, f"withheld: {why}")
         else:
-            told = crossed_difference(one.seeds, cells[base].seeds, design, whole=whole_of(column))
-            found[key] = (base, told, None)
+            found[key] = (base, crossed_difference(one.seeds, cells[base].seeds, design, whole=whole_of(column)), None)
     p_values = [told.p_value if told is not None else None for _, told, _ in found.values()]
     size = sum(p is not None for p in p_values)
     adjusted, levels = holm(p_values), holm_levels(p_values, alpha=alpha)
@@ -183,8 +186,8 @@ def _difference(
         return BaseDifference(base=base, n=0, difference=None, verdict="not comparable", note=note)
     p_adjusted, level = holmed
     alpha, size = family
-    verdict, note = verdict_of(told.difference, p_adjusted, alpha, column)
-    notes = [one for one in (told.note, note) if one is not None]
+    verdict, said = verdict_of(told.difference, p_adjusted, alpha, column)
+    notes = [one for one in (told.note, said) if one is not None]
     notes += [f"{told.n_dropped:,} samples are scored in one of the two only"] if told.n_dropped else []
     return BaseDifference(
         base=base,
@@ -205,7 +208,7 @@ def _difference(
     )
 
 
-def verdict_of(difference: float, p: float | None, alpha: float, column: Column) -> tuple[str, str | None]:
+def verdict_of(difference: float, p: float | None, alpha: float, column: Column) -> tuple[Verdict, str | None]:
     """What a difference is called, and why where that needs a word."""
     if p is None:
         return "not comparable", "one pair of samples shows nothing"
@@ -238,7 +241,7 @@ def rank(
     if len(ranked) < 2:
         return column
     seeds = [cells[key].seeds for key in ranked]
-    common = np.stack([one.met for one in seeds]).all(axis=0)
+    common: NDArray[np.bool_] = np.asarray(np.stack([one.met for one in seeds]).all(axis=0))
     n = int(common.sum())
     if n < 2 or n < ENOUGH_SHARED * column.n_samples:
         note = f"no ranks: only {n:,} of {column.n_samples:,} samples have a score of every row"
