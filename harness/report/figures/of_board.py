@@ -95,7 +95,7 @@ def _chosen(rows_: Sequence[BoardRow], columns: Sequence[Column]) -> tuple[list[
 def _by_row(board: Board, columns: Sequence[Column], number: int) -> Iterator[Figure]:
     """Bars with intervals, and the differences from the base, of some columns."""
     end = f"-{number + 1}" if number else ""
-    some, left = _chosen([row for row in board.rows if any(column.key in row.cells for column in columns)], columns)
+    some, left = _chosen([row for row in board.rows if _has(row, columns)], columns)
     if some:
         panels = [
             Panel(_title(column), _says(column), tuple(value_of(row.cells.get(column.key)) for row in some))
@@ -116,6 +116,10 @@ def _by_row(board: Board, columns: Sequence[Column], number: int) -> Iterator[Fi
             said, [row.name for row in some], list(map(_group, some)), panels, bars=False, kinds=_kinds(board)
         )
         yield Figure(f"differences{end}", said, canvas)
+
+
+def _has(row: BoardRow, columns: Sequence[Column]) -> bool:
+    return any(value_of(row.cells.get(column.key)) is not None for column in columns)
 
 
 def _difference(row: BoardRow, column: Column) -> Value | None:
