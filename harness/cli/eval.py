@@ -169,7 +169,7 @@ def report(
     ] = None,
     plugin: PluginFiles = None,
 ) -> None:
-    """Rebuild reports from the records and print them; of several runs one board: board.json, .md, .csv, LaTeX."""
+    """Rebuild reports from the records and print them: a page with the board, figures and samples, JSON, CSV, LaTeX."""
     from harness.contracts.registry import load_plugins
     from harness.contracts.report_section import ReportSection
     from harness.report.board.write import write_board
