@@ -6,18 +6,52 @@ is in it, so that what arms share (the questions of a task) lies there once.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from harness.core.errors import CorruptionError
 from harness.report.pages.page import script_json
-from harness.steps.files import write_bytes
+from harness.steps.files import read_json, stays_inside, write_bytes, write_json
 
 CALL = "harnessSide"
 """Function of the page's script that takes what a side file holds."""
+DIGITS = 20
+"""Hexadecimal digits of a side file's name."""
 CHUNK_BYTES = 400_000
 """Texts of a side file, about (bytes of JSON)."""
+
+
+_NAME = re.compile(f"[0-9a-f]{{{DIGITS}}}")
+MANIFEST = "pages.json"
+
+
+class Pages:
+    """The pages and figures of one report in a folder, which may hold somebody's own files, too."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.names: set[str] = set()
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write one file; ``name`` is its path in the folder."""
+        self.names.add(name)
+        (self.out / name).parent.mkdir(parents=True, exist_ok=True)
+        (self.out / name).write_bytes(data)
+
+    def finish(self) -> None:
+        """Delete what the report before this one wrote and this one did not; note what this one wrote."""
+        file = self.out / MANIFEST
+        old: list[Any] = []
+        with contextlib.suppress(OSError, CorruptionError, KeyError, TypeError):
+            old = list(read_json(file)["files"])
+        for name in old:
+            if isinstance(name, str) and name not in self.names and stays_inside(name):
+                (self.out / name).unlink(missing_ok=True)
+        write_json(file, {"files": sorted(self.names)})
 
 
 class SideFiles:
@@ -30,16 +64,16 @@ class SideFiles:
     def add(self, value: Any) -> str:
         """Write one value; returns its name, the same for equal values."""
         text = script_json(value)
-        name = hashlib.sha256(text.encode()).hexdigest()[:20]
+        name = hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
         if name not in self.names:
             self.names.add(name)
             write_bytes(self.folder / f"{name}.js", f'{CALL}("{name}",{text});\n'.encode())
         return name
 
     def sweep(self) -> None:
-        """Delete what an earlier report left in the folder."""
+        """Delete side files that an earlier report left in the folder, and nothing else."""
         for file in self.folder.glob("*.js"):
-            if file.stem not in self.names:
+            if _NAME.fullmatch(file.stem) and file.stem not in self.names:
                 file.unlink()
 
     def add_chunks(self, values: Iterable[Any]) -> list[tuple[str, int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +21,7 @@ from harness.report.pages.board import Beside, render_board
 from harness.report.pages.page import render_page, script_json
 from harness.report.pages.samples import gather
 from harness.report.pages.sections import added_by
-from harness.report.pages.side_files import SideFiles
+from harness.report.pages.side_files import Pages, SideFiles
 from harness.report.read import StepResult, TaskResult
 from harness.report.text import task_facts
 from harness.steps.files import slug, write_bytes
@@ -46,26 +45,24 @@ def write_pages(
     Args:
         board: the numbers.
         found: what they were made from.
-        out: folder; arms, figures and samples of an earlier report in it are deleted.
+        out: folder; pages, figures and samples of an earlier report in it are deleted, files of others never.
         samples: write all samples, or none; None: where there are at most `MOST_SAMPLES`.
         sections: what plugins add.
 
     Raises:
         CorruptionError: a record is damaged.
     """
-    for name in (ARMS, FIGURES):
-        if (out / name).is_dir():
-            shutil.rmtree(out / name)
+    files = Pages(out)
     names = _file_names(board.rows)
-    hours = _write_arms(board, found, names, out)
+    hours = _write_arms(board, found, names, files)
     figures = figures_of(board, hours)
     for figure in figures:
-        write_bytes(out / FIGURES / f"{figure.name}.svg", figure.canvas.file())
+        files.write(f"{FIGURES}/{figure.name}.svg", figure.canvas.file())
     added = added_by(sections, board)
     for one in added:
         for number, canvas in enumerate(one.figures, start=1):
-            write_bytes(out / FIGURES / f"{slug(one.name)}-{number}.svg", canvas.file())
-    told = _write_samples(board, found, out, samples)
+            files.write(f"{FIGURES}/{slug(one.name)}-{number}.svg", canvas.file())
+    told = _write_samples(board, found, files, samples)
     beside = Beside(
         date=_date(found),
         links={key: f"{ARMS}/{name}" for key, name in names.items()},
@@ -77,7 +74,9 @@ def write_pages(
         tasks=_tasks(found.arms.values()),
         pedigree=_pedigree(found.arms.values()),
     )
+    # Last, so that it is never there without what it links to.
     write_bytes(out / PAGE, render_board(board, beside).encode())
+    files.finish()
     return out / PAGE
 
 
@@ -93,7 +92,7 @@ def _file_names(rows: Iterable[BoardRow]) -> dict[str, str]:
     return found
 
 
-def _write_arms(board: Board, found: Gathered, names: Mapping[str, str], out: Path) -> dict[str, float]:
+def _write_arms(board: Board, found: Gathered, names: Mapping[str, str], files: Pages) -> dict[str, float]:
     """Write the page of every row; returns GPU-hours by key of a row, where all its seeds say."""
     hours = {}
     made = MadeSteps(found.roots)
@@ -105,8 +104,7 @@ def _write_arms(board: Board, found: Gathered, names: Mapping[str, str], out: Pa
         known = [seconds for seconds in spent if seconds is not None]
         if known and len(known) == len(row.seeds):
             hours[row.key] = sum(known) / len(known) / 3600
-        (out / ARMS).mkdir(parents=True, exist_ok=True)
-        (out / ARMS / names[row.key]).write_bytes(render_arm(board, row, steps, links, scores).encode())
+        files.write(f"{ARMS}/{names[row.key]}", render_arm(board, row, steps, links, scores).encode())
     return hours
 
 
@@ -115,7 +113,7 @@ def _tasks_of(arm: ArmRun) -> list[TaskResult]:
     return list({id(scored.task): scored.task for scored in arm.scores.values()}.values())
 
 
-def _write_samples(board: Board, found: Gathered, out: Path, wanted: bool | None) -> str | None:
+def _write_samples(board: Board, found: Gathered, pages: Pages, wanted: bool | None) -> str | None:
     """Write the page of samples; or returns why there is none."""
     arms = [(arm.name, _tasks_of(arm)) for arm in found.arms.values()]
     # As their rows say: a large board's samples are not read to be counted.
@@ -126,10 +124,9 @@ def _write_samples(board: Board, found: Gathered, out: Path, wanted: bool | None
     }
     count = sum(counts.values())
     if wanted is False or (wanted is None and count > MOST_SAMPLES) or not count:
-        for old in (out / SAMPLES, out / SIDE):
-            shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
+        SideFiles(pages.out / SIDE).sweep()
         return f"The {count:,} samples are not written here: `harness report RUN --samples` does." if count else ""
-    files = SideFiles(out / SIDE)
+    files = SideFiles(pages.out / SIDE)
     told = gather(arms, files)
     files.sweep()
     page = render_page(
@@ -145,7 +142,7 @@ def _write_samples(board: Board, found: Gathered, out: Path, wanted: bool | None
         remarks=[],
         data=Markup(script_json({"folder": SIDE, "arms": told, "a": 0, "b": 1 if len(arms) > 1 else -1})),
     )
-    write_bytes(out / SAMPLES, page.encode())
+    pages.write(SAMPLES, page.encode())
     return None
 
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return write_run(root / "a", "first"), write_run(root / "b", "second")
 
 
-def pages(roots: tuple[Path, ...], out: Path, **options: Any) -> Path:
+def pages(roots: Sequence[Path], out: Path, **options: Any) -> Path:
     found = gather(list(roots))
     return write_pages(board_of(found), found, out, **options)
 
@@ -214,11 +215,20 @@ def test_pages_are_rebuilt_byte_for_byte_wherever_the_records_lie(runs: tuple[Pa
     pages(runs, tmp_path / "out")
     first = files(tmp_path / "out")
     assert {"report.html", "samples.html", "arms/first.html", "arms/second.html", "figures/bars.svg"} <= set(first)
-    (tmp_path / "out" / "arms" / "old.html").write_text("of an arm that is no more")
+    (tmp_path / "out" / "arms" / "mine.html").write_text("somebody's own")
+    (tmp_path / "out" / "samples" / "mine.js").write_text("somebody's own")
     moved = tuple(Path(shutil.copytree(run, tmp_path / "elsewhere" / run.name)) for run in runs)
     pages(moved, tmp_path / "out")
-    assert files(tmp_path / "out") == first
+    again = files(tmp_path / "out")
+    assert again.pop("arms/mine.html") == again.pop("samples/mine.js") == b"somebody's own"
+    assert again == first
     assert not any(str(run.parent).encode() in content for run in runs for content in first.values())
+
+
+def test_pages_of_an_arm_that_is_no_more_go(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    pages(runs, tmp_path / "out")
+    pages(runs[:1], tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out" / "arms").iterdir()) == ["first.html"]
 
 
 def test_every_link_of_the_board_leads_somewhere(browser: Browser, runs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -257,7 +267,7 @@ def test_samples_are_left_out_where_that_is_asked_for(runs: tuple[Path, Path], t
     path = pages(runs, tmp_path / "out")
     path = pages(runs, tmp_path / "out", samples=False)
     assert "The 266 samples are not written here: `harness report RUN --samples` does." in path.read_text()
-    assert not (tmp_path / "out" / "samples").exists() and not (tmp_path / "out" / "samples.html").exists()
+    assert not list((tmp_path / "out" / "samples").iterdir()) and not (tmp_path / "out" / "samples.html").exists()
 
 
 def test_a_run_without_a_score_has_a_page(browser: Browser, tmp_path: Path) -> None:
