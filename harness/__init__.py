@@ -84,6 +84,16 @@ if TYPE_CHECKING:
         Registry as Registry,
         load_plugins as load_plugins,
     )
+    from harness.contracts.report_section import (
+        Mark as Mark,
+        ReportSection as ReportSection,
+        SectionBlock as SectionBlock,
+        SectionCell as SectionCell,
+        SectionColumn as SectionColumn,
+        SectionFigure as SectionFigure,
+        SectionTable as SectionTable,
+        SectionText as SectionText,
+    )
     from harness.contracts.scorer import (
         AnswerScorer as AnswerScorer,
         ScoreJob as ScoreJob,
@@ -255,6 +265,9 @@ _HOME = {
     "harness.contracts.plugin": "CONTRACT_VERSION Plugin",
     "harness.contracts.recipe": "Recipe",
     "harness.contracts.registry": "Registry load_plugins",
+    "harness.contracts.report_section": (
+        "Mark ReportSection SectionBlock SectionCell SectionColumn SectionFigure SectionTable SectionText"
+    ),
     "harness.contracts.scorer": "AnswerScorer ScoreJob Scorer ScorerContext ScorerSession",
     "harness.core.caches": "hub_cache offline",
     "harness.core.conditioning": "Conditioning ControlValue control_place insert_control",

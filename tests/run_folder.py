@@ -54,7 +54,8 @@ class RunFolder:
         [(continuation, logprob)], "reason", "cut", "hit_limit", "detail"}. ``state``: done, failed or running.
         """
         variant = info.setdefault("variant", "raw")
-        answers_id, scores_id = digest(f"answers {name} {variant}"), digest(f"scores {name} {variant} {scorer}")
+        of = (self.model, name, variant)
+        answers_id, scores_id = (digest(" ".join(parts)) for parts in (("answers", *of), ("scores", *of, scorer)))
         asked, answered, scored = self._rows(samples, metrics)
         requests = self.store.requests(digest(f"requests {name} {variant}"))
         write_rows(requests, asked)

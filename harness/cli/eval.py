@@ -22,7 +22,7 @@ from harness.cli.options import (
     revisions_of,
     with_defaults,
 )
-from harness.cli.tables import print_json
+from harness.cli.tables import print_json, say
 from harness.core.errors import ExitCode, UserError
 from harness.core.text import visible
 
@@ -81,6 +81,7 @@ def eval_(
     allow_template_mismatch: AllowTemplateMismatch = False,
 ) -> int:
     """Evaluate a model, or many adapters of one base: helpfulness and harmlessness, with intervals."""
+    from harness.contracts.report_section import ReportSection
     from harness.core.config import laid_over
     from harness.core.progress import for_terminal
     from harness.evaluation.run import evaluate
@@ -128,7 +129,8 @@ def eval_(
         spent = ", ".join(f"{name} {value:.1f}" for name, value in evaluation.seconds.items() if value)
         if spent:
             reporter.note(f"seconds: {spent}")
-    print_report(write_reports(evaluation.root), evaluation.root / "report" / "report.html")
+    sections = [section for _, section in registry.of_kind(ReportSection)]
+    print_report(write_reports(evaluation.root, sections=sections), evaluation.root / "report" / "report.html")
     return ExitCode.STEPS_FAILED if evaluation.failures else ExitCode.DONE
 
 
@@ -141,15 +143,16 @@ def _check_numbers(limit: int | None, parity: int | None, cost: float | None) ->
         raise UserError("--max-judge-cost", f"{cost:g} is negative", "Give 0 or more, or leave it out.")
 
 
-def print_report(report: Report, page: Path) -> None:
-    """Print a report's table, and where its page lies."""
+def print_report(report: Report, page: Path | None = None) -> None:
+    """Print a report's table, and where its page lies if that is told."""
     from rich.console import Console
 
     from harness.report.build import terminal_table
 
     console = Console()
     console.print(terminal_table(report))
-    console.print(visible(str(page)), markup=False, highlight=False, soft_wrap=True)
+    if page is not None:
+        console.print(visible(str(page)), markup=False, highlight=False, soft_wrap=True)
 
 
 def report(
@@ -163,27 +166,44 @@ def report(
         Path | None, typer.Option(help="YAML of published numbers for the layout: ARM: {TASK: NUMBER}.")
     ] = None,
     alpha: Annotated[float, typer.Option(help="Level of the board's tests, Holm-adjusted over a column.")] = 0.05,
+    samples: Annotated[
+        bool | None,
+        typer.Option("--samples/--no-samples", help="All samples beside the page; by default up to 100,000."),
+    ] = None,
+    plugin: PluginFiles = None,
 ) -> None:
-    """Rebuild reports from the records and print them; of several runs one board: board.json, .md, .csv, LaTeX."""
+    """Rebuild reports from the records and print them: a page with the board, figures and samples, JSON, CSV, LaTeX."""
+    from harness.contracts.registry import load_plugins
+    from harness.contracts.report_section import ReportSection
     from harness.report.board.write import write_board
     from harness.report.build import write_all
     from harness.report.external.open import is_foreign
 
     logs = [one for one in run if is_foreign(one)]
     for index, one in enumerate(logs, start=1):
-        for page, found in write_all(one, out / str(index) if out is not None and len(run) > 1 else out).items():
-            print_report(found, page)
+        for place, found in write_all(one, out / str(index) if out is not None and len(run) > 1 else out).items():
+            print_report(found, place / "report.html")
     run = [one for one in run if one not in logs]
     if not run:
         return
     if len(run) > 1 and out is None:
         fix = "Give the folder of their board with --out DIR."
         raise UserError("--out", f"{len(run)} runs have no report folder in common", fix)
-    if len(run) == 1:
-        for page, found in write_all(run[0]).items():
-            print_report(found, page)
+    registry = load_plugins(plugin or ())
     folder = out or run[0] / "report"
-    board = write_board(run, folder, title=title, layout=layout, published=published, alpha=alpha)
+    if len(run) == 1:
+        for found in write_all(run[0], page=False).values():
+            print_report(found)
+    board = write_board(
+        run,
+        folder,
+        title=title,
+        layout=layout,
+        published=published,
+        alpha=alpha,
+        samples=samples,
+        sections=[section for _, section in registry.of_kind(ReportSection)],
+    )
     if len(run) > 1 or len(board.rows) > 1:
         from rich.console import Console
 
@@ -194,7 +214,7 @@ def report(
         print(visible(board.finding))
         for claim in board.claims:
             print(visible(f"claim {claim.name}: {claim.status} ({claim.why})"))
-        print(visible(str(folder / "board.md")))
+    print(visible(str(folder / "report.html")))
 
 
 def compare(
@@ -211,11 +231,19 @@ def compare(
     allow_prompt_mismatch: Annotated[
         bool, typer.Option("--allow-prompt-mismatch", help="Compare what was asked raw or in another chat template.")
     ] = False,
+    html: Annotated[
+        bool, typer.Option("--html", help="Write a page with all samples side by side, and print where it lies.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of --html; otherwise compare-A-B in the current folder.")
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Paired differences between two runs, or between the arms and the base of one, with the samples that changed."""
     from harness.report import compare as comparing, compare_text
 
+    if out is not None and not html:
+        raise UserError("--out", f"{out} is the folder of a page, and none was asked for", "Give --html, too.")
     result = comparing.compare_runs(
         run_a,
         run_b,
@@ -239,11 +267,25 @@ def compare(
             else []
         )
         console.print(compare_text.changed_text(changed, result), markup=False, highlight=False, soft_wrap=True)
+    if html:
+        page = _write_page(result, run_a, run_b, out, everything=every)
+        say(str(page)) if as_json else print(visible(str(page)))
     if fail_if_worse:
         if result.regressions:
             return ExitCode.REGRESSION
         _refuse_unjudged(result)
     return ExitCode.STEPS_FAILED if result.failed else ExitCode.DONE
+
+
+def _write_page(report: ComparisonReport, a: Path, b: Path | None, out: Path | None, *, everything: bool) -> Path:
+    """The page of a comparison, in a folder that names both runs where none is given."""
+    from harness.report.external.open import open_any
+    from harness.report.pages.comparison import write_comparison
+    from harness.steps.files import slug
+
+    folder = out or Path("-".join(["compare", *(slug(run.resolve().name) for run in (a, b) if run is not None)]))
+    run_b = None if b is None else open_any(b)
+    return write_comparison(report, open_any(a), run_b, folder, everything=everything)
 
 
 def _refuse_unjudged(result: ComparisonReport) -> None:

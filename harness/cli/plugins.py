@@ -14,7 +14,7 @@ from harness.core.text import visible
 
 KINDS = (
     "aligner, loss (an aligner in one function), adapter, merger, scorer, dataset, converter, engine, executor, "
-    "observer (is told of steps) or task."
+    "section (of a report), observer (is told of steps) or task."
 )
 plugins_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None, help="List plugins, or write a new one.")
 

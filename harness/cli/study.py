@@ -200,6 +200,7 @@ def run(
 ) -> int:
     """Train, merge, answer and score all arms of a study; the same command goes on where it stopped."""
     from harness.cli.eval import print_report
+    from harness.contracts.report_section import ReportSection
     from harness.core.caches import offline
     from harness.core.progress import for_terminal
     from harness.report.board.write import write_board
@@ -223,11 +224,13 @@ def run(
         done = run_study(found, root, fresh=fresh, retry_failed=retry_failed, reporter=reporter, execute=elsewhere)
         for name, reason in done.failures.items():
             reporter.note(f"failed: {name}: {first_line(reason)}")
-    for page, report in write_all(root).items():
-        print_report(report, page)
-    board = write_board([root], root / "report")
+    for report in write_all(root, page=False).values():
+        print_report(report)
+    sections = [section for _, section in found.registry.of_kind(ReportSection)]
+    board = write_board([root], root / "report", sections=sections)
     for line in (board.finding, *(f"claim {one.name}: {one.status} ({one.why})" for one in board.claims)):
         print(visible(line))
+    print(visible(str(root / "report" / "report.html")))
     return ExitCode.STEPS_FAILED if done.failures else ExitCode.DONE
 
 

@@ -14,6 +14,7 @@ from harness.contracts.dataset import Dataset
 from harness.contracts.engine import Engine
 from harness.contracts.executor import Executor
 from harness.contracts.merger import Merger
+from harness.contracts.report_section import ReportSection
 from harness.contracts.scorer import Scorer
 from harness.core.records import StepInfo, StepRecord
 
@@ -68,6 +69,11 @@ def register_tasks() -> Iterable[Path]:  # type: ignore[empty-body]
 
 
 @hookspec
+def register_report_sections() -> Iterable[ReportSection]:  # type: ignore[empty-body]
+    """Yield what is added to the page of a board."""
+
+
+@hookspec
 def step_started(step: StepInfo) -> None:
     """A step of any kind begins. Return values are ignored; an observer that raises is named and changes nothing."""
 
@@ -92,5 +98,6 @@ REGISTRATION = {
     "register_engines": "engine",
     "register_executors": "executor",
     "register_tasks": "tasks",
+    "register_report_sections": "section",
 }
 NOTIFICATION = ("step_started", "step_finished", "study_finished")

@@ -25,6 +25,7 @@ from harness.contracts.engine import Engine
 from harness.contracts.executor import Executor
 from harness.contracts.merger import Merger
 from harness.contracts.plugin import CONTRACT_VERSION, Plugin
+from harness.contracts.report_section import ReportSection
 from harness.contracts.scorer import Scorer
 from harness.core.config import Config
 from harness.core.errors import UserError, nearest, unknown
@@ -40,7 +41,7 @@ class TaskFolder:
 
 Observer = Callable[..., None]
 KINDS: dict[str, type[Plugin]] = {
-    cls.kind: cls for cls in (Aligner, Adapter, Merger, Scorer, Dataset, Converter, Engine, Executor)
+    cls.kind: cls for cls in (Aligner, Adapter, Merger, Scorer, Dataset, Converter, Engine, Executor, ReportSection)
 }
 
 GROUP = "harness"

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from harness.merging.record import fallback_note, totals
-from harness.report.html import ASSETS as SHARED
+from harness.report.pages.page import BASE_STYLE, policy
 
 ASSETS = Path(__file__).with_name("assets")
-STYLES = (SHARED / "report.css", ASSETS / "merge.css")
+STYLES = (BASE_STYLE, ASSETS / "merge.css")
 MOST_PAIRS = 6
 """Above this many pairs of inputs (five inputs have ten) the cosines are shown as their mean."""
 LEVELS = 9
@@ -47,12 +45,11 @@ def render(record: _Row) -> str:
         lstrip_blocks=True,
     )
     style = "".join(sheet.read_text(encoding="utf-8") for sheet in STYLES)
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     rows = record["diagnostics"]["tensors"]
     maps = [heat_map(figure, rows) for figure in figures(record)]
     return environment.get_template("merge.html.j2").render(
         record=record,
-        policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
+        policy=policy(style),
         style=Markup(style),
         totals=totals(record),
         maps=[one for one in maps if one is not None],

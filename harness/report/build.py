@@ -6,19 +6,21 @@ A report holds nothing of its own: it can be deleted and is rebuilt from the rec
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from harness.contracts.report_section import ReportSection
 from harness.core.records import Row
 from harness.core.text import clip, portable, task_label, visible
 from harness.core.version import __version__
 from harness.report.compare import compare_arms
 from harness.report.engines import stored_parity
 from harness.report.external.open import open_log
+from harness.report.facts import provenance_of, task_report
 from harness.report.leaderboard import markdown_lines, terminal_table
 from harness.report.model import Difference, Report, TaskReport
 from harness.report.pairing import base_of
-from harness.report.read import RunResult, TaskResult, open_run
+from harness.report.read import RunResult, open_run
 from harness.report.study import open_runs
 from harness.report.text import markdown
 from harness.steps.files import read_json, slug, write_bytes
@@ -56,7 +58,7 @@ def build_report(run: RunResult) -> Report:
                 leaves += [row for row in step.rows if row.leaf is not None]
         for step in task.steps:
             notes += [f"{name}: {note}" for note in (step.record.notes if step.record is not None else ())]
-        tasks.append(_task_report(task, several))
+        tasks.append(task_report(task, several))
     notes += [f"{visible(name)}: {why}" for name, why in plan.get("left_out", {}).items()]
     differences = _against_base(run)
     notes += [f"{one.label}: {one.notes[0]} (A: the base)" for one in differences if one.prompts_differ is not None]
@@ -76,7 +78,7 @@ def build_report(run: RunResult) -> Report:
         differences=differences,
         parity=parity.model_dump(mode="json") if parity is not None else None,
         notes=tuple(dict.fromkeys(portable(notes))),
-        provenance=_provenance(run),
+        provenance=provenance_of(run),
     )
 
 
@@ -88,135 +90,61 @@ def _against_base(run: RunResult) -> tuple[Difference, ...]:
     return compare_arms(run).differences
 
 
-def write_all(root: Path, out: Path | None = None) -> dict[Path, Report]:
-    """Write the reports of a run folder, for a study one for every base; returns them by their HTML page.
+def write_all(
+    root: Path, out: Path | None = None, *, sections: Sequence[ReportSection] = (), page: bool = True
+) -> dict[Path, Report]:
+    """Write the reports of a run folder, for a study one for every base, and one page; returns them by their folders.
 
-    Of another program's log there is one in ``out``, as its own folder is not ours to write to. ``out`` may be another
-    place for ours, too.
+    Args:
+        root: run folder, or another program's log.
+        out: another place than the run folder's own; of a log ``reports/NAME`` by default, as its folder is not ours.
+        sections: what plugins add to the page.
+        page: write report.html and what goes with it, too.
 
     Raises:
         UserError: the folder is not a run.
         CorruptionError: a record is damaged.
     """
     log = open_log(root)
-    if log is not None:
-        place = out or Path("reports") / slug(f"{root.stem}-{log.name}")
-        return {place / "report.html": _write(log, place)}
-    folder = out or RunStore(root).report
+    folder = out or (RunStore(root).report if log is None else Path("reports") / slug(f"{root.stem}-{log.name}"))
     found = {}
-    for base, run in open_runs(root).items():
+    for base, run in ({None: log} if log is not None else open_runs(root)).items():
         place = folder if base is None else folder / slug(base)
-        found[place / "report.html"] = _write(run, place)
+        found[place] = _write(run, place)
+    if page:
+        _write_page(root, folder, sections)
     return found
 
 
-def write_reports(store_root: Path) -> Report:
+def write_reports(store_root: Path, *, sections: Sequence[ReportSection] = ()) -> Report:
     """Write report.json, report.md and report.html of a run folder from its records.
 
     Raises:
         UserError: the folder is not a run.
         CorruptionError: a record is damaged.
     """
-    return _write(open_run(store_root), RunStore(store_root).report)
+    report = _write(open_run(store_root), RunStore(store_root).report)
+    _write_page(store_root, RunStore(store_root).report, sections)
+    return report
+
+
+def _write_page(root: Path, folder: Path, sections: Sequence[ReportSection]) -> None:
+    from harness.report.board.build import board_of
+    from harness.report.board.gather import gather
+    from harness.report.pages.write import write_pages
+
+    found = gather([root])
+    write_pages(board_of(found), found, folder, sections=sections)
 
 
 def _write(run: RunResult, folder: Path) -> Report:
-    from harness.report.html import render
-
     report = build_report(run)
     # ASCII, so that printing the file cannot steer a terminal.
     text = json.dumps(report.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False)
     write_bytes(folder / "report.json", (text + "\n").encode())
     write_bytes(folder / "report.md", markdown(report, markdown_lines(report) if report.arms else ()).encode())
-    write_bytes(folder / "report.html", render(report, run).encode())
     return report
 
 
 def _portable_row(row: Row) -> Row:
     return row.model_copy(update={"notes": tuple(portable(row.notes)), "withheld": portable(row.withheld)})
-
-
-def _task_report(task: TaskResult, several: bool) -> TaskReport:
-    info = portable(dict(task.info))
-    asks, decoding = _asked(task)
-    status = "failed" if task.failed() else "unfinished" if task.unfinished() else "done"
-    rows = [row for step in task.scores if step.done for row in step.rows if row.leaf is None]
-    scorers = [row.scorer for row in rows]
-    metrics = {metric.name: metric for step in task.scores for metric in step.metrics}
-    return TaskReport(
-        task=task.name,
-        variant=task.variant,
-        arm=info.get("arm") if several else None,
-        version=info.get("version"),
-        source=info.get("source") or "",
-        licence=info.get("licence") or "unknown",
-        notes=tuple(
-            dict.fromkeys(portable([*(info.get("notes") or ()), *(note for row in rows for note in row.notes)]))
-        ),
-        dropped=_dropped(task),
-        limit=info.get("limit"),
-        asks=asks,
-        decoding=decoding,
-        scorers=tuple(dict.fromkeys(scorers)),
-        metrics=tuple(metrics.values()),
-        steps=tuple(step.id for step in task.steps),
-        status=status,
-    )
-
-
-def _dropped(task: TaskResult) -> dict[str, int]:
-    counts = task.answers.record.counts if task.answers is not None and task.answers.record is not None else {}
-    return {
-        portable(key.removeprefix("dropped: ")): n for key, n in counts.items() if key.startswith("dropped: ") and n
-    }
-
-
-def _asked(task: TaskResult) -> tuple[Any, dict[str, Any] | None]:
-    """Kind of request and decoding, as the first stored request shows them, else as the answers step says."""
-    request = next((step.first_request() for step in task.scores), {})
-    info = task.answers.info if task.answers is not None else {}
-    described = task.answers.identity.get("task") if task.answers is not None else None
-    kind = request.get("kind")
-    if kind == "loglikelihood":
-        return kind, None
-    decoding = request.get("decoding")
-    # What lm-eval decodes with stands in its own task file, not in ours.
-    if decoding is None and not (isinstance(described, dict) and described.get("lm_eval") is not None):
-        decoding = info.get("decoding")
-    return ("generate" if decoding else kind), (dict(decoding) if decoding else None)
-
-
-def _provenance(run: RunResult) -> dict[str, Any]:
-    """What produced the numbers. Where steps differ (a run continued after an upgrade) every value is kept."""
-    versions: dict[str, list[str]] = {}
-    facts: dict[str, list[Any]] = {}
-    steps = []
-    seen = set()
-    for task in run.tasks:
-        for step in task.steps:
-            if step.id in seen:
-                continue
-            seen.add(step.id)
-            source = portable(step.provenance)
-            for name, version in {"harness": source.get("harness"), **source.get("libraries", {})}.items():
-                if version is not None and version not in versions.setdefault(name, []):
-                    versions[name].append(version)
-            for name, fact in source.items():
-                if name not in ("schema_version", "harness", "libraries") and fact not in facts.setdefault(name, []):
-                    facts[name].append(fact)
-            record = step.record
-            steps.append(
-                {
-                    "id": step.id,
-                    "kind": "answers" if step is task.answers else "scores",
-                    "folder": step.folder.name if step.folder is not None else None,
-                    "task": task.name,
-                    "variant": task.variant,
-                    **({"arm": task.info.get("arm")} if len(run.arms) > 1 else {}),
-                    "status": record.status if record is not None else "unfinished",
-                    "digest": record.digest if record is not None else None,
-                    "counts": dict(record.counts) if record is not None else {},
-                    "seconds": dict(record.seconds) if record is not None else {},
-                }
-            )
-    return {"versions": versions, "facts": facts, "steps": steps}

@@ -39,9 +39,9 @@ def comparison_table(report: ComparisonReport, *, everything: bool = False) -> T
     for one in report.shown(everything=everything):
         counts = f"+{one.n_better:,} -{one.n_worse:,}" if one.test not in ("none", UNPAIRED) else ""
         table.add_row(
-            Text.assemble(one.label, "\n", (f"  {_metric(one)}", "dim")),
-            *map(Text, _means(one)),
-            Text.assemble(signed(one.difference), "\n", (_interval(one.ci_adjusted), "dim")),
+            Text.assemble(one.label, "\n", (f"  {metric_text(one)}", "dim")),
+            *map(Text, means_text(one)),
+            Text.assemble(signed(one.difference), "\n", (ends_text(one.ci_adjusted), "dim")),
             Text.assemble(f"{one.n:,}", "\n", (counts, "dim")),
             Text.assemble((verdict_text(one), STYLES[one.verdict]), "\n", (f"p {p_text(one.p_adjusted)}", "dim")),
         )
@@ -83,13 +83,13 @@ def comparison_markdown(
     rows = [
         (
             one.label,
-            _metric(one),
+            metric_text(one),
             verdict_text(one),
-            *_means(one),
+            *means_text(one),
             signed(one.difference),
-            _interval(one.ci95) or "–",
+            ends_text(one.ci95) or "–",
             p_text(one.p_value),
-            _interval(one.ci_adjusted) or "–",
+            ends_text(one.ci_adjusted) or "–",
             p_text(one.p_adjusted),
             *(f"{count:,}" for count in (one.n, one.n_better, one.n_worse)),
         )
@@ -145,18 +145,20 @@ def signed(value: float | None) -> str:
     return f"+{text}" if value is not None and value > 0 else text
 
 
-def _metric(one: Difference) -> str:
+def metric_text(one: Difference) -> str:
+    """Metric with its direction."""
     return f"{visible(one.metric)} {ARROWS[one.higher_is_better]}".rstrip()
 
 
-def _means(one: Difference) -> tuple[str, str]:
+def means_text(one: Difference) -> tuple[str, str]:
     """Both means, with enough decimals to see a difference that is claimed."""
     claimed = [(one.mean_a, one.mean_b)] if one.verdict in CLAIMS else []
     digits = digits_apart(claimed)
     return number(one.mean_a, digits=digits), number(one.mean_b, digits=digits)
 
 
-def _interval(ends: tuple[float, float] | None) -> str:
+def ends_text(ends: tuple[float, float] | None) -> str:
+    """The interval of a difference; empty where there is none."""
     return "" if ends is None else f"[{signed(ends[0])}, {signed(ends[1])}]"
 
 

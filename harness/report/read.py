@@ -12,7 +12,7 @@ import json
 import os
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -157,14 +157,27 @@ class StepResult:
         first = next(stream_rows(path), {}) if path.is_file() else {}
         return next(iter(first.get("requests", ())), {})
 
-    def texts(self, ids: Collection[str]) -> dict[str, Texts]:
+    def asked(self, ids: Collection[str] | None = None) -> dict[str, Texts]:
+        """What was asked in some samples of a scores step (None: in all), without an answer and without token ids."""
+        found: dict[str, Texts] = {}
+        for row in stream_rows(self.requests_file) if self.requests_file.is_file() else ():
+            if ids is None or row["id"] in ids:
+                # Token ids are most of the file, and nobody reads them.
+                requests = tuple(
+                    {key: value for key, value in request.items() if key not in ("prompt_ids", "continuation_ids")}
+                    for request in row.get("requests", ())
+                )
+                found[row["id"]] = Texts(str(row.get("prompt") or ""), row.get("target"), requests, ())
+        return found
+
+    def texts(self, ids: Collection[str], asked: Mapping[str, Texts] | None = None) -> dict[str, Texts]:
         """What was asked and answered for some samples of a scores step.
 
-        Samples whose texts are not in the folder (a published run holds none) are left out.
+        Samples whose texts are not in the folder (a published run holds none) are left out. ``asked``: what `asked`
+        gave for a step with the same questions, which need not be read again.
         """
-        requests = self.requests_file
         answers = self.root / "steps" / str(self.info.get("answers_folder", "")) / "artifact" / "answers.jsonl.gz"
-        if not requests.is_file() or not answers.is_file():
+        if not self.requests_file.is_file() or not answers.is_file():
             return {}
         wanted = set(ids)
         outputs: dict[str, dict[int, Output]] = {}
@@ -172,12 +185,12 @@ class StepResult:
             if row["item"] in wanted:
                 outputs.setdefault(row["item"], {})[int(row["index"])] = Output.from_json(row["output"])
         found = {}
-        for row in stream_rows(requests):
-            if row["id"] in wanted:
-                asked = tuple(row.get("requests", ()))
-                got = outputs.get(row["id"], {})
-                ordered = tuple(got.get(k, Output(error="no answer is stored")) for k in range(len(asked)))
-                found[row["id"]] = Texts(str(row.get("prompt") or ""), row.get("target"), asked, ordered)
+        for name, question in (asked if asked is not None else self.asked(wanted)).items():
+            if name in wanted:
+                got = outputs.get(name, {})
+                missing = Output(error="no answer is stored")
+                ordered = tuple(got.get(k, missing) for k in range(len(question.requests)))
+                found[name] = replace(question, outputs=ordered)
         return found
 
 

@@ -19,6 +19,7 @@ from harness.testing.engine import check_engine
 from harness.testing.executor import check_executor
 from harness.testing.merging import check_merger
 from harness.testing.scorer import check_scorer, example_answers
+from harness.testing.section import check_section, example_board
 from harness.testing.tiny import tiny_adapter, tiny_conditioning, tiny_model
 from harness.testing.training import check_adapter, check_aligner
 
@@ -32,8 +33,10 @@ __all__ = [
     "check_merger",
     "check_plugin",
     "check_scorer",
+    "check_section",
     "check_tasks",
     "example_answers",
+    "example_board",
     "registry_of",
     "tiny_adapter",
     "tiny_conditioning",

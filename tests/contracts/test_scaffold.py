@@ -26,7 +26,7 @@ def test_every_kind_of_the_contracts_can_be_written() -> None:
     assert set(KINDS) == {*CONTRACTS, "task", "loss", "observer"}
 
 
-LIGHT = ("converter", "dataset", "executor", "scorer", "task")
+LIGHT = ("converter", "dataset", "executor", "scorer", "section", "task")
 
 
 @pytest.mark.parametrize(
@@ -151,6 +151,7 @@ def put_to_use(kind: str, tiny: Path, sums: Path, pairs: str) -> list[str | Path
         "observer": [*evaluate, "--task", "sums", "--engine", "transformers"],
         "executor": [*evaluate, "--task", "sums", "--engine", "transformers", "--executor", "made"],
         "task": [*evaluate, "--task", "made", "--engine", "transformers"],
+        "section": [*evaluate, "--task", "sums", "--engine", "transformers"],
     }[kind]
 
 
@@ -174,6 +175,8 @@ def test_what_is_written_is_trained_or_evaluated_with(kind: str, cli: Any, tiny:
     if kind == "scorer":
         (row,) = json.loads(Path("out/report/report.json").read_text(encoding="utf-8"))["rows"]
         assert (row["metric"], row["n"], row["n_unscored"]) == ("brevity", 2, 0)
+    if kind == "section":
+        assert "Numbers by task" in Path("out/report/report.html").read_text(encoding="utf-8")
     if kind == "observer":
         seen = [json.loads(line) for line in Path("made.jsonl").read_text(encoding="utf-8").splitlines()]
         assert [(one["event"], one["what"].get("kind")) for one in seen] == [

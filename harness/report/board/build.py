@@ -35,11 +35,20 @@ def build_board(roots: Sequence[Path], *, title: str | None = None, alpha: float
         UserError: no folder, a folder that is no run, or a level that is none.
         CorruptionError: a record is damaged.
     """
+    check_board(roots, alpha)
+    return board_of(gather(roots), title=title, alpha=alpha)
+
+
+def check_board(roots: Sequence[Path], alpha: float) -> None:
+    """Raise a UserError for no folder, or a level that is none."""
     if not 0 < alpha < 1:
         raise UserError("alpha", f"is the level of a test, and {alpha:g} is none", "Give a number between 0 and 1.")
     if not roots:
         raise UserError("RUN", "no run folder is given", "Give folders that `harness eval` or `harness study` wrote.")
-    found = gather(roots)
+
+
+def board_of(found: Gathered, *, title: str | None = None, alpha: float = 0.05) -> Board:
+    """The board of what was read; as `build_board`."""
     rows, members = _rows(found)
     columns: list[Column] = []
     folded: dict[str, dict[str, Folded]] = {}

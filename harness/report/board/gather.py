@@ -16,6 +16,7 @@ from harness.core.errors import CorruptionError
 from harness.core.records import Metric, Row, digest_of
 from harness.core.text import clip, portable, task_label, visible
 from harness.report.board.model import Source
+from harness.report.external.open import open_log
 from harness.report.pairing import base_of
 from harness.report.read import RunResult, StepFolders, StepResult, TaskResult, read_step
 from harness.report.study import INDEX, open_runs
@@ -109,6 +110,8 @@ class Gathered:
     """Everything that a board is made from."""
 
     sources: list[Source] = field(default_factory=list)
+    roots: list[Path] = field(default_factory=list)
+    """Run folders, in the order of the sources."""
     arms: dict[str, ArmRun] = field(default_factory=dict)
     """By what an arm is made of, in the order in which they were met: every base before its arms."""
     samples: dict[str, Samples] = field(default_factory=dict)
@@ -130,11 +133,13 @@ def gather(roots: Sequence[Path]) -> Gathered:
     """
     found = Gathered()
     for root in dict.fromkeys(root.resolve() for root in roots):
-        runs = list(open_runs(root).values())
-        plan = read_json(root / "plan.json")
-        study = _Study(root, plan) if "study" in plan else None
+        log = open_log(root)
+        runs = [log] if log is not None else list(open_runs(root).values())
+        plan = read_json(root / "plan.json") if log is None else log.plan
+        study = _Study(root, plan) if log is None and "study" in plan else None
         if study is not None:
             found.claims += [one for one in plan.get("claims") or () if one not in found.claims]
+        found.roots.append(root)
         found.sources.append(_source(runs[0], plan))
         for run in runs:
             _add_run(found, run, study)
@@ -274,6 +279,11 @@ def _add_step(found: Gathered, arm: ArmRun, task: TaskResult, step: StepResult) 
     rows = {row.metric: row for row in step.rows if row.leaf is None}
     samples = step.read_samples()
     ids = list(samples)
+    if not ids:
+        arm.missing.append(
+            f"{task_label(task.name, task.variant)}: its log holds no samples, and means alone pair with nothing"
+        )
+        return
     answers = task.answers.identity if task.answers is not None else {}
     how = {name: answers.get(name) for name in _ASKED} if "task" in answers else {"limit": task.info.get("limit")}
     how |= {"name": task.name, "variant": task.variant, "version": task.info.get("version")}

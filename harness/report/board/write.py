@@ -1,4 +1,4 @@
-"""Writes a board: `board.json`, `board.md`, `board.csv` and `tables/*.tex`, rebuilt from the records byte for byte."""
+"""Writes a board: its pages, `board.json`, `.md`, `.csv` and `tables/*.tex`, rebuilt from records byte for byte."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness.contracts.report_section import ReportSection
 from harness.core.errors import CorruptionError, UserError
-from harness.report.board.build import build_board
+from harness.report.board.build import board_of, check_board
+from harness.report.board.gather import gather
 from harness.report.board.model import Board
 from harness.report.board.paper import LAYOUTS, paper_tables, read_published
 from harness.report.board.text import board_csv, board_latex, board_markdown
+from harness.report.pages.write import write_pages
 from harness.steps.files import read_json, write_bytes
 
 FILES = ("board.json", "board.md", "board.csv", "tables/board.tex")
@@ -24,8 +27,10 @@ def write_board(
     layout: str | None = None,
     published: Path | None = None,
     alpha: float = 0.05,
+    samples: bool | None = None,
+    sections: Sequence[ReportSection] = (),
 ) -> Board:
-    """Build the board of some runs and studies, and write it into ``out``.
+    """Build the board of some runs and studies, and write it and its pages into ``out``.
 
     Args:
         roots: run folders.
@@ -34,6 +39,8 @@ def write_board(
         layout: ``paper``: also the tables of arXiv 2406.04879.
         published: YAML of published numbers, shown beside ours in that layout.
         alpha: level of the tests, after Holm's correction.
+        samples: write all samples beside the page, or none; None: where they are not too many.
+        sections: what plugins add to the page.
 
     Raises:
         UserError: a folder is no run, or the layout is unknown.
@@ -43,7 +50,9 @@ def write_board(
         raise UserError("--layout", f"{layout!r} is none", f"Layouts: {', '.join(LAYOUTS)}.")
     if published is not None and layout is None:
         raise UserError("--published", "is shown in a layout, and none is asked for", "Add --layout paper.")
-    board = build_board(roots, title=title, alpha=alpha)
+    check_board(roots, alpha)
+    found = gather(roots)
+    board = board_of(found, title=title, alpha=alpha)
     # ASCII, so that printing the file cannot steer a terminal.
     text = json.dumps(board.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=True, allow_nan=False)
     files = {
@@ -56,6 +65,7 @@ def write_board(
         files |= paper_tables(board, read_published(published, board) if published is not None else None)
     for name, content in files.items():
         write_bytes(out / name, content.encode())
+    write_pages(board, found, out, samples=samples, sections=sections)
     return board
 
 

@@ -59,13 +59,21 @@ class LogStep(StepResult):
         """Sample id -> values; empty where the log holds means alone."""
         return dict(self.content.samples)
 
+    def read_samples(self) -> dict[str, dict[str, Any]]:
+        """The same: a log is read as one."""
+        return self.samples
+
     def first_request(self) -> Mapping[str, Any]:
         """The first request, where the log holds samples."""
         name = next(iter(self.content.samples), None)
         found = self.texts([name]).get(name) if name is not None else None
         return next(iter(found.requests), {}) if found is not None else {}
 
-    def texts(self, ids: Collection[str]) -> dict[str, Texts]:
+    def asked(self, ids: Collection[str] | None = None) -> dict[str, Texts]:
+        """Nothing: a log has its questions beside what was answered, and `texts` gives both."""
+        return {}
+
+    def texts(self, ids: Collection[str], asked: Mapping[str, Texts] | None = None) -> dict[str, Texts]:
         """What was asked and answered for some samples."""
         return self.content.texts(ids)
 
