@@ -32,6 +32,7 @@ from harness.steps.store import RunStore
 from harness.study.arms import Arm
 from harness.study.folder import read_index, write_index
 from harness.study.plan import Planner, Preparation, Promise, StudyPlan
+from harness.study.turns import is_model
 
 MODEL = "model.json"
 """In the folder of a merge: what an evaluation knows of the model, should its weights be let go."""
@@ -49,6 +50,11 @@ def is_let_go(folder: StepFolder) -> bool:
             return True
     marker.unlink()
     return False
+
+
+def _is_gone(made: Promise) -> bool:
+    """Whether an arm is a merged model whose weights were let go."""
+    return is_model(made) and (Path(made.model.path).parent / GONE).exists()
 
 
 class Maker:
@@ -178,24 +184,57 @@ class Maker:
 
     def _merge(self, promise: Promise) -> None:
         arm = promise.arm
-        plan = self._merge_plan(arm)
-        folder = self.store.step("merge", arm.name, plan.id)
-        if not is_let_go(folder):
-            work = partial(self._merge_into, plan)
-            made = self._carry_out(arm.name, self._key(promise), plan.step, work, intact_merge)
-            if made is None:
-                return
-        if plan.spec.form == "adapter":
+        assert arm.merge is not None
+        folder = self._merged_before(promise)
+        if folder is None:
+            plan = self._merge_plan(arm)
+            folder = self.store.step("merge", arm.name, plan.id)
+            if not is_let_go(folder):
+                work = partial(self._merge_into, plan)
+                if self._carry_out(arm.name, self._key(promise), plan.step, work, intact_merge) is None:
+                    return
+        if arm.merge.form == "adapter":
             self.made[arm.name] = replace(promise, adapter=self._adapter(promise, folder.artifact))
             return
-        self.index[self._key(promise)] = plan.id
+        self.index[self._key(promise)] = folder.id
         self.made[arm.name] = replace(promise, model=self._merged_model(promise, folder))
+
+    def _merged_before(self, promise: Promise) -> StepFolder | None:
+        """The folder of a merge that is there while weights that it was made from are gone, as its record knows them.
+
+        None where it is not, or is not whole: it is planned from its inputs, which are brought back for it.
+        """
+        inputs = [self.made[name] for name in promise.arm.parents]
+        known = {**read_index(self.store.root), **self.index}.get(self._key(promise))
+        if known is None or not any(map(_is_gone, inputs)):
+            return None
+        folder = self.store.step("merge", promise.arm.name, known)
+        status = folder.status()
+        digests = {
+            f"input {number}": one.adapter.digest if one.adapter is not None else one.model.weights_digest
+            for number, one in enumerate(inputs, 1)
+        }
+        if status is None or status.status != "done" or not digests.items() <= status.made_from.items():
+            return None
+        assert promise.step is not None
+        return folder if is_let_go(folder) or intact_merge(promise.step, folder) is None else None
+
+    def _is_made(self, name: str) -> bool:
+        """Whether an arm is there, by this pass or by the record of another process."""
+        step = self.plan.promises[name].step
+        if name in self.made or step is None:
+            return True
+        known = read_index(self.store.root).get(step.id)
+        status = self.store.step(step.kind, name, known).status() if known is not None else None
+        return status is not None and status.status == "done"
 
     def _merge_plan(self, arm: Arm) -> MergePlan:
         assert arm.merge is not None
         inputs = []
         for given, name in zip(arm.merge.inputs, arm.parents, strict=True):
             made = self.made[name]
+            if _is_gone(made):
+                self.bring_back(made)
             path = made.adapter.path if made.adapter is not None else made.model.path
             inputs.append(MergeInput(ref=path, weight=given.weight))
         found = plan_merge(arm.merge.model_copy(update={"inputs": tuple(inputs)}), self.plan.registry)
@@ -216,8 +255,11 @@ class Maker:
 
     def bring_back(self, made: Promise) -> None:
         """Merge again what was let go, where something asks for it after all."""
-        if not (Path(made.model.path).parent / GONE).exists():
+        if not _is_gone(made):
             return
+        if self.only is not None:
+            # It was asked for when it was made.
+            self.only = {*self.only, self._key(made)}
         merge = self._merge_plan(made.arm)
         folder = self.store.step("merge", made.arm.name, merge.id)
         folder.reopen("its weights are needed again")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -111,24 +109,6 @@ class StudyPlan:
     def arms(self) -> list[Arm]:
         """Every arm."""
         return [promise.arm for promise in self.promises.values()]
-
-    def in_turn(self) -> Iterator[Promise]:
-        """Every arm after those that it is made from; alignments of one open base follow each other."""
-        sorter = TopologicalSorter({name: one.arm.parents for name, one in self.promises.items()})
-        sorter.prepare()
-        ready: dict[str, deque[Promise]] = {}
-        current = ""
-        while sorter.is_active():
-            for name in sorted(sorter.get_ready(), key=self._places.__getitem__):
-                ready.setdefault(self.promises[name].opens, deque()).append(self.promises[name])
-            current = current if ready.get(current) else next(key for key, some in ready.items() if some)
-            promise = ready[current].popleft()
-            sorter.done(promise.arm.name)
-            yield promise
-
-    @cached_property
-    def _places(self) -> dict[str, int]:
-        return {name: place for place, name in enumerate(self.promises)}
 
     def to_json(self) -> dict[str, Any]:
         """plan.json: every step with its key, and no absolute path."""

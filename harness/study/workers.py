@@ -28,7 +28,7 @@ def through(how: Execution, registry: Registry) -> Callable[[StudyPlan, Path, Re
         runner = Runner(plan.registry, reporter)
         with open_pool(how, plan.registry, reporter) as pool:
             work = Execute(pool, runner, plan.registry, lambda order: unfinished(plan, root, order))
-            work.carry_out(list(jobs_of(plan, root)))
+            work.carry_out(list(jobs_of(plan, root, max(1, pool.capacity()))))
         left_out: dict[str, str] = {}
         for result in work.results.values():
             runner.failures.update(result.get("failures") or {})

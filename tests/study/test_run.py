@@ -177,6 +177,41 @@ def test_merged_weights_go_come_back_and_stay(
     assert records(Path("kept")) == before
 
 
+def test_merged_models_lie_on_the_disk_one_at_a_time(
+    cli: Any, whole: dict[str, Any], write: Write, whole_run: Path, copied: Copied, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three, one made from another: that is there until both have been answered for, and no other is beside it."""
+    from harness.study import make
+
+    before = records(copied(whole_run))
+    more = copy.deepcopy(whole)
+    more["arms"] = [one for one in more["arms"] if one["name"] in ("on", "short", "given")]
+    more["merges"].append(
+        {"name": "again", "method": "linear", "inputs": ["merged-tiny-s1", "sft-pairs-lora-tiny-s1"], "join": "base"}
+    )
+    # Both seeds are merged again for a new task.
+    more["evaluation"]["tasks"] = ["sums", "more"]
+    lying: list[set[str]] = []
+    real = make.carry_out_merge
+
+    def watched(*given: Any, **options: Any) -> Any:
+        made = real(*given, **options)
+        names = (file.parts[-3].rpartition("-")[0] for file in Path("run").glob("steps/merge-*/artifact/model*.safetensors"))
+        lying.append(set(names))
+        return made
+
+    monkeypatch.setattr(make, "carry_out_merge", watched)
+    ran = cli(*run(write(more)))
+    assert ran.code == 0, ran.err
+    assert lying == [{"merge-merged-tiny-s0"}, {"merge-merged-tiny-s1"}, {"merge-merged-tiny-s1", "merge-again-tiny"}]
+    after = records(Path("run"))
+    assert before.items() <= after.items()
+    assert not list(Path("run").glob("steps/merge-*/artifact/model*.safetensors"))
+    # What it was made from is gone, and it is found all the same.
+    ran = cli(*run(write(more)))
+    assert (ran.code, records(Path("run")), len(lying)) == (0, after, 3), ran.err
+
+
 def test_what_fails_is_left_out_with_all_that_hangs_on_it(
     cli: Any, small: dict[str, Any], write: Write, begun: Begun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
