@@ -25,13 +25,14 @@ from harness.merging.run import MergeSettings, carry_out_merge
 from harness.models.inspect import inspect_adapter, inspect_model
 from harness.steps.files import read_json, write_json
 from harness.steps.folder import StepFolder
-from harness.steps.lock import FolderLock
+from harness.steps.lock import FolderLock, FolderTakenError
 from harness.steps.runner import Runner, is_fatal
 from harness.steps.step import Step
 from harness.steps.store import RunStore
 from harness.study.arms import Arm
 from harness.study.folder import read_index, write_index
 from harness.study.plan import Planner, Preparation, Promise, StudyPlan
+from harness.study.reuse import stores_of, take
 from harness.study.turns import is_model
 
 MODEL = "model.json"
@@ -87,6 +88,8 @@ class Maker:
         self.runner = Runner(observers or plan.registry, reporter)
         self.observers, self.bases, self.own_bases = observers, bases or Bases(keep=True), bases is None
         self.planner = Planner(plan.read, plan.registry)
+        self.stores = stores_of(plan.read, store.root)
+        """Other runs whose steps are taken over."""
         self.made: dict[str, Promise] = {}
         """Arm -> what it is made of, now that it is there."""
         self.index: dict[str, str] = {}
@@ -134,7 +137,7 @@ class Maker:
         return self.planner.align(arm, starts).of_arm(arm.name, arm.factors)
 
     def _has_ended(self, arm: str, step_id: str) -> bool:
-        status = self.store.step("align", arm, step_id).status()
+        status = self.folder("align", arm, step_id).status()
         return status is not None and status.status == "done"
 
     def _is_needed(self, shared: Preparation) -> bool:
@@ -221,11 +224,13 @@ class Maker:
 
     def _is_made(self, name: str) -> bool:
         """Whether an arm is there, by this pass or by the record of another process."""
+        if name in self.plan.waiting:
+            return False
         step = self.plan.promises[name].step
         if name in self.made or step is None:
             return True
         known = read_index(self.store.root).get(step.id)
-        status = self.store.step(step.kind, name, known).status() if known is not None else None
+        status = self.folder(step.kind, name, known).status() if known is not None else None
         return status is not None and status.status == "done"
 
     def _merge_plan(self, arm: Arm) -> MergePlan:
@@ -268,6 +273,22 @@ class Maker:
 
     # --------------------------------------------------------------------------------------------------------- steps
 
+    def _take(self, step: Step, folder: StepFolder, intact: Callable[[Step, StepFolder], str | None]) -> bool:
+        """Take a step over from another run, unless another process is at it."""
+        if not self.stores:
+            return False
+        with contextlib.suppress(FolderTakenError), FolderLock(folder.path, folder.name, keep=False):
+            return take(step, folder, self.stores, intact, self.reporter.note)
+        return False
+
+    def folder(self, kind: str, arm: str, step_id: str) -> StepFolder:
+        """The folder of a step, which may go by the name of another arm that shares it: a cell that was chosen."""
+        folder = self.store.step(kind, arm, step_id)
+        if folder.path.exists():
+            return folder
+        known = sorted((self.store.root / "steps").glob(f"{kind}-*-{step_id[:12]}"))
+        return replace(folder, path=known[0], artifact=known[0] / "artifact") if known else folder
+
     def _carry_out(
         self,
         arm: str,
@@ -277,9 +298,11 @@ class Maker:
         intact: Callable[[Step, StepFolder], str | None],
     ) -> StepFolder | None:
         """The folder of a step that has ended well, now or before; None where it failed."""
-        folder = self.store.step(step.kind, arm, step.id)
+        folder = self.folder(step.kind, arm, step.id)
         self.index[key] = step.id
         status = folder.status()
+        if status is None and self._take(step, folder, intact):
+            status = folder.status()
         if status is not None and status.status == "done":
             if (problem := intact(step, folder)) is None:
                 return folder

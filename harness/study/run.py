@@ -15,7 +15,10 @@ from harness.steps.files import write_json
 from harness.steps.store import RUN, RunStore
 from harness.study.folder import check_study, write_plan
 from harness.study.make import GONE, Maker
-from harness.study.plan import Promise, StudyPlan
+from harness.study.plan import Planner, Promise, StudyPlan
+from harness.study.reuse import stores_of
+from harness.study.searched import choose_recipes
+from harness.study.status import read_plan
 from harness.study.turns import in_turn, is_model, merged_models
 
 
@@ -39,10 +42,14 @@ def carry_out_steps(plan: StudyPlan, out: Path, keys: Collection[str], *, report
     for key in keys:
         if key not in plan.graph.steps:
             raise UserError(f"key {key}", "is no step of this study", "See `harness study steps FILE`.")
-    store = RunStore(out)
-    if not written:
+    store, reporter = RunStore(out), reporter or Reporter()
+    if not written or {step.id for step in plan.graph} != {str(step["key"]) for step in read_plan(out)["steps"]}:
         write_plan(store, plan)
-    return StudyRun(plan, store, reporter or Reporter(), retry_failed=True, only=keys).carry_out()
+    done = StudyRun(plan, store, reporter, retry_failed=True, only=keys).carry_out()
+    if plan.to_search:
+        # What is listed next is planned with it.
+        choose_recipes(plan, out, reporter)
+    return done
 
 
 def run_study(
@@ -68,6 +75,7 @@ def run_study(
         UserError: the folder holds something else, or a mistake that concerns every arm.
     """
     reporter = reporter or Reporter()
+    stores_of(plan.read, out)
     if fresh:
         RUN.refuse(out, fresh=True)
     else:
@@ -76,13 +84,29 @@ def run_study(
         if fresh:
             RUN.clear(out)
         check_study(out, plan)
+
+        def carry_out(plan: StudyPlan) -> Study:
+            if execute is not None:
+                return execute(plan, out, reporter, retry_failed)
+            return StudyRun(plan, store, reporter, retry_failed=retry_failed).carry_out()
+
         write_plan(store, plan)
-        if execute is not None:
-            found = execute(plan, out, reporter, retry_failed)
-        else:
-            found = StudyRun(plan, store, reporter, retry_failed=retry_failed).carry_out()
+        while plan.to_search:
+            carry_out(plan.of_searches())
+            plan.read.source["chosen"] = choose_recipes(plan, out, reporter)
+            before, plan = plan, Planner(plan.read, plan.registry).plan()
+            check_study(out, plan)
+            write_plan(store, plan)
+            if plan.waiting.keys() == before.waiting.keys():
+                break
+        found = carry_out(plan)
         plan.registry.announce("study_finished", run=out)
         return found
+
+
+def unsearched(plan: StudyPlan) -> dict[str, str]:
+    """Arms whose recipe no search has chosen, and why they are left out."""
+    return {name: f"left out: {arm.search or arm.parents[0]} has not chosen" for name, arm in plan.waiting.items()}
 
 
 class StudyRun(Maker):
@@ -106,8 +130,10 @@ class StudyRun(Maker):
 
     def _carry_out_all(self) -> Study:
         wanted, last = self._wanted(), merged_models(self.plan)
+        if self.only is None:
+            self.left_out |= unsearched(self.plan)
         self._asked = self.only is None or any(key in self.plan.owners for key in self.only)
-        self._evaluations = Evaluations(self.plan.registry, self.store, self.reporter, self.observers)
+        self._evaluations = Evaluations(self.plan.registry, self.store, self.reporter, self.observers, self.stores)
         for promise in in_turn(self.plan):
             if promise.arm.name in wanted and promise.arm.name not in last:
                 self.make(promise)
@@ -115,7 +141,7 @@ class StudyRun(Maker):
             if (shared := self.plan.preparations.get(key)) is not None:
                 self.why_not_prepared(shared)
         # Whatever the turn in which they were made.
-        self._ask([name for name in self.plan.promises if name in self.made])
+        self._ask([name for name, one in self.plan.promises.items() if name in self.made and not one.arm.cell])
         # Each is large: it is made, answered for and let go before the next.
         for name in last:
             if name in wanted:
@@ -157,7 +183,7 @@ class StudyRun(Maker):
         found = {
             name
             for name, one in self.plan.promises.items()
-            if one.loads in loads or (one.step is not None and one.step.id in self.only)
+            if (one.loads in loads and not one.arm.cell) or (one.step is not None and one.step.id in self.only)
         }
         # Of what is prepared alone what its arms go on from, not they themselves.
         shared = [self.plan.preparations[key].arms for key in self.only if key in self.plan.preparations]

@@ -90,9 +90,7 @@ def _makes(plan: StudyPlan, makes: dict[str, str], common: dict[str, Any], cuda:
         yield Job(Order(id=order, keys=(step.id,), needs=needs, **keeps, **common), after)
 
 
-def _answers(
-    plan: StudyPlan, makes: dict[str, str], answered: dict[str, str], common: dict[str, Any]
-) -> Iterator[Job]:
+def _answers(plan: StudyPlan, makes: dict[str, str], answered: dict[str, str], common: dict[str, Any]) -> Iterator[Job]:
     """Orders that ask one model and all its adapters, each noted in ``answered`` by the keys of its steps."""
     for number, evaluation in enumerate(plan.evaluations, start=1):
         keys = tuple(dict.fromkeys(task.answers.id for task in evaluation.tasks))
@@ -195,5 +193,6 @@ def _planned(order: Order) -> StudyPlan:
             models=order.spec["models"],
             changes=tuple(order.spec["changes"]),
             revisions=order.spec["revisions"],
+            chosen=order.spec["chosen"],
         )
     return _OPEN[key]

@@ -11,7 +11,7 @@ from harness.steps.execute import Execute, Execution, executor_of, open_pool
 from harness.steps.runner import Runner
 from harness.study.folder import write_index
 from harness.study.plan import StudyPlan
-from harness.study.run import Study
+from harness.study.run import Study, unsearched
 from harness.study.worker import jobs_of, unfinished
 
 
@@ -33,6 +33,7 @@ def through(how: Execution, registry: Registry) -> Callable[[StudyPlan, Path, Re
         for result in work.results.values():
             runner.failures.update(result.get("failures") or {})
             left_out |= result.get("left_out") or {}
+        left_out |= unsearched(plan)
         write_index(root, {}, left_out)
         return Study(root, plan, {**runner.failures, **left_out})
 

@@ -14,6 +14,8 @@ import pytest
 from harness.contracts.registry import load_plugins
 from harness.core.specs import EvalSpec, ModelSpec
 from harness.evaluation.plan import plan_arms, plan_eval
+from harness.report.leaderboard import differences_by_row
+from harness.report.model import Report
 from harness.study.plan import plan_study
 from harness.tasks.catalog import load_catalog
 from tests.study.conftest import ARMS, WATCHER, Write, records
@@ -196,7 +198,9 @@ def test_merged_models_lie_on_the_disk_one_at_a_time(
 
     def watched(*given: Any, **options: Any) -> Any:
         made = real(*given, **options)
-        names = (file.parts[-3].rpartition("-")[0] for file in Path("run").glob("steps/merge-*/artifact/model*.safetensors"))
+        names = (
+            file.parts[-3].rpartition("-")[0] for file in Path("run").glob("steps/merge-*/artifact/model*.safetensors")
+        )
         lying.append(set(names))
         return made
 
@@ -295,8 +299,11 @@ def test_what_fails_as_a_single_step_is_left_out_of_the_report(
     left_out = json.loads(Path("run/index.json").read_text())["left_out"]
     assert set(left_out) == {"broken-pairs-lora-tiny-s0", "merged-tiny-s0"}
     assert left_out["merged-tiny-s0"] == "left out: broken-pairs-lora-tiny-s0 is not there"
-    report = json.loads(Path("run/report/tiny/report.json").read_text())
-    assert {row["arm"] for row in report["differences"]} == {"sft-pairs-lora-tiny-s0"}
+    report = Report.model_validate_json(Path("run/report/tiny/report.json").read_text())
+    # The one arm beside its base: the difference itself names none, and belongs to that arm's row.
+    assert {adapter for adapter, *_ in differences_by_row(report)} == {"sft-pairs-lora-tiny-s0"}
+    assert [(one.arm, one.n) for one in report.differences] == [(None, 6)]
+    assert [row.adapter for row in report.rows] == [None, "sft-pairs-lora-tiny-s0"]
     monkeypatch.setenv("MENDED", "1")
     key = plan_study(file, registry=load_plugins([str(WATCHER)])).promises["broken-pairs-lora-tiny-s0"].step
     assert key is not None and cli("study", "step", file, key.id, *more).code == 0
@@ -317,4 +324,6 @@ def test_a_torn_plan_says_how_to_go_on(
         ran = cli(*command)
         assert ran.code == 2
         assert "run/plan.json: is damaged" in ran.err
-        assert "`harness study run` of the same file writes it again; what has ended is kept." in ran.err
+        assert (
+            "The same `harness study run` writes it again; what has been done is found by its own records." in ran.err
+        )
