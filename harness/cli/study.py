@@ -228,7 +228,7 @@ def run(
     root = asked.folder(found)
     options = options_of(mine).get("executor", {})
     if executor in (None, "local") and isinstance(options, dict):
-        options = {**_taken(found), **options}
+        options = {**taken(found), **options}
     elsewhere = (
         through(Execution(executor or "local", options), found.registry) if executor is not None or mine else None
     )
@@ -247,7 +247,7 @@ def run(
     return ExitCode.STEPS_FAILED if done.failures else ExitCode.DONE
 
 
-def _taken(plan: StudyPlan) -> dict[str, Any]:
+def taken(plan: StudyPlan) -> dict[str, Any]:
     """What workers of this machine take where nothing else is said: the study's ``resources``."""
     given = plan.read.spec.resources
     if given is None:

@@ -158,8 +158,8 @@ def _trained(
     arm = Arm(name, base_name, read.where(*place), place, told, align=align, parents=parents, search=search)
     yield arm
     for step in checkpoints:
-        kept = {"name": f"{name}-step{step}", "factors": {**told, "step": step}, "parents": (name,)}
-        yield replace(arm, **kept, checkpoint=step, search=None)
+        kept = replace(arm, name=f"{name}-step{step}", factors={**told, "step": step}, parents=(name,))
+        yield replace(kept, checkpoint=step, search=None)
 
 
 def _called(data: str, read: Read) -> str:

@@ -52,7 +52,7 @@ def check_study(out: Path, plan: StudyPlan) -> bool:
 def write_plan(store: RunStore, plan: StudyPlan) -> None:
     """Write plan.json, every default filled in, and study.yaml, the bytes that were read (paths in them included).
 
-    A plan in which arms wait for a search takes the place of no plan that has all its steps: that one knows theirs, too.
+    A plan in which arms wait for a search takes the place of no plan that has all its steps: that one knows theirs.
     """
     if plan.waiting:
         with contextlib.suppress(OSError, CorruptionError, KeyError, TypeError):

@@ -184,7 +184,7 @@ def test_figures_that_are_none_choose_nothing(
     plan = plan_study(write(searching))
     file = next(Path("run").glob(f"steps/align-{SEARCH}-*/{HELDOUT}"))
     rows = read_rows(file)
-    write_rows(file, [{**rows[0], LOSS: float("nan")}, *rows[1:]])
+    write_rows(file, [{key: value for key, value in rows[0].items() if key != LOSS}, *rows[1:]])
     with pytest.raises(CorruptionError, match=r"the loss of held-out row .* is no number; delete its step folder"):
         choose_recipes(plan, Path("run"), Reporter())
     write_rows(file, rows[1:])
