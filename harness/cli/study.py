@@ -49,23 +49,27 @@ class Asked:
     plugin: PluginFiles = None
     online: Annotated[bool, typer.Option("--online", help="Fetch from the hub what is not here.")] = False
 
-    def planned(self, changes: list[str] | None = None) -> StudyPlan:
-        """The study as it is asked for; ``changes`` in place of its own where they are given."""
+    def planned(self, changes: list[str] | None = None, *, fresh: bool = False) -> StudyPlan:
+        """The study as it is asked for; ``changes`` in place of its own where they are given.
+
+        ``fresh``: whatever searches of its run folder have chosen.
+        """
         from harness.core.caches import stay_offline
 
         stay_offline(online=self.online)
         try:
-            return self._planned(tuple(self.changes or () if changes is None else changes))
+            return self._planned(tuple(self.changes or () if changes is None else changes), fresh)
         except UserError as error:
             if "hf download" not in error.fix or self.online:
                 raise
             more = f"`{self.fetching()}` fetches all that the study reads; with --online this command does."
             raise UserError(error.where, error.what, f"{error.fix} {more}") from None
 
-    def _planned(self, changes: tuple[str, ...]) -> StudyPlan:
+    def _planned(self, changes: tuple[str, ...], fresh: bool) -> StudyPlan:
         from harness.cli.options import with_defaults
         from harness.data.hub import parse_revisions
         from harness.study.plan import plan_study
+        from harness.study.searched import read_choices
         from harness.study.spec import find_study, read_study
 
         models, found = models_of(self.model), find_study(self.file)
@@ -74,11 +78,15 @@ class Asked:
         defaults, registry = with_defaults([*named.plugins, *(self.plugin or ())])
         given = parse_revisions(self.data_revision or ())
         commits = {**defaults.data_revisions, **named.data_revisions, **given}
-        return plan_study(found, registry=registry, models=models, changes=changes, revisions=commits)
+        chosen = {} if fresh else read_choices(self._root(named.study))
+        return plan_study(found, registry=registry, models=models, changes=changes, revisions=commits, chosen=chosen)
 
     def folder(self, plan: StudyPlan) -> Path:
         """The run folder."""
-        return self.out if self.out is not None else Path("runs") / plan.read.spec.study
+        return self._root(plan.read.spec.study)
+
+    def _root(self, study: str) -> Path:
+        return self.out if self.out is not None else Path("runs") / study
 
     def fetching(self) -> str:
         """The command that fetches what the study reads."""
@@ -125,7 +133,7 @@ def plan(
     """Say what a study would do, and what that takes: arms, steps, hours, memory, disk; loads no model."""
     from harness.cli.study_tables import print_costs
     from harness.study.costs import study_costs
-    from harness.study.outline import counted, data_rows, families, undecidable
+    from harness.study.outline import counted, data_rows, families, searched, undecidable
     from harness.study.status import states_of, summary
 
     found = asked.planned()
@@ -150,6 +158,10 @@ def plan(
         print_table("Arms", ["arm", "kind", "from", "key"], every)
     else:
         print_table("Arms", ["kind", "arm", "bases", "seeds", "arms", "from"], families(found.arms))
+    if found.searches:
+        print_table("Searches", ["search", "cells", "varied", "arms", "chosen"], searched(found.searches.values()))
+    if found.waiting:
+        print(f"{len(found.waiting)} arms are planned after search: their steps are not among those that are counted")
     tasks = list(
         dict.fromkeys(task.chosen.spec.name for one in found.evaluations for arm in one.arms for task in arm.tasks)
     )
@@ -174,7 +186,7 @@ def _card(plan: StudyPlan, states: list[StepState], card: str | None, memory: st
     from harness.study.card import card_named, card_of
     from harness.study.costs import refuse_what_cannot_fit
 
-    chosen = card_of(card, memory, getattr(plan.read.spec, "resources", None))
+    chosen = card_of(card, memory, plan.read.spec.resources)
     if chosen is None:
         return card_named(gpu_names())
     refuse_what_cannot_fit(plan, {one.key for one in states if one.state == "done"}, chosen)
@@ -182,6 +194,8 @@ def _card(plan: StudyPlan, states: list[StepState], card: str | None, memory: st
 
 
 def _key(plan: StudyPlan, arm: str) -> str:
+    if arm in plan.waiting:
+        return "after search"
     step = plan.promises[arm].step
     return step.id[:12] if step is not None else ""
 
@@ -211,9 +225,11 @@ def run(
     from harness.study.workers import through
 
     mine = [one for one in asked.changes or () if one.startswith("executor.")]
-    found = asked.planned([one for one in asked.changes or () if one not in mine])
+    found = asked.planned([one for one in asked.changes or () if one not in mine], fresh=fresh)
     root = asked.folder(found)
     options = options_of(mine).get("executor", {})
+    if executor in (None, "local") and isinstance(options, dict):
+        options = {**taken(found), **options}
     elsewhere = (
         through(Execution(executor or "local", options), found.registry) if executor is not None or mine else None
     )
@@ -232,6 +248,15 @@ def run(
         print(visible(line))
     print(visible(str(root / "report" / "report.html")))
     return ExitCode.STEPS_FAILED if done.failures else ExitCode.DONE
+
+
+def taken(plan: StudyPlan) -> dict[str, Any]:
+    """What workers of this machine take where nothing else is said: the study's ``resources``."""
+    given = plan.read.spec.resources
+    if given is None:
+        return {}
+    gpus = list(range(given.devices)) if given.devices is not None else None
+    return {key: value for key, value in (("cores", given.cores), ("gpus", gpus)) if value is not None}
 
 
 def _states_if_any(root: Path) -> list[StepState]:
@@ -274,20 +299,28 @@ def status(
 @_of_study
 def steps(
     asked: Asked,
-    ready: Annotated[bool, typer.Option("--ready", help="Only those that could begin now.")] = False,
+    ready: Annotated[bool, typer.Option("--ready", help="Only those that could begin now, or were killed.")] = False,
     as_json: Json = False,
 ) -> None:
     """List a study's steps with their keys, for a scheduler that carries them out with `harness study step`."""
+    from harness.steps.lock import is_held
     from harness.study.status import states_of
 
     found = asked.planned()
     root = asked.folder(found)
-    known = {one.key: one.state for one in states_of(root)} if (root / "plan.json").is_file() else {}
-    ended = {key for key, state in known.items() if state == "done"}
-    chosen = found.graph.ready(ended) if ready else list(found.graph)
-    rows = [{"key": step.id, "kind": step.kind, "arm": step.arm, "state": known.get(step.id, "")} for step in chosen]
-    # What another process is at is not to be begun again.
-    rows = [row for row in rows if not (ready and row["state"] in ("begun", "failed"))]
+    known = {one.key: one for one in states_of(root)} if (root / "plan.json").is_file() else {}
+    ended = {key for key, one in known.items() if one.state == "done"}
+    rows = []
+    for step in found.graph.ready(ended) if ready else found.graph:
+        row: dict[str, Any] = {"key": step.id, "kind": step.kind, "arm": step.arm, "state": ""}
+        if (one := known.get(step.id)) is not None:
+            row["state"] = one.state
+            if one.state == "begun" and one.folder is not None:
+                # Whoever is at a step holds its folder, until it ends or is killed.
+                row["held"] = is_held(root / "steps" / one.folder)
+        # What another process is at is not to be begun again.
+        if not ready or (row["state"] != "failed" and not row.get("held", False)):
+            rows.append(row)
     if as_json:
         print_json(rows)
         return

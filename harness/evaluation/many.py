@@ -12,6 +12,7 @@ from harness.evaluation.load import groups_of, remove_scratch
 from harness.evaluation.plan import EvalPlan
 from harness.evaluation.scores import Scoring, score_all
 from harness.evaluation.session import EvalSession, Unit
+from harness.evaluation.take import take_steps
 from harness.steps.store import RunStore
 
 
@@ -19,9 +20,15 @@ class Evaluations:
     """Answers one plan after the other, and then scores them together."""
 
     def __init__(
-        self, registry: Registry, store: RunStore, reporter: Reporter, observers: Observers | None = None
+        self,
+        registry: Registry,
+        store: RunStore,
+        reporter: Reporter,
+        observers: Observers | None = None,
+        reuse: Sequence[RunStore] = (),
     ) -> None:
-        """``observers``: hear of the steps; those of the registry by default."""
+        """``observers``: hear of the steps; those of the registry by default. ``reuse``: runs to take steps from."""
+        self._reuse = reuse
         self._registry, self._store, self._reporter, self._observers = registry, store, reporter, observers
         self._parts: list[tuple[Scoring, Sequence[Unit]]] = []
 
@@ -46,6 +53,10 @@ class Evaluations:
         """
         run = EvalSession(plan, self._registry, self._store, self._reporter, self._observers)
         pending = [unit for unit in run.units if not run.ended(unit)]
+        for other in self._reuse:
+            take_steps(run, [unit for unit in pending if only is None or unit.id in only], other)
+        if self._reuse:
+            pending = [unit for unit in pending if not run.ended(unit)]
         meant = [unit for unit in pending if only is None or unit.id in only]
         unanswered = [unit for unit in meant if run.answered(unit) is None]
         broken = {unit.id: error for unit in unanswered if (error := run.unopenable(unit)) is not None}

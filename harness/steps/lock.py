@@ -82,7 +82,12 @@ class FolderLock:
         except OSError as error:
             raise UserError(self.where, f"cannot be written: {error.strerror}", "Give another folder.") from None
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                # Perhaps somebody only asks whether it is held, which takes no time.
+                time.sleep(0.05)
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             stream.seek(0)
             owner = stream.read().strip() or "unknown"
@@ -112,6 +117,19 @@ class FolderLock:
                 self.root.rmdir()
         self._stream.close()
         self._stream = None
+
+
+def is_held(root: Path) -> bool:
+    """Whether a process holds a folder at this moment; nothing is written, and nobody is kept waiting."""
+    try:
+        with (root / LOCK).open("rb") as stream:
+            # Shared, so that two who ask do not take each other for an owner.
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def _same_file(stream: IO[str], path: Path) -> bool:

@@ -39,12 +39,18 @@ class Arm:
     """Of a kept checkpoint: its optimiser step."""
     parents: tuple[str, ...] = ()
     """Names of the arms that it is made from."""
+    search: str | None = None
+    """Name of the search that decides its recipe, or that it is a cell of."""
+    cell: bool = False
+    """Whether it is a cell of a search: aligned to choose by, and not evaluated."""
 
     @property
     def kind(self) -> str:
-        """Base, align, checkpoint, merge or adapter."""
+        """Base, align, search (a cell of one), checkpoint, merge or adapter."""
         if self.checkpoint is not None:
             return "checkpoint"
+        if self.cell:
+            return "search"
         named = {"align": self.align, "merge": self.merge, "adapter": self.adapter}
         return next((kind for kind, value in named.items() if value is not None), "base")
 
@@ -100,6 +106,7 @@ def _grid(block: GridBlock, read: Read, number: int) -> Iterator[Arm]:
             block.set,
             (block.start, f"{block.start}-{base}-s{seed}") if block.start is not None else (None, None),
             block.checkpoints,
+            slug("-".join(["search", *parts, base])) if block.search is not None else None,
         )
 
 
@@ -129,6 +136,7 @@ def _trained(
     options: Mapping[str, Any],
     start: tuple[str | None, str | None],
     checkpoints: Sequence[int],
+    search: str | None = None,
 ) -> Iterator[Arm]:
     spec, base = read.spec, read.spec.bases[str(factors["base"])]
     align = AlignSpec(
@@ -146,10 +154,12 @@ def _trained(
     )
     parents = tuple(one for one in start if one is not None)
     told = {**factors, "data": _called(factors["data"], read)}
-    arm = Arm(name, str(factors["base"]), read.where(*place), place, told, align=align, parents=parents)
+    base_name = str(factors["base"])
+    arm = Arm(name, base_name, read.where(*place), place, told, align=align, parents=parents, search=search)
     yield arm
     for step in checkpoints:
-        yield replace(arm, name=f"{name}-step{step}", factors={**told, "step": step}, checkpoint=step, parents=(name,))
+        kept = replace(arm, name=f"{name}-step{step}", factors={**told, "step": step}, parents=(name,))
+        yield replace(kept, checkpoint=step, search=None)
 
 
 def _called(data: str, read: Read) -> str:

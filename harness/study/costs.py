@@ -22,6 +22,7 @@ from harness.study.card import GIB, UTILISATION, Card, is_like
 from harness.study.estimate import Estimate, Sized, sized
 from harness.study.plan import StudyPlan
 from harness.study.status import StepState
+from harness.study.turns import peak_of_merged
 
 Key = tuple[Any, ...]
 HOUR = 3600.0
@@ -192,7 +193,7 @@ class StudyCosts:
     card: Card | None
     lines: list[Line]
     merged_peak_bytes: int
-    """Of merged checkpoints that lie on the disk at once."""
+    """Of merged checkpoints that lie on the disk at once, where one process makes them; of each worker as much."""
     kept_bytes: int
     """Of all else that is to be written, as far as it is known."""
     warnings: list[str]
@@ -295,15 +296,9 @@ def _add(line: Line, one: Estimate) -> None:
 
 
 def _disk(plan: StudyPlan, known: Mapping[str, StepState], whole: Sized, lines: Iterable[Line]) -> tuple[int, int]:
-    """Bytes of merged checkpoints at their peak, and of all else.
-
-    All merges are made before the first of them is answered for, and each goes once it has been: so the peak is all
-    that are to be made, whether they are kept or not.
-    """
+    """Bytes of merged checkpoints at their peak, as one process makes them, and of all else."""
     done = {key for key, state in known.items() if state.state == "done"}
-    made = [promise for promise in plan.promises.values() if promise.step is not None and promise.step.id not in done]
-    steps = {one.step.id: one for one in made if one.step is not None and one.adapter is None}
-    peak = sum(whole.checkpoint_bytes(one) for one in steps.values() if one.arm.kind == "merge")
+    peak = peak_of_merged(plan, done, whole.checkpoint_bytes, kept="merge" in plan.read.spec.keep)
     kept = sum(line.disk_bytes for line in lines if line.kind != "merge")
     return peak, kept
 

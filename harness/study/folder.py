@@ -34,7 +34,13 @@ def check_study(out: Path, plan: StudyPlan) -> bool:
     if "study" not in held:
         raise UserError(RUN.where(out), "holds an evaluation, not a study", "Give another --out, or --fresh.")
     steps = {step.id for step in plan.graph}
-    lost = [step for step in held["steps"] if step["key"] not in steps]
+    # Steps of arms that wait for a search are known once it has chosen, and are held against it then.
+    ends = tuple(f"+{name}" for name in plan.waiting)
+    lost = [
+        step
+        for step in held["steps"]
+        if step["key"] not in steps and step["arm"] not in plan.waiting and not str(step["arm"]).endswith(ends)
+    ]
     if lost:
         arms = ", ".join(dict.fromkeys(step["arm"] for step in lost[:200]))
         arms = arms if len(arms) < 120 else arms[:117] + "..."
@@ -44,7 +50,14 @@ def check_study(out: Path, plan: StudyPlan) -> bool:
 
 
 def write_plan(store: RunStore, plan: StudyPlan) -> None:
-    """Write plan.json, every default filled in, and study.yaml, the bytes that were read (paths in them included)."""
+    """Write plan.json, every default filled in, and study.yaml, the bytes that were read (paths in them included).
+
+    A plan in which arms wait for a search takes the place of no plan that has all its steps: that one knows theirs.
+    """
+    if plan.waiting:
+        with contextlib.suppress(OSError, CorruptionError, KeyError, TypeError):
+            if plan.graph.steps.keys() <= {str(step["key"]) for step in read_json(store.plan_file)["steps"]}:
+                return
     write_json(store.plan_file, plan.to_json())
     write_bytes(store.root / "study.yaml", Path(plan.read.source["file"]).read_bytes())
 

@@ -25,13 +25,15 @@ from harness.merging.run import MergeSettings, carry_out_merge
 from harness.models.inspect import inspect_adapter, inspect_model
 from harness.steps.files import read_json, write_json
 from harness.steps.folder import StepFolder
-from harness.steps.lock import FolderLock
+from harness.steps.lock import FolderLock, FolderTakenError
 from harness.steps.runner import Runner, is_fatal
 from harness.steps.step import Step
 from harness.steps.store import RunStore
 from harness.study.arms import Arm
 from harness.study.folder import read_index, write_index
 from harness.study.plan import Planner, Preparation, Promise, StudyPlan
+from harness.study.reuse import stores_of, take
+from harness.study.turns import is_model
 
 MODEL = "model.json"
 """In the folder of a merge: what an evaluation knows of the model, should its weights be let go."""
@@ -49,6 +51,11 @@ def is_let_go(folder: StepFolder) -> bool:
             return True
     marker.unlink()
     return False
+
+
+def _is_gone(made: Promise) -> bool:
+    """Whether an arm is a merged model whose weights were let go."""
+    return is_model(made) and (Path(made.model.path).parent / GONE).exists()
 
 
 class Maker:
@@ -81,6 +88,8 @@ class Maker:
         self.runner = Runner(observers or plan.registry, reporter)
         self.observers, self.bases, self.own_bases = observers, bases or Bases(keep=True), bases is None
         self.planner = Planner(plan.read, plan.registry)
+        self.stores = stores_of(plan.read, store.root)
+        """Other runs whose steps are taken over."""
         self.made: dict[str, Promise] = {}
         """Arm -> what it is made of, now that it is there."""
         self.index: dict[str, str] = {}
@@ -128,7 +137,7 @@ class Maker:
         return self.planner.align(arm, starts).of_arm(arm.name, arm.factors)
 
     def _has_ended(self, arm: str, step_id: str) -> bool:
-        status = self.store.step("align", arm, step_id).status()
+        status = self.folder("align", arm, step_id).status()
         return status is not None and status.status == "done"
 
     def _is_needed(self, shared: Preparation) -> bool:
@@ -178,24 +187,59 @@ class Maker:
 
     def _merge(self, promise: Promise) -> None:
         arm = promise.arm
-        plan = self._merge_plan(arm)
-        folder = self.store.step("merge", arm.name, plan.id)
-        if not is_let_go(folder):
-            work = partial(self._merge_into, plan)
-            made = self._carry_out(arm.name, self._key(promise), plan.step, work, intact_merge)
-            if made is None:
-                return
-        if plan.spec.form == "adapter":
+        assert arm.merge is not None
+        folder = self._merged_before(promise)
+        if folder is None:
+            plan = self._merge_plan(arm)
+            folder = self.store.step("merge", arm.name, plan.id)
+            if not is_let_go(folder):
+                work = partial(self._merge_into, plan)
+                if self._carry_out(arm.name, self._key(promise), plan.step, work, intact_merge) is None:
+                    return
+        if arm.merge.form == "adapter":
             self.made[arm.name] = replace(promise, adapter=self._adapter(promise, folder.artifact))
             return
-        self.index[self._key(promise)] = plan.id
+        self.index[self._key(promise)] = folder.id
         self.made[arm.name] = replace(promise, model=self._merged_model(promise, folder))
+
+    def _merged_before(self, promise: Promise) -> StepFolder | None:
+        """The folder of a merge that is there while weights that it was made from are gone, as its record knows them.
+
+        None where it is not, or is not whole: it is planned from its inputs, which are brought back for it.
+        """
+        inputs = [self.made[name] for name in promise.arm.parents]
+        known = {**read_index(self.store.root), **self.index}.get(self._key(promise))
+        if known is None or not any(map(_is_gone, inputs)):
+            return None
+        folder = self.store.step("merge", promise.arm.name, known)
+        status = folder.status()
+        digests = {
+            f"input {number}": one.adapter.digest if one.adapter is not None else one.model.weights_digest
+            for number, one in enumerate(inputs, 1)
+        }
+        if status is None or status.status != "done" or not digests.items() <= status.made_from.items():
+            return None
+        assert promise.step is not None
+        return folder if is_let_go(folder) or intact_merge(promise.step, folder) is None else None
+
+    def _is_made(self, name: str) -> bool:
+        """Whether an arm is there, by this pass or by the record of another process."""
+        if name in self.plan.waiting:
+            return False
+        step = self.plan.promises[name].step
+        if name in self.made or step is None:
+            return True
+        known = read_index(self.store.root).get(step.id)
+        status = self.folder(step.kind, name, known).status() if known is not None else None
+        return status is not None and status.status == "done"
 
     def _merge_plan(self, arm: Arm) -> MergePlan:
         assert arm.merge is not None
         inputs = []
         for given, name in zip(arm.merge.inputs, arm.parents, strict=True):
             made = self.made[name]
+            if _is_gone(made):
+                self.bring_back(made)
             path = made.adapter.path if made.adapter is not None else made.model.path
             inputs.append(MergeInput(ref=path, weight=given.weight))
         found = plan_merge(arm.merge.model_copy(update={"inputs": tuple(inputs)}), self.plan.registry)
@@ -216,8 +260,11 @@ class Maker:
 
     def bring_back(self, made: Promise) -> None:
         """Merge again what was let go, where something asks for it after all."""
-        if not (Path(made.model.path).parent / GONE).exists():
+        if not _is_gone(made):
             return
+        if self.only is not None:
+            # It was asked for when it was made.
+            self.only = {*self.only, self._key(made)}
         merge = self._merge_plan(made.arm)
         folder = self.store.step("merge", made.arm.name, merge.id)
         folder.reopen("its weights are needed again")
@@ -225,6 +272,22 @@ class Maker:
         self._carry_out(made.arm.name, self._key(made), merge.step, partial(self._merge_into, merge), intact_merge)
 
     # --------------------------------------------------------------------------------------------------------- steps
+
+    def _take(self, step: Step, folder: StepFolder, intact: Callable[[Step, StepFolder], str | None]) -> bool:
+        """Take a step over from another run, unless another process is at it."""
+        if not self.stores:
+            return False
+        with contextlib.suppress(FolderTakenError), FolderLock(folder.path, folder.name, keep=False):
+            return take(step, folder, self.stores, intact, self.reporter.note)
+        return False
+
+    def folder(self, kind: str, arm: str, step_id: str) -> StepFolder:
+        """The folder of a step, which may go by the name of another arm that shares it: a cell that was chosen."""
+        folder = self.store.step(kind, arm, step_id)
+        if folder.path.exists():
+            return folder
+        known = sorted((self.store.root / "steps").glob(f"{kind}-*-{step_id[:12]}"))
+        return replace(folder, path=known[0], artifact=known[0] / "artifact") if known else folder
 
     def _carry_out(
         self,
@@ -235,9 +298,11 @@ class Maker:
         intact: Callable[[Step, StepFolder], str | None],
     ) -> StepFolder | None:
         """The folder of a step that has ended well, now or before; None where it failed."""
-        folder = self.store.step(step.kind, arm, step.id)
+        folder = self.folder(step.kind, arm, step.id)
         self.index[key] = step.id
         status = folder.status()
+        if status is None and self._take(step, folder, intact):
+            status = folder.status()
         if status is not None and status.status == "done":
             if (problem := intact(step, folder)) is None:
                 return folder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,39 @@ from harness.report.claims import claim_warnings
 from harness.steps.files import read_json
 from harness.steps.folder import STEP
 from harness.study.arms import Arm
+from harness.study.cells import Searched
 from harness.study.spec import StudySpec
 
 
 def counted(arms: Sequence[Arm]) -> str:
-    """How many arms there are of each kind, the bases beside them: ``310 arms (260 align, 50 merge) and 4 bases``."""
+    """How many arms there are of each kind, the bases beside them: ``310 arms (260 align, 50 merge) and 4 bases``.
+
+    Cells of searches are no arms: they are counted after them.
+    """
     kinds = Counter(arm.kind for arm in arms)
-    bases = kinds.pop("base", 0)
+    bases, cells = kinds.pop("base", 0), kinds.pop("search", 0)
     told = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    return f"{kinds.total()} arms{f' ({told})' if told else ''} and {bases} base{'' if bases == 1 else 's'}"
+    said = f"{kinds.total()} arms{f' ({told})' if told else ''} and {bases} base{'' if bases == 1 else 's'}"
+    return f"{said}; {cells} cells of searches" if cells else said
+
+
+def searched(searches: Iterable[Searched]) -> list[dict[str, Any]]:
+    """One row for each search of a recipe: what it tries, for how many arms, and what was chosen."""
+    return [
+        {
+            "search": one.name,
+            "cells": len(one.cells) or "after another search",
+            "varied": ", ".join(next(iter(one.cells.values()), {})),
+            "arms": len(one.arms),
+            "chosen": ", ".join(f"{key} {value}" for key, value in (one.values or {}).items()) or "not yet",
+        }
+        for one in searches
+    ]
 
 
 def families(arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """One row for arms that differ in base and seed alone."""
+    """One row for arms that differ in base and seed alone; cells of searches are none."""
+    arms = [arm for arm in arms if not arm.cell]
     names = {arm.name: _family(arm) for arm in arms}
     found: dict[tuple[str, str], list[Arm]] = {}
     for arm in arms:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from harness.contracts.aligner import Aligner
 from harness.contracts.merger import Merger
 from harness.contracts.registry import Registry, load_plugins
 from harness.core.config import parse_options
+from harness.core.errors import UserError
 from harness.core.records import AdapterInfo, ModelInfo
 from harness.core.specs import EvalSpec, ModelSpec
 from harness.evaluation.arms import Candidate
@@ -28,7 +27,9 @@ from harness.steps.once import Once
 from harness.steps.provenance import code_digest, digest_of_bytes
 from harness.steps.step import Step, make_step
 from harness.study.arms import ARM, Arm, arms_of
+from harness.study.cells import Searched, cells_of
 from harness.study.said import said_at
+from harness.study.search import with_values
 from harness.study.spec import Read, read_study
 from harness.tasks.catalog import Catalog, load_catalog
 
@@ -71,7 +72,7 @@ class Promise:
     @property
     def opens(self) -> str:
         """What an alignment keeps open for the next: those with the same follow each other. Empty for other arms."""
-        if self.align is None or self.arm.kind != "align":
+        if self.align is None or self.arm.kind not in ("align", "search"):
             return ""
         quantises = type(self.align.adapter).quantization is not Adapter.quantization
         return f"{self.arm.base} {self.align.spec.adapter if quantises or self.align.spec.adapter == 'none' else ''}"
@@ -101,6 +102,30 @@ class StudyPlan:
     """Key of an answers or scores step -> arm."""
     preparations: dict[str, Preparation] = field(default_factory=dict)
     """Key -> what is prepared for two arms and more."""
+    searches: dict[str, Searched] = field(default_factory=dict)
+    waiting: dict[str, Arm] = field(default_factory=dict)
+    """Arms that are planned once a search has chosen."""
+
+    @property
+    def to_search(self) -> bool:
+        """Whether there are searches that have not chosen and whose cells are known."""
+        return any(one.values is None and one.cells for one in self.searches.values())
+
+    def of_searches(self) -> StudyPlan:
+        """The cells of searches that have not chosen, with what these are made from, and nothing else."""
+        names = {cell for one in self.searches.values() if one.values is None for cell in one.cells}
+        for name, promise in reversed(self.promises.items()):
+            if name in names:
+                names.update(promise.arm.parents)
+        promises = {name: one for name, one in self.promises.items() if name in names}
+        shared = {
+            key: replace(one, arms=tuple(name for name in one.arms if name in names))
+            for key, one in self.preparations.items()
+            if not names.isdisjoint(one.arms)
+        }
+        steps = [*shared, *(one.step.id for one in promises.values() if one.step is not None)]
+        graph = Graph(self.graph.steps[key] for key in steps)
+        return replace(self, promises=promises, evaluations=[], graph=graph, owners={}, preparations=shared, waiting={})
 
     @cached_property
     def prepared_by(self) -> dict[str, Preparation]:
@@ -109,26 +134,8 @@ class StudyPlan:
 
     @property
     def arms(self) -> list[Arm]:
-        """Every arm."""
-        return [promise.arm for promise in self.promises.values()]
-
-    def in_turn(self) -> Iterator[Promise]:
-        """Every arm after those that it is made from; alignments of one open base follow each other."""
-        sorter = TopologicalSorter({name: one.arm.parents for name, one in self.promises.items()})
-        sorter.prepare()
-        ready: dict[str, deque[Promise]] = {}
-        current = ""
-        while sorter.is_active():
-            for name in sorted(sorter.get_ready(), key=self._places.__getitem__):
-                ready.setdefault(self.promises[name].opens, deque()).append(self.promises[name])
-            current = current if ready.get(current) else next(key for key, some in ready.items() if some)
-            promise = ready[current].popleft()
-            sorter.done(promise.arm.name)
-            yield promise
-
-    @cached_property
-    def _places(self) -> dict[str, int]:
-        return {name: place for place, name in enumerate(self.promises)}
+        """Every arm, those that are not planned yet too."""
+        return [*(promise.arm for promise in self.promises.values()), *self.waiting.values()]
 
     def to_json(self) -> dict[str, Any]:
         """plan.json: every step with its key, and no absolute path."""
@@ -146,12 +153,14 @@ class StudyPlan:
                     "from": list(arm.parents),
                 }
                 for arm, promise in ((one.arm, one) for one in self.promises.values())
+                if not arm.cell
             ],
             "evaluations": [plan.to_json() for plan in self.evaluations],
             "steps": [
                 {"key": step.id, "kind": step.kind, "arm": step.arm, "parents": list(step.parents)}
                 for step in self.graph
             ],
+            **({"searches": [one.to_json() for one in self.searches.values()]} if self.searches else {}),
         }
 
 
@@ -162,6 +171,7 @@ def plan_study(
     models: Mapping[str, str] | None = None,
     changes: tuple[str, ...] = (),
     revisions: Mapping[str, str] | None = None,
+    chosen: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> StudyPlan:
     """Plan a study: what `harness study plan` does.
 
@@ -171,11 +181,13 @@ def plan_study(
         models: base name -> folder or hub id to take in place of the file's.
         changes: ``KEY=VALUE`` over keys of the file.
         revisions: hub id of a data set -> commit, over the file's.
+        chosen: what the study's searches have chosen so far (:func:`harness.study.searched.read_choices`).
 
     Raises:
         UserError: with file, line and key, whatever must be mended before anything runs.
     """
     read = read_study(file, models=models, changes=changes, revisions=revisions)
+    read.source["chosen"] = dict(chosen or {})
     registry = registry or load_plugins(read.spec.plugins)
     return Planner(read, registry).plan()
 
@@ -194,8 +206,26 @@ class Planner:
         """Every arm, every evaluation, one graph."""
         self._check_names()
         promises: dict[str, Promise] = {}
-        for arm in arms_of(self.read):
+        searches: dict[str, Searched] = {}
+        waiting: dict[str, Arm] = {}
+        arms = arms_of(self.read)
+        for arm in arms:
             with said_at(self.read, arm.place, arm.base):
+                if not waiting.keys().isdisjoint(arm.parents):
+                    waiting[arm.name] = arm
+                    if arm.search is not None:
+                        searches.setdefault(arm.search, Searched(arm.search)).arms.append(arm.name)
+                    continue
+                if arm.search is not None:
+                    if arm.search not in searches:
+                        searches[arm.search] = self._search(arm, arms, promises)
+                    search = searches[arm.search]
+                    search.arms.append(arm.name)
+                    if search.values is None:
+                        waiting[arm.name] = arm
+                        continue
+                    assert arm.align is not None
+                    arm = replace(arm, align=with_values(arm.align, search.values))
                 promises[arm.name] = self.promise(arm, promises)
         preparations = _preparations(promises)
         evaluations = self.evaluations(promises)
@@ -214,7 +244,24 @@ class Planner:
                     for scores in task.scores:
                         graph.add(scores.step)
                         owned[scores.id] = owned[task.answers.id]
-        return StudyPlan(self.read, self.registry, promises, evaluations, graph, owned, preparations)
+        return StudyPlan(self.read, self.registry, promises, evaluations, graph, owned, preparations, searches, waiting)
+
+    def _search(self, arm: Arm, arms: Sequence[Arm], promises: dict[str, Promise]) -> Searched:
+        """Promise the cells of the search that decides an arm's recipe; what it has chosen, if it was among these."""
+        assert arm.search is not None
+        search, keys = Searched(arm.search), []
+        for cell, values in cells_of(arm, arms, self.read, self.registry):
+            promises[cell.name] = promise = self.promise(cell, promises)
+            assert promise.step is not None and promise.align is not None
+            if promise.align.recipe.eval_rows == 0:
+                what = "0 held-out rows: there is nothing to choose by"
+                raise UserError(self.read.where_set(arm.place, ["eval_rows"]), what, "Give some, or leave it out.")
+            search.cells[cell.name] = values
+            keys.append(promise.step.id)
+        known = self.read.source["chosen"].get(arm.search)
+        if known is not None and known["cells"] == keys and known["values"] in search.cells.values():
+            search.values = dict(known["values"])
+        return search
 
     def _check_names(self) -> None:
         """Methods and adapters of grids, before merges are found to have no inputs because of one misspelt."""
@@ -315,6 +362,8 @@ class Planner:
         """One evaluation for each model that an engine opens: a base with its adapters, or a merged model."""
         together: dict[tuple[str, str], list[Promise]] = {}
         for promise in promises.values():
+            if promise.arm.cell:
+                continue
             together.setdefault(promise.loads, []).append(promise)
         return [self._evaluation(group) for group in together.values()]
 
@@ -336,7 +385,7 @@ def _preparations(promises: dict[str, Promise]) -> dict[str, Preparation]:
     """What two alignments and more share, by key; the steps of those then wait for it. Their ids do not change."""
     shared: dict[str, tuple[Step, dict[str, list[str]]]] = {}
     for name, promise in promises.items():
-        if promise.arm.kind == "align" and promise.align is not None and saves_work(promise.align):
+        if promise.arm.kind in ("align", "search") and promise.align is not None and saves_work(promise.align):
             assert promise.step is not None
             step = prepare_step(promise.align.of_arm(name, promise.step.factors))
             # Rows alone do not hang on what the arms go on from.

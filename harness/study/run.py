@@ -1,10 +1,11 @@
-"""Carry out a study in one run folder: arms after those that they are made from, then answers, then scores."""
+"""Carry out a study in one run folder: arms after those that they are made from, with their answers; then scores."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from harness.core.errors import UserError
 from harness.core.progress import Reporter
@@ -14,7 +15,11 @@ from harness.steps.files import write_json
 from harness.steps.store import RUN, RunStore
 from harness.study.folder import check_study, write_plan
 from harness.study.make import GONE, Maker
-from harness.study.plan import Promise, StudyPlan
+from harness.study.plan import Planner, Promise, StudyPlan
+from harness.study.reuse import stores_of
+from harness.study.searched import choose_recipes
+from harness.study.status import read_plan
+from harness.study.turns import in_turn, is_model, merged_models
 
 
 @dataclass
@@ -37,10 +42,14 @@ def carry_out_steps(plan: StudyPlan, out: Path, keys: Collection[str], *, report
     for key in keys:
         if key not in plan.graph.steps:
             raise UserError(f"key {key}", "is no step of this study", "See `harness study steps FILE`.")
-    store = RunStore(out)
-    if not written:
+    store, reporter = RunStore(out), reporter or Reporter()
+    if not written or {step.id for step in plan.graph} != {str(step["key"]) for step in read_plan(out)["steps"]}:
         write_plan(store, plan)
-    return StudyRun(plan, store, reporter or Reporter(), retry_failed=True, only=keys).carry_out()
+    done = StudyRun(plan, store, reporter, retry_failed=True, only=keys).carry_out()
+    if plan.to_search:
+        # What is listed next is planned with it.
+        choose_recipes(plan, out, reporter)
+    return done
 
 
 def run_study(
@@ -66,6 +75,7 @@ def run_study(
         UserError: the folder holds something else, or a mistake that concerns every arm.
     """
     reporter = reporter or Reporter()
+    stores_of(plan.read, out)
     if fresh:
         RUN.refuse(out, fresh=True)
     else:
@@ -74,17 +84,41 @@ def run_study(
         if fresh:
             RUN.clear(out)
         check_study(out, plan)
+
+        def carry_out(plan: StudyPlan) -> Study:
+            if execute is not None:
+                return execute(plan, out, reporter, retry_failed)
+            return StudyRun(plan, store, reporter, retry_failed=retry_failed).carry_out()
+
         write_plan(store, plan)
-        if execute is not None:
-            found = execute(plan, out, reporter, retry_failed)
-        else:
-            found = StudyRun(plan, store, reporter, retry_failed=retry_failed).carry_out()
+        while plan.to_search:
+            carry_out(plan.of_searches())
+            plan.read.source["chosen"] = choose_recipes(plan, out, reporter)
+            before, plan = plan, Planner(plan.read, plan.registry).plan()
+            check_study(out, plan)
+            write_plan(store, plan)
+            if plan.waiting.keys() == before.waiting.keys():
+                break
+        found = carry_out(plan)
         plan.registry.announce("study_finished", run=out)
         return found
 
 
+def unsearched(plan: StudyPlan) -> dict[str, str]:
+    """Arms whose recipe no search has chosen, and why they are left out."""
+    return {name: f"left out: {arm.search or arm.parents[0]} has not chosen" for name, arm in plan.waiting.items()}
+
+
 class StudyRun(Maker):
-    """One pass over a study in this process: its arms, then what they are asked."""
+    """One pass over a study in this process: its arms, then what they are asked; merged models one by one, last."""
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        """As of :class:`Maker`."""
+        super().__init__(*given, **options)
+        self._answered: list[Promise] = []
+        """Merged models that are not to be asked any more."""
+        self._seen: dict[tuple[tuple[str, str], str | None], str] = {}
+        """What arms are made of -> the first of them."""
 
     def carry_out(self) -> Study:
         """Make the arms, answer, score."""
@@ -95,33 +129,48 @@ class StudyRun(Maker):
                 self.bases.release()
 
     def _carry_out_all(self) -> Study:
-        wanted = self._wanted()
-        for promise in self.plan.in_turn():
-            if promise.arm.name in wanted:
+        wanted, last = self._wanted(), merged_models(self.plan)
+        if self.only is None:
+            self.left_out |= unsearched(self.plan)
+        self._asked = self.only is None or any(key in self.plan.owners for key in self.only)
+        self._evaluations = Evaluations(self.plan.registry, self.store, self.reporter, self.observers, self.stores)
+        for promise in in_turn(self.plan):
+            if promise.arm.name in wanted and promise.arm.name not in last:
                 self.make(promise)
         for key in self.only or ():
             if (shared := self.plan.preparations.get(key)) is not None:
                 self.why_not_prepared(shared)
         # Whatever the turn in which they were made.
-        self.made = {name: self.made[name] for name in self.plan.promises if name in self.made}
-        self._leave_out_twins()
-        evaluations = Evaluations(self.plan.registry, self.store, self.reporter, self.observers)
-        asked = self.only is None or any(key in self.plan.owners for key in self.only)
-        plans = self.planner.evaluations(self.made) if asked else []
+        self._ask([name for name, one in self.plan.promises.items() if name in self.made and not one.arm.cell])
+        # Each is large: it is made, answered for and let go before the next.
+        for name in last:
+            if name in wanted:
+                self.make(self.plan.promises[name])
+                self._ask([name] if name in self.made else [])
+        self._evaluations.score(self._ids())
+        failures = {**self.runner.failures, **self.left_out, **self._evaluations.failures}
+        return Study(self.store.root, self.plan, failures)
+
+    def _ask(self, names: Sequence[str]) -> None:
+        """Answer for arms that have been made, and let go the merged models that nothing needs any more."""
+        asked = self._without_twins(names)
+        plans = self.planner.evaluations({name: self.made[name] for name in asked}) if self._asked else []
         for plan in plans:
             self._index_evaluation(plan)
         self.write_index()
-        if asked:
+        if plans:
             # An engine needs the room.
             self.bases.release()
         for plan in plans:
             answers = self._ids()
-            if not evaluations.is_answered(plan, answers) and (made := self._opened_by(plan)) is not None:
+            made = self._opened_by(plan)
+            if not self._evaluations.is_answered(plan, answers) and made is not None:
                 self.bring_back(made)
-            self._let_go(plan, evaluations.answer(plan, answers))
-        evaluations.score(self._ids())
-        failures = {**self.runner.failures, **self.left_out, **evaluations.failures}
-        return Study(self.store.root, self.plan, failures)
+            ended = self._evaluations.answer(plan, answers)
+            if made is not None and is_model(made) and ended:
+                self._answered.append(made)
+        for made in self._answered:
+            self._let_go(made)
 
     def _wanted(self) -> set[str]:
         """Arms that the steps in hand are about, with all that these are made from.
@@ -134,7 +183,7 @@ class StudyRun(Maker):
         found = {
             name
             for name, one in self.plan.promises.items()
-            if one.loads in loads or (one.step is not None and one.step.id in self.only)
+            if (one.loads in loads and not one.arm.cell) or (one.step is not None and one.step.id in self.only)
         }
         # Of what is prepared alone what its arms go on from, not they themselves.
         shared = [self.plan.preparations[key].arms for key in self.only if key in self.plan.preparations]
@@ -146,36 +195,39 @@ class StudyRun(Maker):
 
     # ---------------------------------------------------------------------------------------------------------- arms
 
-    def _leave_out_twins(self) -> None:
-        """Arms of the same bytes are one arm: asked twice they would write into the same folders."""
-        seen: dict[tuple[tuple[str, str], str | None], str] = {}
-        for name, made in list(self.made.items()):
+    def _without_twins(self, names: Sequence[str]) -> list[str]:
+        """Leave out arms of the same bytes, which are one: asked twice they would write into the same folders."""
+        found = []
+        for name in names:
+            made = self.made[name]
             digest = made.adapter.digest if made.adapter is not None else None
-            first = seen.setdefault((made.loads, digest), name)
-            if first != name:
-                self.left_out[name] = f"left out: it is byte for byte {first}"
-                self.reporter.note(f"{name}: {self.left_out[name]}")
-                del self.made[name]
+            first = self._seen.setdefault((made.loads, digest), name)
+            if first == name:
+                found.append(name)
+                continue
+            self.left_out[name] = f"left out: it is byte for byte {first}"
+            self.reporter.note(f"{name}: {self.left_out[name]}")
+            if is_model(made):
+                self._answered.append(made)
+        return found
 
     def _opened_by(self, plan: EvalPlan) -> Promise | None:
         """The arm whose weights an evaluation opens: the base itself, or a merged model."""
         loads = plan.model.name, plan.model.weights_digest
         return next((one for one in self.made.values() if one.loads == loads), None)
 
-    def _let_go(self, plan: EvalPlan, ended: bool) -> None:
+    def _let_go(self, made: Promise) -> None:
         """Delete the weights of a merged model that has been answered for; its record and recipe stay."""
-        made = self._opened_by(plan)
-        if made is None or made.arm.kind != "merge" or "merge" in self.plan.read.spec.keep or not ended:
+        if "merge" in self.plan.read.spec.keep:
             return
-        needed = [arm.name for arm in self.plan.arms if made.arm.name in arm.parents and arm.name not in self.made]
+        if any(made.arm.name in arm.parents and not self._is_made(arm.name) for arm in self.plan.arms):
+            return
         artifact = Path(made.model.path)
-        if needed:
-            return
         if not (marker := artifact.parent / GONE).exists():
             write_json(marker, {"weights": made.model.weights_digest, "why": "nothing needs them any more"})
-        # Also where it was said before, and the process was killed.
+        # Also where it was said before, and the process was killed; another process may be at it.
         for file in artifact.glob("model*.safetensors"):
-            file.unlink()
+            file.unlink(missing_ok=True)
 
     # --------------------------------------------------------------------------------------------------------- index
 

@@ -17,6 +17,7 @@ _KEYS = {
     "--dataset": "data",
     "--from": "from",
     "--checkpoints": "checkpoints",
+    "--search": "search",
     "--task": "tasks",
     "--tasks": "task_folders",
     "--suite": "suite",
@@ -27,6 +28,7 @@ _OF_SCORER = re.compile(r"task (\S+), scorer \S+, (.+)")
 _OF_BASE = {"--model": "model", "--template": "template", "--revision": "revision"}
 _FIXES = (
     (r"--set ([\w@.+-]+)=(\S+?)(?=[\s;,.`]|$)", r"`set: {\1: \2}`"),
+    (r"--search ([\w.]+)=([\w.,-]+\w)", r"`search: {\1: [\2]}`"),
     (r"--data-revision ([\w./-]+)=(\w+)", r"`data_revisions: {\1: \2}`"),
     (r"--template (FILE|\w+)", r"`template: \1` of the base"),
     (r"(?:pass )?--allow-template-mismatch", "`allow_template_mismatch: true` of the base"),

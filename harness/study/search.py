@@ -36,7 +36,7 @@ from harness.steps.journal import read_rows
 from harness.steps.lock import FolderLock
 
 OPTION = "--search"
-FILE = "search.json"
+FILE, TABLE = "search.json", "search.md"
 BEST = "best"
 SEARCH = Guard("search", r"[^.].*", FILE)
 ALPHA = 0.05
@@ -176,20 +176,26 @@ def plan_cells(spec: AlignSpec, registry: Registry, folder: Path, grid: Grid) ->
     cells = []
     for values in itertools.product(*full.values()):
         chosen = dict(zip(full, values, strict=True))
-        options = {key: dict(v) if isinstance(v, dict) else v for key, v in spec.options.items()}
-        for key, value in chosen.items():
-            group, _, last = key.rpartition(".")
-            (options.setdefault(group, {}) if group else options)[last] = value
-        plan = plan_align(spec.model_copy(update={"options": options}), registry)
+        plan = plan_align(with_values(spec, chosen), registry)
         if plan.recipe.eval_rows == 0:
             raise UserError(
                 "--set eval_rows", "0 held-out rows: there is nothing to choose by", "Give some, or leave it out."
             )
-        cells.append(Cell(chosen, folder / _folder_name(chosen), plan))
+        cells.append(Cell(chosen, folder / name_of(chosen), plan))
     return cells
 
 
-def _folder_name(values: Mapping[str, Any]) -> str:
+def with_values(spec: AlignSpec, values: Mapping[str, Any]) -> AlignSpec:
+    """An alignment with the values of a cell among its options."""
+    options = {key: dict(v) if isinstance(v, dict) else v for key, v in spec.options.items()}
+    for key, value in values.items():
+        group, _, last = key.rpartition(".")
+        (options.setdefault(group, {}) if group else options)[last] = value
+    return spec.model_copy(update={"options": options})
+
+
+def name_of(values: Mapping[str, Any]) -> str:
+    """A name for a cell, which no two of a grid share."""
     name = "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in values.items())
     # A slug cuts long names off: two cells must not share one.
     return slug(name) if slug(name) == name else f"{slug(name)[:50]}-{digest_of(dict(values))[:8]}"
@@ -255,14 +261,7 @@ def choose(folder: Path, cells: list[Cell], *, seed: int) -> Search:
             "search", f"no cell has held-out figures{': ' + why if why else ''}", "See each cell's step/log.jsonl."
         )
     criterion = ACCURACY if all(ACCURACY in cell.heldout for cell in done) else LOSS
-
-    def rank(cell: Cell) -> tuple[float, float]:
-        loss = cell.heldout[LOSS].mean
-        assert loss is not None
-        accuracy = cell.heldout[ACCURACY].mean if criterion == ACCURACY else None
-        return (-accuracy if accuracy is not None else 0.0, loss)
-
-    ranked = sorted(done, key=rank)
+    ranked = sorted(done, key=lambda cell: _rank(cell, criterion))
     best, others = ranked[0], ranked[1:]
     for cell in others:
         mine, its = ({row["id"]: row[criterion] for row in one.rows} for one in (cell, best))
@@ -270,6 +269,13 @@ def choose(folder: Path, cells: list[Cell], *, seed: int) -> Search:
     for cell, p in zip(others, holm([c.against.p_value for c in others if c.against]), strict=True):
         cell.p_adjusted = p
     return Search(folder, criterion, cells, best, _verdict(criterion, best, others))
+
+
+def _rank(cell: Cell, criterion: str) -> tuple[float, float]:
+    loss = cell.heldout[LOSS].mean
+    assert loss is not None
+    accuracy = cell.heldout[ACCURACY].mean if criterion == ACCURACY else None
+    return (-accuracy if accuracy is not None else 0.0, loss)
 
 
 def _verdict(criterion: str, best: Cell, others: Sequence[Cell]) -> str:
@@ -300,7 +306,17 @@ def _point(link: Path, target: Path) -> None:
 
 def _write(root: Path, spec: AlignSpec, cells: Sequence[Cell], best: Cell | None, verdict: str) -> None:
     """search.json after every cell; search.md at the end."""
-    record = {
+    record = record_of(spec, cells, best, verdict)
+    write_json(root / FILE, record)
+    if best is not None:
+        from harness.study.search_text import table
+
+        write_bytes(root / TABLE, table(record).encode())
+
+
+def record_of(spec: AlignSpec, cells: Sequence[Cell], best: Cell | None, verdict: str) -> dict[str, Any]:
+    """What search.json says: every cell with its figures, and the choice once there is one."""
+    return {
         "method": spec.method,
         "dataset": cells[0].plan.dataset,
         "model": cells[0].plan.model.name,
@@ -311,11 +327,6 @@ def _write(root: Path, spec: AlignSpec, cells: Sequence[Cell], best: Cell | None
         "best": best.folder.name if best is not None else None,
         "verdict": verdict,
     }
-    write_json(root / FILE, record)
-    if best is not None:
-        from harness.study.search_text import table
-
-        write_bytes(root / "search.md", table(record).encode())
 
 
 def _plain(comparison: Comparison) -> dict[str, Any]:

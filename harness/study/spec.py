@@ -67,6 +67,11 @@ class GridBlock(Config):
         None, alias="from", description="an arm to go on from: its name, or its name without base and seed"
     )
     checkpoints: tuple[Count, ...] = Field((), description="optimiser steps whose adapter is an arm too")
+    search: dict[str, Any] | None = Field(
+        None,
+        description="key -> values, over the method's own grid: cells of one `seed` (the first of the block when "
+        "absent) are aligned, one is chosen on held-out rows, and all seeds take its values",
+    )
     set: Options = Field(default_factory=dict, description="the method's own options, and `adapter`, `dataset` groups")
 
 
@@ -128,6 +133,19 @@ class EvaluationBlock(Config):
     max_judge_cost: float | None = Field(None, ge=0.0)
 
 
+class ResourcesBlock(Config):
+    """What a study is planned for, and what its worker processes of one machine may take."""
+
+    card: str | None = Field(None, description="GPU, A100-40GB say: as --card")
+    memory: str | None = Field(None, description="memory of one such GPU, 40GB say: as --memory")
+    cores: int | None = Field(
+        None, ge=1, description="processor cores: executor.cores of `local` where that is not given"
+    )
+    devices: int | None = Field(
+        None, ge=1, description="GPUs, the first so many: executor.gpus of `local` where that is not given"
+    )
+
+
 class StudySpec(Config):
     """One study: bases, arms, merges, and what all of them are asked."""
 
@@ -148,6 +166,8 @@ class StudySpec(Config):
     keep: Annotated[tuple[Literal["merge"], ...], BeforeValidator(_listed)] = Field(
         (), description="merge: merged checkpoints stay once all that needs them has ended"
     )
+    resources: ResourcesBlock | None = Field(None, description="the GPU that it is planned for, and what workers take")
+    reuse: Names = Field((), description="run folders: what has ended there is taken over")
 
 
 def is_study(file: Path) -> bool:
@@ -205,6 +225,7 @@ def read_study(
     }
     commits = {**spec.data_revisions, **(revisions or {})}
     source = {"file": str(file), "models": dict(models or {}), "changes": list(changes), "revisions": commits}
+    source["chosen"] = {}
     return Read(spec.model_copy(update={"bases": bases, "data_revisions": commits}), located, source)
 
 

@@ -25,6 +25,7 @@ from harness.steps.store import RunStore
 from harness.study.folder import read_index
 from harness.study.plan import Promise, StudyPlan, plan_study
 from harness.study.run import StudyRun
+from harness.study.turns import in_turn, merged_models
 
 _OPEN: dict[str, StudyPlan] = {}
 """What this process has planned last: the orders of one study share it."""
@@ -32,8 +33,11 @@ _BASES = Bases(keep=True)
 """The base that the next alignment of this process may find open."""
 
 
-def jobs_of(plan: StudyPlan, root: Path) -> Iterator[Job]:
-    """What is to be carried out, and after what: arms, then what each opened model is asked, then scorer by scorer."""
+def jobs_of(plan: StudyPlan, root: Path, at_once: int = 1) -> Iterator[Job]:
+    """What is to be carried out, and after what: arms, then what each opened model is asked, then scorer by scorer.
+
+    Merged models come last, one by one: each is made, answered for and let go before the next but ``at_once - 1``.
+    """
     common = {
         "worker": "harness.study.worker",
         "run": str(root.absolute()),
@@ -43,6 +47,36 @@ def jobs_of(plan: StudyPlan, root: Path) -> Iterator[Job]:
     }
     cuda = torch_device() == "cuda"
     makes: dict[str, str] = {}
+    last = {step.id for name in merged_models(plan) if (step := plan.promises[name].step) is not None}
+    merges: list[Job] = []
+    for job in _makes(plan, makes, common, cuda):
+        if last.isdisjoint(job.order.keys):
+            yield job
+        else:
+            merges.append(job)
+    answered: dict[str, str] = {}
+    # Evaluation of a merged model -> the order that makes it.
+    of_merged: dict[str, Job] = {}
+    for job in _answers(plan, makes, answered, common):
+        builds = {parent for key in job.order.keys for parent in plan.graph.steps[key].parents}
+        made = next((key for key in builds if key in last), None)
+        if made is None:
+            yield job
+        else:
+            of_merged[makes[made]] = job
+    lanes: list[frozenset[str]] = [frozenset()] * at_once
+    for number, job in enumerate(merges):
+        waits = frozenset() if "merge" in plan.read.spec.keep else lanes[number % at_once]
+        yield Job(job.order, job.after | waits)
+        asked = of_merged.get(job.order.id)
+        if asked is not None:
+            yield asked
+        lanes[number % at_once] = frozenset({(asked or job).order.id})
+    yield from _scores(plan, answered, common, cuda)
+
+
+def _makes(plan: StudyPlan, makes: dict[str, str], common: dict[str, Any], cuda: bool) -> Iterator[Job]:
+    """Orders that make arms, each noted in ``makes`` by the key of its step."""
     imports = _imports(cuda)
     for step, promise in _made(plan):
         order = f"{step.kind}-{step.arm}" + (f"-{step.id[:8]}" if step.kind == "prepare" else "")
@@ -54,7 +88,10 @@ def jobs_of(plan: StudyPlan, root: Path) -> Iterator[Job]:
         makes[step.id] = order
         keeps = {"opens": promise.opens, "imports": imports} if opens else {}
         yield Job(Order(id=order, keys=(step.id,), needs=needs, **keeps, **common), after)
-    answered: dict[str, str] = {}
+
+
+def _answers(plan: StudyPlan, makes: dict[str, str], answered: dict[str, str], common: dict[str, Any]) -> Iterator[Job]:
+    """Orders that ask one model and all its adapters, each noted in ``answered`` by the keys of its steps."""
     for number, evaluation in enumerate(plan.evaluations, start=1):
         keys = tuple(dict.fromkeys(task.answers.id for task in evaluation.tasks))
         order = f"answers-{number}-{evaluation.model.name}"
@@ -63,7 +100,6 @@ def jobs_of(plan: StudyPlan, root: Path) -> Iterator[Job]:
         needs = Needs(devices=devices, memory=evaluation.model.size_bytes)
         answered |= dict.fromkeys(keys, order)
         yield Job(Order(id=order, keys=keys, needs=needs, **common), after)
-    yield from _scores(plan, answered, common, cuda)
 
 
 def _imports(cuda: bool) -> tuple[str, ...]:
@@ -79,7 +115,7 @@ def _imports(cuda: bool) -> tuple[str, ...]:
 def _made(plan: StudyPlan) -> Iterator[tuple[Step, Promise]]:
     """Steps that make arms, and what is prepared for them before the first that needs it; each with its arm."""
     done: set[str] = set()
-    for promise in plan.in_turn():
+    for promise in in_turn(plan):
         shared = plan.prepared_by.get(promise.arm.name)
         for step in (shared.step if shared is not None else None, promise.step):
             if step is not None and step.id not in done:
@@ -157,5 +193,6 @@ def _planned(order: Order) -> StudyPlan:
             models=order.spec["models"],
             changes=tuple(order.spec["changes"]),
             revisions=order.spec["revisions"],
+            chosen=order.spec["chosen"],
         )
     return _OPEN[key]

@@ -11,7 +11,7 @@ from harness.steps.execute import Execute, Execution, executor_of, open_pool
 from harness.steps.runner import Runner
 from harness.study.folder import write_index
 from harness.study.plan import StudyPlan
-from harness.study.run import Study
+from harness.study.run import Study, unsearched
 from harness.study.worker import jobs_of, unfinished
 
 
@@ -28,11 +28,12 @@ def through(how: Execution, registry: Registry) -> Callable[[StudyPlan, Path, Re
         runner = Runner(plan.registry, reporter)
         with open_pool(how, plan.registry, reporter) as pool:
             work = Execute(pool, runner, plan.registry, lambda order: unfinished(plan, root, order))
-            work.carry_out(list(jobs_of(plan, root)))
+            work.carry_out(list(jobs_of(plan, root, max(1, pool.capacity()))))
         left_out: dict[str, str] = {}
         for result in work.results.values():
             runner.failures.update(result.get("failures") or {})
             left_out |= result.get("left_out") or {}
+        left_out |= unsearched(plan)
         write_index(root, {}, left_out)
         return Study(root, plan, {**runner.failures, **left_out})
 

@@ -148,10 +148,25 @@ def test_money_without_prices_is_not_nothing(planned: StudyPlan) -> None:
 def test_merged_checkpoints_at_their_peak(planned: StudyPlan, tiny: Path) -> None:
     size = sum(file.stat().st_size for file in tiny.glob("*.safetensors"))
     costs = study_costs(planned, [])
-    # One for each seed, as large as the base but for the file's header.
-    assert costs.merged_peak_bytes == pytest.approx(2 * size, rel=0.05)
-    merge = step_of(planned, "merge", "merged-tiny-s0")
-    assert study_costs(planned, [state(merge, None)]).merged_peak_bytes == costs.merged_peak_bytes // 2
+    # One for each seed, as large as the base but for the file's header; each goes before the next.
+    assert costs.merged_peak_bytes == pytest.approx(size, rel=0.05)
+    first, second = (step_of(planned, "merge", f"merged-tiny-s{seed}") for seed in (0, 1))
+    assert study_costs(planned, [state(first, None)]).merged_peak_bytes == costs.merged_peak_bytes
+    assert study_costs(planned, [state(first, None), state(second, None)]).merged_peak_bytes == 0
+
+
+@pytest.mark.parametrize(("keep", "models"), [([], 2), (["merge"], 4)])
+def test_a_merge_that_another_is_made_from_stays(
+    small: dict[str, Any], write: Write, tiny: Path, keep: list[str], models: int
+) -> None:
+    """Of three seeds and one of two of these; linear over the first and the third, with the second in between."""
+    study = json.loads(json.dumps(small))
+    study["grid"][0]["seed"] = [0, 1, 2]
+    inputs = ["merged-tiny-s2", "sft-pairs-lora-tiny-s0"]
+    study["merges"].append({"name": "again", "method": "linear", "inputs": inputs, "join": "base"})
+    size = sum(file.stat().st_size for file in tiny.glob("*.safetensors"))
+    costs = study_costs(plan_study(write({**study, "keep": keep})), [])
+    assert costs.merged_peak_bytes == pytest.approx(models * size, rel=0.05)
 
 
 def test_what_cannot_fit_is_stopped_before_anything_runs(planned: StudyPlan) -> None:

@@ -14,6 +14,8 @@ import pytest
 from harness.contracts.registry import load_plugins
 from harness.core.specs import EvalSpec, ModelSpec
 from harness.evaluation.plan import plan_arms, plan_eval
+from harness.report.leaderboard import differences_by_row
+from harness.report.model import Report
 from harness.study.plan import plan_study
 from harness.tasks.catalog import load_catalog
 from tests.study.conftest import ARMS, WATCHER, Write, records
@@ -177,6 +179,43 @@ def test_merged_weights_go_come_back_and_stay(
     assert records(Path("kept")) == before
 
 
+def test_merged_models_lie_on_the_disk_one_at_a_time(
+    cli: Any, whole: dict[str, Any], write: Write, whole_run: Path, copied: Copied, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three, one made from another: that is there until both have been answered for, and no other is beside it."""
+    from harness.study import make
+
+    before = records(copied(whole_run))
+    more = copy.deepcopy(whole)
+    more["arms"] = [one for one in more["arms"] if one["name"] in ("on", "short", "given")]
+    more["merges"].append(
+        {"name": "again", "method": "linear", "inputs": ["merged-tiny-s1", "sft-pairs-lora-tiny-s1"], "join": "base"}
+    )
+    # Both seeds are merged again for a new task.
+    more["evaluation"]["tasks"] = ["sums", "more"]
+    lying: list[set[str]] = []
+    real = make.carry_out_merge
+
+    def watched(*given: Any, **options: Any) -> Any:
+        made = real(*given, **options)
+        names = (
+            file.parts[-3].rpartition("-")[0] for file in Path("run").glob("steps/merge-*/artifact/model*.safetensors")
+        )
+        lying.append(set(names))
+        return made
+
+    monkeypatch.setattr(make, "carry_out_merge", watched)
+    ran = cli(*run(write(more)))
+    assert ran.code == 0, ran.err
+    assert lying == [{"merge-merged-tiny-s0"}, {"merge-merged-tiny-s1"}, {"merge-merged-tiny-s1", "merge-again-tiny"}]
+    after = records(Path("run"))
+    assert before.items() <= after.items()
+    assert not list(Path("run").glob("steps/merge-*/artifact/model*.safetensors"))
+    # What it was made from is gone, and it is found all the same.
+    ran = cli(*run(write(more)))
+    assert (ran.code, records(Path("run")), len(lying)) == (0, after, 3), ran.err
+
+
 def test_what_fails_is_left_out_with_all_that_hangs_on_it(
     cli: Any, small: dict[str, Any], write: Write, begun: Begun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,8 +299,11 @@ def test_what_fails_as_a_single_step_is_left_out_of_the_report(
     left_out = json.loads(Path("run/index.json").read_text())["left_out"]
     assert set(left_out) == {"broken-pairs-lora-tiny-s0", "merged-tiny-s0"}
     assert left_out["merged-tiny-s0"] == "left out: broken-pairs-lora-tiny-s0 is not there"
-    report = json.loads(Path("run/report/tiny/report.json").read_text())
-    assert {row["arm"] for row in report["differences"]} == {"sft-pairs-lora-tiny-s0"}
+    report = Report.model_validate_json(Path("run/report/tiny/report.json").read_text())
+    # The one arm beside its base: the difference itself names none, and belongs to that arm's row.
+    assert {adapter for adapter, *_ in differences_by_row(report)} == {"sft-pairs-lora-tiny-s0"}
+    assert [(one.arm, one.n) for one in report.differences] == [(None, 6)]
+    assert [row.adapter for row in report.rows] == [None, "sft-pairs-lora-tiny-s0"]
     monkeypatch.setenv("MENDED", "1")
     key = plan_study(file, registry=load_plugins([str(WATCHER)])).promises["broken-pairs-lora-tiny-s0"].step
     assert key is not None and cli("study", "step", file, key.id, *more).code == 0
@@ -282,4 +324,6 @@ def test_a_torn_plan_says_how_to_go_on(
         ran = cli(*command)
         assert ran.code == 2
         assert "run/plan.json: is damaged" in ran.err
-        assert "`harness study run` of the same file writes it again; what has ended is kept." in ran.err
+        assert (
+            "The same `harness study run` writes it again; what has been done is found by its own records." in ran.err
+        )

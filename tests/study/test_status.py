@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,9 @@ from harness.core.costs import Costs
 from harness.core.errors import UserError
 from harness.steps.costs import HEARTBEAT
 from harness.steps.files import write_json
+from harness.steps.lock import FolderLock
 from harness.study.status import LOST_AFTER, Left, StepState, is_alive, states_of, time_left
+from tests.study.conftest import Write
 
 
 def step(state: str, like: str, seconds: float = 0.0, **more: object) -> StepState:
@@ -91,3 +94,22 @@ def test_a_torn_plan_says_how_to_go_on(study: Path) -> None:
     file.write_text('{"study": "s", "steps": 3}')
     with pytest.raises(UserError, match="its steps are no list"):
         states_of(study)
+
+
+def test_a_step_that_was_killed_is_ready_again(
+    cli: Any, small: dict[str, Any], write: Write, small_run: Path, copied: Any
+) -> None:
+    """One that a living process holds is not; both are said to have begun."""
+    file, folder = write(small), copied(small_run)
+    (align,) = folder.glob("steps/align-sft-*")
+    (align / "status.json").unlink()
+    (row,) = json.loads(cli("study", "steps", file, "--out", "run", "--ready", "--json").out)
+    assert (row["kind"], row["state"], row["held"]) == ("align", "begun", False)
+    with FolderLock(align, "step", keep=False):
+        assert json.loads(cli("study", "steps", file, "--out", "run", "--ready", "--json").out) == []
+        rows = json.loads(cli("study", "steps", file, "--out", "run", "--json").out)
+    assert [one["held"] for one in rows if one["state"] == "begun"] == [True]
+    assert cli("study", "step", file, row["key"], "--out", "run").code == 0
+    # What builds on it is looked at again.
+    rows = json.loads(cli("study", "steps", file, "--out", "run", "--ready", "--json").out)
+    assert {row["kind"] for row in rows} <= {"answers", "merge"} and not any("held" in row for row in rows)
