@@ -48,9 +48,9 @@ def test_the_known_truths_of_the_world_come_out(demo: tuple[Demo, list[str]]) ->
     assert not demo[0].failures
     said = {one.name: (one.status, one.effect, one.why) for one in demo[0].board.claims}
     assert len(said) == 9 and not [one for one in said.items() if one[1][1] is None or one[1][0] == "contradicted"]
-    # On a base half trained, and asked less: near the top of what it knows, a helpful arm has little to gain.
-    large = ("sft-harmless-refuse", "sft-harmless-silent", "slerp-sft-obeys-more", "slerp-sft-answers-more")
-    assert {name: said[name][0] for name in large} == dict.fromkeys(large, "supported"), said
+    # What the pairs are about; what follows from it elsewhere is small on a base half trained, and may stay undecided.
+    taught = ("sft-harmless-refuse", "sft-helpful-answer", "slerp-sft-obeys-less")
+    assert {name: said[name][0] for name in taught} == dict.fromkeys(taught, "supported"), said
 
 
 @pytest.mark.slow
@@ -60,8 +60,9 @@ def test_what_it_prints(demo: tuple[Demo, list[str]]) -> None:
     assert "310 arms (260 align, 50 merge) and 4 bases" in text
     page = done.root / "report" / "base" / "report.html"
     assert shown[-1] == str(page) and page.is_file()
-    for said in ("sft-harmless-lora-base 3 seeds", "slerp-sft-base 3 seeds", "claim sft-harmless-refuse: supported"):
-        assert said in text
+    assert {len(row.seeds) for row in done.board.rows if row.kind != "base"} == {3}
+    for one in done.board.claims:
+        assert f"claim {one.name}: {one.status} ({one.why})" in text
 
 
 @pytest.mark.slow
