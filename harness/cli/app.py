@@ -157,16 +157,32 @@ def demo(
     model: Annotated[str | None, typer.Option(help="With --real: folder or hub id of the base to take.")] = None,
 ) -> int:
     """Make a tiny world here and study it from pairs to leaderboard: no network, no data needed."""
+    if real:
+        return _real(out / "real", model, fresh)
+    if model is not None:
+        what = f"{model}: the demo makes its own base"
+        raise UserError("--model", what, "Add --real; or `harness eval --model MODEL`.")
     from harness.core.progress import for_terminal
-    from harness.demo.real import run_real
     from harness.demo.run import run_demo
 
     with for_terminal() as reporter:
-        if real:
-            failures = run_real(out, model=model, fresh=fresh, reporter=reporter)
-        else:
-            failures = run_demo(out, fresh=fresh, reporter=reporter).failures
+        failures = run_demo(out, fresh=fresh, reporter=reporter).failures
     return ExitCode.STEPS_FAILED if failures else ExitCode.DONE
+
+
+def _real(out: Path, model: str | None, fresh: bool) -> int:
+    """Fetch, plan and run the study `quick`, as their own commands do."""
+    from harness.cli.study import plan, run
+    from harness.core.caches import offline
+
+    base = [f"base={model}"] if model is not None else None
+    # Where the network is switched off, the study itself says what is missing, if anything is.
+    if not offline():
+        fetch("quick", "study", base)
+    nothing = {"changes": None, "data_revision": None, "plugin": None}
+    asked = {"file": Path("quick"), "out": out, "model": base, "online": False, **nothing}
+    plan(**asked)
+    return int(run(**asked, fresh=fresh))
 
 
 if __name__ == "__main__":

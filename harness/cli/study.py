@@ -62,7 +62,7 @@ class Asked:
         except UserError as error:
             if "hf download" not in error.fix or self.online:
                 raise
-            more = f"`{self.fetching()}` fetches all that the study reads; with --online this command does."
+            more = f"`{self.fetching()}` fetches all that the study reads; with --online `harness study` does."
             raise UserError(error.where, error.what, f"{error.fix} {more}") from None
 
     def _planned(self, changes: tuple[str, ...], fresh: bool) -> StudyPlan:

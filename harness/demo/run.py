@@ -1,14 +1,15 @@
 """``harness demo``: make a small world from nothing, and study in it what this project is for.
 
-SFT and DPO on harmless and on helpful pairs, two seeds, merges of both, two kinds of harm and one of help: an ordinary
-study, whose YAML lies in the demo's folder. What must be true of the world by the way it was made is held against it.
+SFT and DPO on harmless and on helpful pairs, three seeds, merges of both, two kinds of harm and one of help: an
+ordinary study, whose YAML lies in the demo's folder. What must be true of the world by the way it was made is what the
+study claims.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +18,11 @@ from harness.core.errors import UserError
 from harness.core.progress import Reporter
 from harness.core.text import first_line, visible
 from harness.demo.train import BASE_STEPS, THREADS
-from harness.demo.truths import Finding, check_truths, read_truths, truths_note, truths_table
 from harness.demo.world import ASSETS, World, build_world
-from harness.report.build import terminal_table, write_all
-from harness.report.model import Report
+from harness.report.board.model import Board
+from harness.report.board.text import board_table
+from harness.report.board.write import write_board
+from harness.report.build import write_all
 from harness.steps.files import write_bytes
 from harness.study.arms import arms_of
 from harness.study.outline import counted
@@ -38,8 +40,7 @@ class Demo:
     world: World
     root: Path
     """Run folder of its study."""
-    reports: Mapping[Path, Report]
-    findings: Sequence[Finding]
+    board: Board
     failures: Mapping[str, str]
     """Step folder or arm -> why it failed, or was left out."""
 
@@ -71,17 +72,14 @@ def run_demo(
     reporter = reporter or Reporter()
     registry = registry or load_plugins()
     world = build_world(out / "world", seed=seed, steps=steps, fresh=fresh, progress=reporter.note)
-    file, root = write_study(out, world, fresh=fresh), out / "run"
-    plan = plan_study(file, registry=registry, changes=changes)
-    reporter.note(f"study {visible(str(file))}: {counted(plan.arms)}, {len(plan.graph)} steps")
-    with _threads(THREADS):
-        done = run_study(plan, root, fresh=fresh, reporter=reporter)
+    file, root, folder = write_study(out, world, fresh=fresh), out / "run", out.resolve()
+    # An adapter names its base from the working folder: so it has the same bytes wherever the demo was called.
+    with chdir(folder), _threads(THREADS):
+        plan = plan_study(folder / file.name, registry=registry, changes=changes)
+        reporter.note(f"study {visible(str(file))}: {counted(plan.arms)}, {len(plan.graph)} steps")
+        done = run_study(plan, folder / root.name, fresh=fresh, reporter=reporter)
     reporter.close()
-    reports = write_all(root)
-    findings = check_truths(root, read_truths())
-    demo = Demo(world, root, reports, findings, done.failures)
-    say(demo)
-    return demo
+    return Demo(world, root, say(root, done.failures), done.failures)
 
 
 def write_study(out: Path, world: World, *, fresh: bool = False) -> Path:
@@ -127,35 +125,18 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def say(demo: Demo) -> None:
-    """Print leaderboard, truths, and what it scales to; the last line is the report's page."""
+def say(root: Path, failures: Mapping[str, str]) -> Board:
+    """Write a study's reports; print its board, what failed, and what it scales to; the last line is the page."""
     from rich.console import Console
 
-    say_reports(demo.reports, demo.failures)
+    pages, board = write_all(root), write_board([root], root / "report")
     console = Console()
-    console.print(truths_table(demo.findings))
-    console.print(truths_note(demo.findings), markup=False, highlight=False)
-    say_scale(demo.reports)
-
-
-def say_reports(reports: Mapping[Path, Report], failures: Mapping[str, str]) -> None:
-    """Print the leaderboard of every base, and what failed."""
-    from rich.console import Console
-
-    console = Console()
-    for report in reports.values():
-        console.print(terminal_table(report))
+    console.print(board_table(board))
     for name, reason in failures.items():
         console.print(visible(f"failed: {name}: {first_line(reason)}"), markup=False, highlight=False)
-
-
-def say_scale(pages: Iterable[Path]) -> None:
-    """Print what the study `paper` has more of, and where the pages lie."""
-    from rich.console import Console
-
-    console = Console()
     paper = read_study(find_study(Path("paper")))
     scale = f"At full size, `harness study plan paper`: {counted(arms_of(paper))}; {paper.spec.summary}."
     console.print(scale, markup=False, highlight=False)
     for page in pages:
         console.print(visible(str(page)), markup=False, highlight=False, soft_wrap=True)
+    return board

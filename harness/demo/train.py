@@ -52,11 +52,13 @@ def train(root: Path, language: Language, steps: int, say: Progress) -> None:
     quiet.disable_progress_bar()
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
-    documents, chats = language.documents(DOCUMENTS), language.chats(CHATS)
+    # A base of a few steps reads little.
+    share = min(1.0, 2 * steps / BASE_STEPS)
+    documents, chats = language.documents(round(DOCUMENTS * share)), language.chats(round(CHATS * share))
     tokenizer = _tokenizer([*documents, *(turn["content"] for chat in chats for turn in chat)])
     say(f"language: {len(documents):,} documents, {len(chats):,} conversations, {len(tokenizer)} tokens")
     _train_base(root, (language.seed, steps), tokenizer, (documents, chats), say)
-    _train_classifier(root, language.seed, tokenizer, language.rated(RATED), say)
+    _train_classifier(root, (language.seed, min(steps, CLASSIFIER_STEPS)), tokenizer, language.rated(RATED), say)
 
 
 def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -167,11 +169,12 @@ def _blocks(texts: Sequence[Sequence[int]], seed: int) -> Iterator[dict[str, tor
 
 
 def _train_classifier(
-    root: Path, seed: int, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Any], say: Progress
+    root: Path, how: tuple[int, int], tokenizer: PreTrainedTokenizerFast, rows: Sequence[Any], say: Progress
 ) -> None:
     import torch
     import transformers
 
+    seed, steps = how
     make: Any = transformers.RobertaForSequenceClassification
     configure: Any = transformers.RobertaConfig
     torch.manual_seed(seed + 1)
@@ -202,6 +205,6 @@ def _train_classifier(
             batch = dict(tokenizer(prompts, responses, padding=True, return_token_type_ids=False, return_tensors="pt"))
             yield {**batch, "labels": torch.tensor([[float(row[2])] for row in chosen])}
 
-    _fit(model, batches(), CLASSIFIER_STEPS, 2e-3, lambda line: say(f"classifier: {line}"))
+    _fit(model, batches(), steps, 2e-3, lambda line: say(f"classifier: {line}"))
     model.save_pretrained(root / "classifier")
     tokenizer.save_pretrained(root / "classifier")

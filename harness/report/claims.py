@@ -92,7 +92,8 @@ def claim_warnings(claims: Sequence[ClaimSpec], arms: Sequence[tuple[str, Factor
     for claim in claims:
         problems = []
         asked = claim.task.partition(":")[0]
-        if tasks and asked not in {task.partition(":")[0] for task in tasks}:
+        # The claim may name the judge, which a study's task does not.
+        if tasks and not any(f"{asked}@".startswith(f"{task.partition(':')[0]}@") for task in tasks):
             problems.append(f"no arm is asked {claim.task} (asked are: {', '.join(tasks)})")
         chosen = [[one for one in arms if _is_meant(side, *one)] for side in (claim.a, claim.b)]
         for word, side, some in zip("ab", (claim.a, claim.b), chosen, strict=True):
@@ -236,11 +237,18 @@ class _Tested:
 
     def _column(self, columns: Sequence[Column]) -> Column | None:
         task, _, variant = self.claim.task.partition(":")
+        named = [one for one in columns if one.task in (task, self.claim.task)]
+        if not named:
+            # A study asks `dangerous_qa`; who judged the answers is in the column's name alone.
+            named = [one for one in columns if one.task.startswith(f"{task}@")]
+            names = sorted({one.task for one in named})
+            if len(names) > 1:
+                self.why = f"{len(names)} tasks are called so: write {' or '.join(names)}"
+                return None
         fitting = [
             one
-            for one in columns
-            if one.task in (task, self.claim.task)
-            and (not variant or one.variant == variant or one.task == self.claim.task)
+            for one in named
+            if (not variant or one.variant == variant or one.task == self.claim.task)
             and (one.metric == self.claim.metric or (self.claim.metric is None and one.primary))
             and one.aggregate == "mean"
         ]

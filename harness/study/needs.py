@@ -104,7 +104,7 @@ def refuse_missing(read: Read, registry: Registry, command: str) -> None:
     }
     if missing:
         what = f"{len(missing)} of what it reads is in no cache here: {'; '.join(missing)}"
-        fix = f"Fetch it where there is a network: `{command}`; or let this command do it: --online."
+        fix = f"Fetch it where there is a network: `{command}`; or let `harness study run --online` do it."
         raise UserError(f"study {read.spec.study}", what, fix)
 
 

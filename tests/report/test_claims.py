@@ -140,6 +140,27 @@ def test_what_cannot_be_decided_says_why(fields: dict[str, Any], why: str) -> No
     assert (told.status, told.why) == ("undecided", why)
 
 
+def test_a_task_is_named_with_or_without_its_judge() -> None:
+    """A study asks `red`; the column of its scores is called after who judged them."""
+    rows = [row("dpo", method="dpo"), row("sft", method="sft")]
+    scores = np.tile(np.linspace(0.2, 0.8, 50), (3, 1))
+    scored: Any = [SimpleNamespace(values=values, row=SimpleNamespace(withheld=None)) for values in scores]
+    cells = {one.name: Folded([one.name] * 3, scored, True, 3) for one in rows}
+
+    def told(task: str, *judges: str) -> ClaimResult:
+        columns = [COLUMN.model_copy(update={"key": judge, "task": f"red@{judge}"}) for judge in judges]
+        every = dict.fromkeys(judges, cells)
+        return evaluate_claims([claim(task=task)], rows, columns, every, dict.fromkeys(judges, Design(None, None, 50)))[
+            0
+        ]
+
+    assert [told(task, "gpt").effect for task in ("red", "red:raw", "red@gpt", "red@gpt:raw")] == [0.0] * 4
+    assert told("red", "gpt", "llama").why == "2 tasks are called so: write red@gpt or red@llama"
+    assert told("red@llama", "gpt", "llama").effect == 0.0
+    for wrong in ("re", "red@other", "red:chat"):
+        assert told(wrong, "gpt").why == "no column has this task and metric"
+
+
 def test_a_claim_of_a_study_is_decided_on_its_board(tmp_path: Path) -> None:
     claims = [
         {"name": "gains", "a": {"method": "dpo"}, "b": {"method": "base"}, "task": "quiz:raw", "metric": "acc"},
@@ -164,6 +185,7 @@ def test_a_plan_warns_of_what_cannot_be_decided() -> None:
     arms += [("llama", {"method": "base", "base": "llama"}), ("far", {"method": "far", "base": "other", "seed": 0})]
     good = [claim("good"), claim("base", b={"method": "base"})]
     assert claim_warnings(good, arms, ["quiz"]) == []
+    assert claim_warnings([claim(task="quiz@judge")], arms, ["quiz"]) == []
     bad = [
         (claim("none", a={"method": "kto"}), "side a has no arm ({'method': 'kto'})"),
         (claim("one", a="ip*"), "side a has arms of 1 seed: training noise is not estimated under 3"),

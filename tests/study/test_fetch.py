@@ -161,7 +161,7 @@ def test_a_run_names_the_data_that_is_in_no_cache(
     with pytest.raises(UserError) as error:
         refuse_missing(read, load_plugins([]), "harness fetch study.yaml")
     assert "study hubbed: 1 of what it reads is in no cache here: me/pairs (me/pairs)" in str(error.value)
-    assert "`harness fetch study.yaml`; or let this command do it: --online" in error.value.fix
+    assert "`harness fetch study.yaml`; or let `harness study run --online` do it" in error.value.fix
 
 
 def test_what_the_shipped_quick_study_reads(tiny: Path) -> None:
