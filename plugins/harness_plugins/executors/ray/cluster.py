@@ -21,7 +21,7 @@ HANDED_ON = re.compile(
     r"|XDG_CACHE_HOME|XDG_CONFIG_HOME|LANG|TZ|PYTHONHASHSEED|PYTHONDONTWRITEBYTECODE"
 )
 STARTS = 3
-"""How often a cluster of this machine is started. Ray waits 15 seconds for each of its helpers, and no setting lengthens
+"""How often a cluster of this machine is started. Ray waits 15 seconds for each of its helpers, and no setting changes
 that; once it has failed, what they import is in memory."""
 SECRET = {"TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIALS"}
 
