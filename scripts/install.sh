@@ -226,6 +226,9 @@ install_harness
 # Many container images forbid Python to keep bytecode. What every command imports is compiled here, once, instead of by each of them.
 env -u PYTHONDONTWRITEBYTECODE "$python" -c 'import harness_plugins.engine_transformers, lm_eval.tasks, peft, transformers.models.llama.modeling_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer' >"$venv/install.log" 2>&1 || true
+# Ray gives each of its helpers 15 seconds to start, in which they must not have to compile what they import.
+env -u PYTHONDONTWRITEBYTECODE "$python" -c 'import ray.autoscaler._private.monitor, ray.dashboard.agent, ray.dashboard.dashboard
+import ray._private.log_monitor, ray._private.runtime_env.agent.main' >"$venv/install.log" 2>&1 || true
 
 printf '%s %s %s\n' "$key" "$profile" "$build" >"$state.new"
 mv "$state.new" "$state"

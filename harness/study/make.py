@@ -324,7 +324,10 @@ class Maker:
         self.reporter.note(f"{step.kind} {arm}")
         try:
             with FolderLock(folder.path, folder.name, keep=False):
-                work(folder)
+                # Whoever held it meanwhile may have done the step.
+                ended = folder.status()
+                if ended is None or ended.status != "done" or intact(step, folder) is not None:
+                    work(folder)
         except Exception as error:
             if is_fatal(error) and not isinstance(error, UserError):
                 raise

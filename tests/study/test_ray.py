@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +21,8 @@ from tests.plugins.executors.test_ray import context, order, started
 from tests.study.conftest import Write, records
 
 SMALL: dict[str, Any] = {"object_store_memory": 80 * 1024**2, "include_dashboard": False}
+PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+"""Of a node's helpers. Where they are given, a node does not wait, 15 seconds at most, until they are found out."""
 PLUGIN = Path(__file__).with_name("holding.py")
 
 
@@ -28,10 +32,10 @@ def cluster() -> Iterator[Any]:
     cluster_utils = pytest.importorskip("ray.cluster_utils")
 
     def start() -> Any:
-        made = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **SMALL})
+        made = cluster_utils.Cluster(initialize_head=True, head_node_args=size(0))
         try:
             for _ in range(2):
-                made.add_node(num_cpus=1, **SMALL)
+                made.add_node(**size(1))
         except BaseException:
             made.shutdown()
             raise
@@ -40,6 +44,16 @@ def cluster() -> Iterator[Any]:
     made = started(start)
     yield made
     made.shutdown()
+
+
+def size(cores: int) -> dict[str, Any]:
+    """What a node is started with."""
+    with contextlib.ExitStack() as held:
+        free = [held.enter_context(socket.socket()) for _ in PORTS]
+        for one in free:
+            one.bind(("", 0))
+        ports = {name: one.getsockname()[1] for name, one in zip(PORTS, free, strict=True)}
+        return {"num_cpus": cores, **SMALL, **ports}
 
 
 def raylet_of(node: Any) -> int:
@@ -81,7 +95,7 @@ def test_a_node_of_another_version_is_named(cluster: Any, tmp_path: Path, monkey
         "    return real(self, *given, **more)\n"
         "pathlib.Path.read_text = read_text\n"
     )
-    node = started(lambda: cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": str(odd)}, **SMALL))
+    node = started(lambda: cluster.add_node(env_vars={"PYTHONPATH": str(odd)}, **size(1)))
     run = tmp_path / "run"
     ray = RayExecutor()
     try:
@@ -157,7 +171,7 @@ def test_a_study_outlives_nodes_and_its_driver(
     assert not (align / "status.json").exists()
     (alone / "hold-align").unlink()
     # A node that joins late is compared, too.
-    started(lambda: cluster.add_node(num_cpus=1, **SMALL))
+    started(lambda: cluster.add_node(**size(1)))
 
     orphan = held("answers", driver)
     ended = (align / "status.json").stat().st_mtime_ns
@@ -178,9 +192,46 @@ def test_a_study_outlives_nodes_and_its_driver(
     assert begun(align) == 2, "once, and again on another node"
     log = [json.loads(line)["event"] for line in (align / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert "resumed" in log, log
-    # The first answers were cut short twice, by the driver's end and a node's; the rest was done once.
-    attempts = sorted(begun(step) for step in (alone / "run" / "steps").iterdir() if step.name[:5] != "align")
-    assert attempts == [1, 1, 1, 3]
+    # Both arms are asked together, and were cut short twice, by the driver's end and a node's; scores were done once.
+    assert [begun(step) for step in (alone / "run" / "steps").glob("answers-*")] == [3, 3]
+    assert [begun(step) for step in (alone / "run" / "steps").glob("scores-*")] == [1, 1]
+    answered = [said(step, "answered") for step in (alone / "run" / "steps").glob("answers-*")]
+    assert sum(one["reused"] + one["computed"] for one in answered) == 12
+    assert sum(one["reused"] for one in answered) >= 4, "the first batch was stored before anything was lost"
+
+
+def test_a_stopped_driver_lets_its_orders_save(
+    cluster: Any, small: dict[str, Any], write: Write, alone: Path, zygote: Any
+) -> None:
+    """SIGTERM during an align gives 75, Ctrl-C during answers 130; each goes on from what was saved."""
+    plugin = Path(shutil.copy(PLUGIN, alone))
+    evaluation = {**small["evaluation"], "engine": "held", "set": {"engine.batch_size": 4}}
+    file = write({**small, "grid": [{**small["grid"][0], "method": "held"}], "merges": [], "evaluation": evaluation})
+    command = ["study", "run", str(file), "--out", "run", "--plugin", str(plugin)]
+    command += ["--executor", "ray", "--set", f"executor.address={cluster.address}"]
+    if len(cluster.worker_nodes) < 2:
+        started(lambda: cluster.add_node(**size(1)))
+    for what, number, code in (("align", signal.SIGTERM, 75), ("answers", signal.SIGINT, 130)):
+        (alone / f"hold-{what}").touch()
+        driver = zygote.start(command, cwd=alone)
+        file = alone / f"held-{what}"
+        worker = int(until(lambda file=file: file.exists() and file.read_text(encoding="utf-8"), why=driver.said))
+        os.kill(driver.pid, number)
+        # An align saves at the end of its step.
+        time.sleep(1)
+        (alone / f"hold-{what}").unlink()
+        assert driver.wait() == code, driver.said()
+        until(lambda worker=worker: not runs(worker))
+        steps = list((alone / "run" / "steps").glob(f"{what}-*"))
+        assert steps and not [step for step in steps if (step / "status.json").exists()]
+    (align,) = (alone / "run" / "steps").glob("align-*")
+    assert said(align, "resumed") and begun(align) == 2 and (align / "status.json").exists()
+
+
+def said(step: Path, event: str) -> dict[str, Any]:
+    """The last entry of a kind in a step's log."""
+    lines = [json.loads(line) for line in (step / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return next((line for line in reversed(lines) if line["event"] == event), {})
 
 
 def begun(step: Path) -> int:

@@ -85,6 +85,36 @@ def test_again_there_is_nothing_to_do(
     assert records(Path("run")) == before
 
 
+def test_what_another_process_has_just_done_is_not_done_again(
+    cli: Any,
+    whole: dict[str, Any],
+    write: Write,
+    whole_run: Path,
+    copied: Copied,
+    begun: Begun,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An align that has not ended when it is looked at, and has when its folder's lock is there."""
+    from harness.steps.lock import FolderLock
+
+    before = records(copied(whole_run))
+    (status,) = Path("run").glob("steps/align-on-*/status.json")
+    status.rename(aside := Path("aside.json"))
+    real = FolderLock.take
+
+    def take(self: FolderLock) -> None:
+        real(self)
+        if self.root.name == status.parent.name:
+            aside.rename(status)
+
+    monkeypatch.setattr(FolderLock, "take", take)
+    ran = cli(*run(write(whole)))
+    assert ran.code == 0, ran.err
+    assert not aside.exists()
+    assert begun() == []
+    assert records(Path("run")) == before
+
+
 def test_keys_are_what_any_plan_gives_with_what_is_promised(whole: dict[str, Any], write: Write) -> None:
     """An arm's answers have the same key alone as in company; what is not there yet stands in by its step's key."""
     plan = plan_study(write(whole))

@@ -20,6 +20,9 @@ HANDED_ON = re.compile(
     r"(HF|HARNESS|TRANSFORMERS|TOKENIZERS|DATASETS|MALLOC|OMP|MKL|OPENBLAS|TORCH|PYTORCH|CUBLAS|NCCL|VLLM|BNB|LC)_\w+"
     r"|XDG_CACHE_HOME|XDG_CONFIG_HOME|LANG|TZ|PYTHONHASHSEED|PYTHONDONTWRITEBYTECODE"
 )
+STARTS = 3
+"""How often a cluster of this machine is started. Ray waits 15 seconds for each of its helpers, and no setting changes
+that; once it has failed, what they import is in memory."""
 SECRET = {"TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIALS"}
 
 
@@ -117,27 +120,43 @@ def _connect(config: RayOptions, context: ExecutorContext, thread: ThreadPoolExe
 
 
 def _init(config: RayOptions, context: ExecutorContext) -> None:
+    attempts = 1 if config.address is not None else STARTS
+    for attempt in range(1, attempts + 1):
+        try:
+            _init_once(config, context)
+            return
+        # Of many kinds, from ConnectionError to RuntimeError, as Ray comes to notice it.
+        except Exception as error:
+            import ray
+
+            ray.shutdown()
+            what = " ".join(str(error).split())[:300] or type(error).__name__
+        if attempt < attempts:
+            context.reporter.note(f"a cluster of this machine did not start (attempt {attempt} of {attempts}): {what}")
+    if config.address is not None:
+        raise UserError(
+            f"--set executor.address={config.address}",
+            f"no cluster can be used: {what}",
+            "Start it (ray start --head; ray start --address HOST:PORT on the other nodes) and run this on one of its "
+            "nodes, or leave executor.address out.",
+        )
+    raise UserError(
+        "--executor ray",
+        f"no cluster of this machine has started, in {attempts} attempts: {what}",
+        "Try again when the machine is less busy; `ray stop` ends what an earlier one left. Ray's own words: "
+        "/tmp/ray/session_latest/logs.",
+    )
+
+
+def _init_once(config: RayOptions, context: ExecutorContext) -> None:
     import ray
 
     shown = {"log_to_driver": config.logs == "all", "logging_level": "INFO" if config.logs == "all" else "ERROR"}
-    try:
-        if config.address is not None:
-            ray.init(address=config.address, **shown)
-            return
-        size = {"num_cpus": context.cores, "num_gpus": len(context.devices), "object_store_memory": OBJECT_STORE}
-        ray.init(address="local", include_dashboard=False, **size, **shown)
-    # Of many kinds, from ConnectionError to RuntimeError, as Ray comes to notice it.
-    except Exception as error:
-        ray.shutdown()
-        where = "--executor ray" if config.address is None else f"--set executor.address={config.address}"
-        what = " ".join(str(error).split())[:300] or type(error).__name__
-        fix = (
-            "Under load a start can take too long: try again; `ray stop` ends what an earlier one left."
-            if config.address is None
-            else "Start it (ray start --head; ray start --address HOST:PORT on the other nodes) and run this on one "
-            "of its nodes, or leave executor.address out."
-        )
-        raise UserError(where, f"no cluster can be used: {what}", fix) from None
+    if config.address is not None:
+        ray.init(address=config.address, **shown)
+        return
+    size = {"num_cpus": context.cores, "num_gpus": len(context.devices), "object_store_memory": OBJECT_STORE}
+    ray.init(address="local", include_dashboard=False, **size, **shown)
 
 
 def handed_on(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import signal
 import threading
@@ -22,6 +23,8 @@ LISTEN = 0.3
 """Longest wait (seconds) for something to be said, before it is looked whether a task ended without a word."""
 LOOK = 5.0
 """Seconds between looks at which nodes there are; so long, too, a node may outlive what ran on it."""
+LEAVE = 30.0
+"""Longest wait (seconds) for processes of this machine whose order has ended: Ray ends them a while after it."""
 
 
 @dataclass
@@ -50,6 +53,8 @@ class RayPool(Pool):
     _said: queue.SimpleQueue[Event | BaseException] = field(default_factory=queue.SimpleQueue)
     _open_ends: set[str] = field(default_factory=set)
     """Orders whose end has not been handed out by :meth:`events`."""
+    _processes: set[int] = field(default_factory=set)
+    """Workers of this machine."""
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _listener: threading.Thread | None = None
     _looked: float = 0.0
@@ -111,6 +116,9 @@ class RayPool(Pool):
                     ray.cancel(task, recursive=False)
                 for task in self._left(tasks, self.config.grace):
                     ray.cancel(task, force=True, recursive=False)
+                end = time.monotonic() + LEAVE
+                while self._running() and time.monotonic() < end:
+                    time.sleep(0.05)
         finally:
             self._closed = True
             self.comparison.close()
@@ -128,6 +136,16 @@ class RayPool(Pool):
             _, tasks = ray.wait(tasks, num_returns=len(tasks), timeout=0)
             time.sleep(0.05)
         return tasks
+
+    def _running(self) -> bool:
+        """Whether a worker of this machine has not ended."""
+        for pid in tuple(self._processes):
+            try:
+                os.kill(pid, 0)
+            except (ProcessLookupError, PermissionError):
+                # It has ended, or another user's has its number now.
+                self._processes.discard(pid)
+        return bool(self._processes)
 
     # ------------------------------------------------------------------------------------------------- before it runs
 
@@ -193,6 +211,8 @@ class RayPool(Pool):
                 self._settle()
                 if time.monotonic() - self._looked > LOOK:
                     self._looked = time.monotonic()
+                    # Numbers are given again: those that are free are forgotten soon.
+                    self._running()
                     self._end_unfit()
         except BaseException as error:
             if not self._closed:
@@ -204,7 +224,9 @@ class RayPool(Pool):
     def _take(self, seconds: float) -> None:
         import ray
 
-        for name, attempt, number, node, data in ray.get(self.cluster.mailbox.take.remote(seconds)):
+        for name, attempt, number, node, pid, data in ray.get(self.cluster.mailbox.take.remote(seconds)):
+            if node == self.cluster.node:
+                self._processes.add(pid)
             with self._lock:
                 given = self._given.get(name)
                 if given is None or attempt != given.order.attempt or number <= given.heard or given.ended:

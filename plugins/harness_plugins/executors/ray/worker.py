@@ -30,8 +30,8 @@ SILENCE = 60.0
 VISIBLE = 15.0
 """Longest time (seconds) until a shared folder shows on one node what another has written."""
 
-Message = tuple[str, int, int, str, dict[str, Any]]
-"""Order, attempt, number of the event in this attempt, node, event."""
+Message = tuple[str, int, int, str, int, dict[str, Any]]
+"""Order, attempt, number of the event in this attempt, node, process on it, event."""
 
 
 class Mailbox:
@@ -161,7 +161,7 @@ class Telling:
         with self._lock:
             self._count += 1
             data = event.model_dump(mode="json", exclude_defaults=True)
-            self._send((self._order.id, self._order.attempt, self._count, self._node, data))
+            self._send((self._order.id, self._order.attempt, self._count, self._node, os.getpid(), data))
 
     def _send(self, message: Message) -> None:
         from ray import get
