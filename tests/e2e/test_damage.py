@@ -188,7 +188,7 @@ IN_A_RUN = {
     "requests/*.jsonl.gz",
     *(f"steps/answers-*/{name}" for name in (*PER_STEP, "artifact/answers.jsonl.gz")),
     *(f"steps/scores-*/{name}" for name in (*PER_STEP, "artifact/scores.json", "artifact/samples.jsonl.gz")),
-    *(f"report/report.{kind}" for kind in ("json", "md", "html")),
+    "report/*",
 }
 UNHARMED = {
     ".lock": "the id of the process that wrote last; a lock is held by the process, not by the file",
