@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -60,7 +60,7 @@ class Conditioning(Config):
     """What ``conditioning.json`` says: the values that a model was trained with, and which one stands for none.
 
     With ``preferences`` the keys of ``values`` are ``PREFERENCE=VALUE``, and a control is one value for each, written
-    ``helpful=good,harmless=bad`` in the order of the preferences.
+    ``harmless=bad,helpful=good`` in the order of their names.
     """
 
     values: dict[str, ControlValue] = Field(min_length=1, description="name of a value -> what stands for it")
@@ -73,6 +73,17 @@ class Conditioning(Config):
     preferences: dict[str, tuple[str, ...]] = Field(
         default_factory=dict, description="preference -> its values, where several are trained; else empty"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_order(cls, data: Any) -> Any:
+        """Preferences in the order of their names, as in the file, whose keys are sorted; the default likewise."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("preferences"), Mapping):
+            return data
+        found = {**data, "preferences": dict(sorted(data["preferences"].items(), key=lambda one: str(one[0])))}
+        if found["preferences"] and isinstance(data.get("default"), str):
+            found["default"] = ",".join(sorted(data["default"].split(","), key=lambda one: one.partition("=")[0]))
+        return found
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

@@ -141,7 +141,8 @@ def test_values_that_stand_in_prompts_are_not_served(tiny: Path, seen: Path, alo
         spec = ServeSpec(model=ModelSpec(model=str(tiny)), adapters=(str(make(alone / kind, tiny)),))
         said = [one.what for one in serve_check.check(spec, load_plugins()).problems]
         assert f"cannot be served: was trained with a conditioning by {kind}, which stands in prompts" in said[0]
-        assert len(said) == 1
+        # vLLM 0.32 beside LoRA says it of virtual tokens in its own words, too.
+        assert len(said) == (1 if kind == "text" else 2)
 
 
 def test_without_adapters_there_is_no_gate_and_options_reach_vllm(tiny: Path, seen: Path) -> None:
