@@ -14,6 +14,7 @@ from harness import Adapter, Aligner, Converter, Dataset, Engine, Executor, Merg
 @hookimpl
 def register_aligners() -> Iterator[Aligner]:
     """SFT, DPO, the preference losses that are one function each, and methods that condition a model."""
+    from harness_plugins.aligners.conditioned.hindsight import Coh
     from harness_plugins.aligners.conditioned.methods import ControlToken, Meet
     from harness_plugins.aligners.preference import Cdpo, Dpo, Ipo, Orpo
     from harness_plugins.aligners.sft import Sft
@@ -25,6 +26,7 @@ def register_aligners() -> Iterator[Aligner]:
     yield Orpo()
     yield Meet()
     yield ControlToken()
+    yield Coh()
 
 
 @hookimpl

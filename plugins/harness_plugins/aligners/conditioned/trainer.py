@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from harness_plugins.aligners.conditioned.controls import Control
 from harness_plugins.aligners.conditioned.values import ConditionedRecipe, check_spread, other_values, values_of
 
 IGNORED = -100
+Alternatives = Callable[[Sequence[int]], list[list[int]]]
+"""The other values that a row is measured under."""
 WORD = -1
 """Slot of a token that is no virtual token."""
 
@@ -29,7 +32,9 @@ class ConditionedCollator:
         alternatives: of a row's values; none in training.
     """
 
-    def __init__(self, control: Control, position: Any, bos: int | None, alternatives: Any = None) -> None:
+    def __init__(
+        self, control: Control, position: Any, bos: int | None, alternatives: Alternatives | None = None
+    ) -> None:
         self.control, self.position, self.bos, self.alternatives = control, position, bos, alternatives
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -68,11 +73,11 @@ class ConditionedCollator:
 class ConditionedTrainer(Trainer):
     """The mean over the tokens of an optimiser step that carry loss, as in SFT, each row under its values."""
 
-    def __init__(self, *, measured: ConditionedCollator, figures: Sequence[Sequence[str]], **arguments: Any) -> None:
+    def __init__(self, *, measured: ConditionedCollator, prepared: Prepared, **arguments: Any) -> None:
         super().__init__(**arguments)
         # The mean is over the whole optimiser step, whatever model this is.
         self.model_accepts_loss_kwargs = True
-        self._measured, self._figures = measured, figures
+        self._measured, self._prepared = measured, prepared
         self._policy: Any = arguments["model"]
 
     def losses(self, model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -102,6 +107,10 @@ class ConditionedTrainer(Trainer):
         # Gradients of several processes are averaged, and the count is that of all of them.
         return losses_BS.sum() / num_items_in_batch * self.accelerator.num_processes
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """With what is to be known of the rows."""
+        super().log({**logs, **self._prepared.facts}, *args, **kwargs)
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Held-out rows come with the same rows under their other values."""
         trained, self.data_collator = self.data_collator, self._measured
@@ -119,10 +128,25 @@ class ConditionedTrainer(Trainer):
         own_B = self.losses(model, inputs).sum(1) / tokens_B.clamp(min=1)
         found: dict[str, Tensor] = {"loss": own_B, "tokens": tokens_B}
         gains: dict[str, list[Tensor]] = {}
-        for names, other in zip(self._figures, inputs["others"], strict=True):
+        for names, other in zip(self._prepared.figures, inputs["others"], strict=True):
             for name in names:
                 gains.setdefault(name, []).append(self.losses(model, other).sum(1) / tokens_B.clamp(min=1) - own_B)
         return found | {name: torch.stack(some).mean(0) for name, some in gains.items()}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows of a stage as conditioned ones, and how held-out rows are measured."""
+
+    rows: list[dict[str, Any]]
+    """With ``id``, ``prompt_ids``, ``completion_ids``, ``labels_mask`` and ``values``."""
+    heldout: list[dict[str, Any]] | None
+    position: Any
+    alternatives: Alternatives
+    figures: Sequence[Sequence[str]]
+    """For each alternative, the figures that it enters."""
+    facts: Mapping[str, float] = field(default_factory=dict)
+    """What every line of the log says beside its own."""
 
 
 def trainer_call(job: TrainingJob[Any], method: str) -> TrainerCall:
@@ -132,28 +156,40 @@ def trainer_call(job: TrainingJob[Any], method: str) -> TrainerCall:
         UserError: rows without ratings, or of one value; a control that leaves a row no room in the context.
     """
     config: ConditionedRecipe = job.config
-    model: Any = job.model
-    control: Control = model.control
     rows = _with_values(job.rows, config)
     check_spread([row["values"] for row in rows], config.preferences, method)
     held = _with_values(job.heldout, config) if job.heldout is not None else None
-    places = [range(len(values) - 1) for values in config.preferences.values()]
-    names = ["gain"] if len(places) == 1 else [f"gain/{name}" for name in config.preferences]
-    figures = [[name] for name, others in zip(names, places, strict=True) for _ in others]
-    common = (control, config.position, job.tokenizer.bos_token_id)
-    measured = ConditionedCollator(*common, lambda values: other_values(values, config.preferences))
-    check_room(measured, model, [*rows, *(held or [])])
+    names = {name: f"gain/{name}" if len(config.preferences) > 1 else "gain" for name in config.preferences}
+    figures = [[names[name]] for name, values in config.preferences.items() for _ in values[1:]]
+
+    def alternatives(values: Sequence[int]) -> list[list[int]]:
+        return other_values(values, config.preferences)
+
+    return build(job, Prepared(rows, held, config.position, alternatives, figures))
+
+
+def build(job: TrainingJob[Any], prepared: Prepared) -> TrainerCall:
+    """The trainer of conditioned rows, not yet built.
+
+    Raises:
+        UserError: a control leaves a row no room in the context.
+    """
+    model: Any = job.model
+    common = (model.control, prepared.position, job.tokenizer.bos_token_id)
+    held = prepared.heldout
+    measured = ConditionedCollator(*common, prepared.alternatives)
+    check_room(measured, model, [*prepared.rows, *(held or [])])
     arguments = job.arguments(TrainingArguments, remove_unused_columns=False, label_names=["labels"])
     return TrainerCall(
         ConditionedTrainer,
         {
             "model": model,
             "args": arguments,
-            "train_dataset": Dataset.from_list(rows),
+            "train_dataset": Dataset.from_list(prepared.rows),
             "eval_dataset": Dataset.from_list(held) if held is not None else None,
             "data_collator": ConditionedCollator(*common),
             "measured": measured,
-            "figures": figures,
+            "prepared": prepared,
         },
     )
 

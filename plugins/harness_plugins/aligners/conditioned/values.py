@@ -14,13 +14,18 @@ from harness import Recipe, UserError
 Preferences = Mapping[str, Sequence[str]]
 
 
-class ConditionedRecipe(Recipe):
-    """A recipe with what ratings mean; the model's own settings are those of SFT in arXiv 2406.04879, Table 6."""
+class AnswerRecipe(Recipe):
+    """Defaults of SFT in arXiv 2406.04879, Table 6."""
 
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate (no unit)")
     max_grad_norm: float = Field(0.3, gt=0, description="gradient norm above which gradients are scaled down")
     weight_decay: float = Field(0.001, ge=0, description="AdamW's weight decay")
     schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="learning-rate schedule")
+
+
+class ConditionedRecipe(AnswerRecipe):
+    """A recipe with what ratings mean."""
+
     preferences: dict[str, tuple[str, ...]] = Field(
         default_factory=lambda: {"preference": ("good", "bad")},
         min_length=1,
