@@ -66,7 +66,7 @@ def test_virtual_tokens_stand_where_evaluation_puts_them(
     from transformers import AutoModelForCausalLM
 
     made = align("meet", "out", **settings(**PROMPT), position=position)
-    info = inspect_adapter("out", inspect_model(ModelSpec(model=str(tiny))))
+    info = inspect_adapter("out", inspect_model(ModelSpec(model=str(tiny))), conditioned=True)
     assert info.conditioning is not None
     assert (info.conditioning.default, info.conditioning.position) == ("good", position)
     bos = made_bos(tiny)
@@ -141,7 +141,7 @@ def test_several_preferences(align: Callable[..., Any], tiny: Path, alone: Path)
     Path("rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     both = {"helpful": ["good", "bad"], "harmless": ["good", "bad"]}
     made = align("meet", "out", data=Path("rated.jsonl"), preferences=both, **settings(**PROMPT))
-    info = inspect_adapter("out", inspect_model(ModelSpec(model=str(tiny))))
+    info = inspect_adapter("out", inspect_model(ModelSpec(model=str(tiny))), conditioned=True)
     assert info.conditioning is not None
     assert info.conditioning.default == "helpful=good,harmless=good"
     assert len(soft_prompt(info, "helpful=bad,harmless=good")) == 2 * 3
