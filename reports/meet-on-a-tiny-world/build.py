@@ -85,18 +85,20 @@ def collect(folder: Path) -> None:
             for figure in ("loss", "gain"):
                 found = [_values(path / PLACES[place], figure, rated, value) for path in paths]
                 figures[f"{figure}/{value}"] = _over_seeds(found)
-        arms.append({"arm": name, "stages": place, "digests": [one["digest"][:12] for one in status], "figures": figures})
+        arms.append(
+            {"arm": name, "stages": place, "digests": [one["digest"][:12] for one in status], "figures": figures}
+        )
     (HERE / "records").mkdir(exist_ok=True)
     record = {"seeds": list(SEEDS), "rows": ROWS, "common": COMMON, "arms": arms}
     (HERE / "records" / "arms.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _values(place: Path, figure: str, rated: list[str], value: str) -> dict[str, float]:
-    """Of the held-out rows with this value; the id of a row of a file ends in its number."""
+    """Of the held-out rows with this value; the id of a row of a file ends in the number of its line, from 1."""
     from harness.steps.journal import read_rows
 
     rows = read_rows(place / "heldout.jsonl.gz")
-    return {row["id"]: row[figure] for row in rows if rated[int(row["id"].rpartition("/")[2])] == value}
+    return {row["id"]: row[figure] for row in rows if rated[int(row["id"].rpartition("/")[2]) - 1] == value}
 
 
 def _over_seeds(found: list[dict[str, float]]) -> dict[str, Any]:
