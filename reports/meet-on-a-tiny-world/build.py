@@ -127,12 +127,12 @@ def render() -> str:
     lines = [
         "# MEET on a tiny world",
         "",
-        "Does control steer a model of half a million parameters? `meet` on the demo's own world (`harness demo`), where",
+        "Does control steer a model of half a million parameters? `meet` on the demo's own world (`harness demo`), where",  # noqa: E501
         "each answer is polite (good) or rude (bad) and the prompt does not say which; on a CPU in fp32.",
         f"{record['rows']:,} rated rows; {common['control_steps']} steps of the control with the model frozen, then",
         f"{common['steps']} of both, {common['batch_size']} rows each; seeds {', '.join(map(str, record['seeds']))}.",
         "",
-        "`gain` is log p(answer | its own value) - log p(answer | the other value), in nats per token, on held-out rows",
+        "`gain` is log p(answer | its own value) - log p(answer | the other value), in nats per token, on held-out rows",  # noqa: E501
         "whose prompts are in no training row: above 0, the answers of a value are likelier under it. `loss` is their",
         "negative log-likelihood under their own value. Intervals are 95 %, with the noise of seeds and of rows.",
         "",
