@@ -13,7 +13,9 @@ from harness import Adapter, Aligner, Converter, Dataset, Engine, Executor, Merg
 
 @hookimpl
 def register_aligners() -> Iterator[Aligner]:
-    """SFT, DPO and the preference losses that are one function each."""
+    """SFT, DPO, the preference losses that are one function each, and methods that condition a model."""
+    from harness_plugins.aligners.conditioned.hindsight import Coh
+    from harness_plugins.aligners.conditioned.methods import ControlToken, Meet
     from harness_plugins.aligners.preference import Cdpo, Dpo, Ipo, Orpo
     from harness_plugins.aligners.sft import Sft
 
@@ -22,6 +24,9 @@ def register_aligners() -> Iterator[Aligner]:
     yield Cdpo()
     yield Ipo()
     yield Orpo()
+    yield Meet()
+    yield ControlToken()
+    yield Coh()
 
 
 @hookimpl
