@@ -129,7 +129,8 @@ def say(root: Path, failures: Mapping[str, str]) -> Board:
     """Write a study's reports; print its board, what failed, and what it scales to; the last line is the page."""
     from rich.console import Console
 
-    pages, board = write_all(root), write_board([root], root / "report")
+    write_all(root, page=False)
+    board = write_board([root], root / "report")
     console = Console()
     console.print(board_table(board))
     for name, reason in failures.items():
@@ -137,6 +138,6 @@ def say(root: Path, failures: Mapping[str, str]) -> Board:
     paper = read_study(find_study(Path("paper")))
     scale = f"At full size, `harness study plan paper`: {counted(arms_of(paper))}; {paper.spec.summary}."
     console.print(scale, markup=False, highlight=False)
-    for page in pages:
-        console.print(visible(str(page)), markup=False, highlight=False, soft_wrap=True)
+    page = root / "report" / "report.html"
+    console.print(visible(str(page)), markup=False, highlight=False, soft_wrap=True)
     return board

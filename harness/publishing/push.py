@@ -123,17 +123,15 @@ def pack_report(run: Path, title: str) -> Parcel:
         UserError: the folder is no run.
         CorruptionError: a record is damaged.
     """
-    pages = write_all(run)
+    write_all(run)
     folder = RunStore(run).report
     files: dict[str, Path | bytes] = {
         path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     }
-    first = sorted(page.relative_to(folder).as_posix() for page in pages)
-    index = "report.html" if "report.html" in files else first[0]
-    # A page that only sends on: what it names is relative to its own folder.
-    files["index.html"] = f'<!doctype html><meta http-equiv="refresh" content="0; url={index}">\n'.encode()
+    # A page that only sends on: a Space begins with a file of this name.
+    files["index.html"] = b'<!doctype html><meta http-equiv="refresh" content="0; url=report.html">\n'
     head = json.dumps(title)
     files[CARD] = f"---\ntitle: {head}\nsdk: static\napp_file: index.html\n---\n\nMade by `harness report`.\n".encode()
     return _checked(Parcel("space", files))

@@ -58,7 +58,7 @@ def test_what_it_prints(demo: tuple[Demo, list[str]]) -> None:
     done, shown = demo
     text = " ".join(" ".join(shown).split())
     assert "310 arms (260 align, 50 merge) and 4 bases" in text
-    page = done.root / "report" / "base" / "report.html"
+    page = done.root / "report" / "report.html"
     assert shown[-1] == str(page) and page.is_file()
     assert {len(row.seeds) for row in done.board.rows if row.kind != "base"} == {3}
     for one in done.board.claims:

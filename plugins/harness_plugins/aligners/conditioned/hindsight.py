@@ -51,7 +51,8 @@ class Coh(Aligner["Coh.Config"]):
         """The trainer of conditioned rows, on sequences made of pairs; held-out rows are the chosen answers."""
         from harness_plugins.aligners.conditioned.trainer import Prepared, build
 
-        control, tokenizer, config = job.model.control, job.tokenizer, job.config
+        tokenizer, config = job.tokenizer, job.config
+        control: Any = job.model.control
         markers = {value: control.ids([place]) for place, value in enumerate(VALUES)}
         ends = frozenset(tokenizer.all_special_ids)
         rows, epochs = [], Counter[str]()

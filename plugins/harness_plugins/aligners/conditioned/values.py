@@ -14,6 +14,10 @@ from harness import Recipe, UserError
 Preferences = Mapping[str, Sequence[str]]
 
 
+def _one_preference() -> dict[str, tuple[str, ...]]:
+    return {"preference": ("good", "bad")}
+
+
 class AnswerRecipe(Recipe):
     """Defaults of SFT in arXiv 2406.04879, Table 6."""
 
@@ -27,7 +31,7 @@ class ConditionedRecipe(AnswerRecipe):
     """A recipe with what ratings mean."""
 
     preferences: dict[str, tuple[str, ...]] = Field(
-        default_factory=lambda: {"preference": ("good", "bad")},
+        default_factory=_one_preference,
         min_length=1,
         description="preference of the ratings -> its values, the default first; a rating is a label among them, or a "
         "number, which is the first of two values from `threshold` on, and else the second",
