@@ -24,7 +24,7 @@ from harness.merging.publish import intact as intact_merge
 from harness.merging.run import MergeSettings, carry_out_merge
 from harness.models.inspect import inspect_adapter, inspect_model
 from harness.steps.files import read_json, write_json
-from harness.steps.folder import StepFolder
+from harness.steps.folder import STEP, StepFolder
 from harness.steps.lock import FolderLock, FolderTakenError
 from harness.steps.runner import Runner, is_fatal
 from harness.steps.step import Step
@@ -56,6 +56,15 @@ def is_let_go(folder: StepFolder) -> bool:
 def _is_gone(made: Promise) -> bool:
     """Whether an arm is a merged model whose weights were let go."""
     return is_model(made) and (Path(made.model.path).parent / GONE).exists()
+
+
+def _unreadable(folder: StepFolder) -> str | None:
+    """Why step.json cannot be read: boards take an arm's recipe from it."""
+    try:
+        read_json(folder.path / STEP)
+    except (OSError, CorruptionError) as error:
+        return f"{STEP} is {'missing' if isinstance(error, FileNotFoundError) else 'damaged'}"
+    return None
 
 
 class Maker:
@@ -304,7 +313,7 @@ class Maker:
         if status is None and self._take(step, folder, intact):
             status = folder.status()
         if status is not None and status.status == "done":
-            if (problem := intact(step, folder)) is None:
+            if (problem := intact(step, folder) or _unreadable(folder)) is None:
                 return folder
             self.reporter.note(f"{folder.name}: {problem}; it is done again")
             folder.reopen(problem)

@@ -290,7 +290,7 @@ def test_nothing_that_is_said_steers_the_terminal(cli: Any, slow_eval: list[str]
         (["report", "a\udcff"], "'a\\udcff': is not UTF-8\n  Give names and texts in UTF-8."),
         (["report", "~nobody-here/x"], "~nobody-here/x: there is no such user\n  Give a path."),
         (["report", "./~nobody-here"], "./~nobody-here: there is no such user\n  Give a path."),
-        (["report", "x" * 300], f"{'x' * 300}/plan.json: cannot be used: File name too long\n  Give another path."),
+        (["report", "x" * 300], f"{'x' * 300}: cannot be used: File name too long\n  Give another path."),
         (["eval", "--model", "x", "--seed", "-1"], "harness eval, seed: Input should be greater than"),
         (["eval", "--model", "MODEL", "--task", "lm_eval:"], "--task lm_eval:, name: String should match pattern"),
         (["align", "dpo", "--model", "x", "--dataset", "x", "--seed", "-1"], "harness align, seed: Input should be"),
