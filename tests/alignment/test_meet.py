@@ -143,8 +143,8 @@ def test_several_preferences(align: Callable[..., Any], tiny: Path, alone: Path)
     made = align("meet", "out", data=Path("rated.jsonl"), preferences=both, **settings(**PROMPT))
     info = inspect_adapter("out", inspect_model(ModelSpec(model=str(tiny))), conditioned=True)
     assert info.conditioning is not None
-    assert info.conditioning.default == "helpful=good,harmless=good"
-    assert len(soft_prompt(info, "helpful=bad,harmless=good")) == 2 * 3
+    assert info.conditioning.default == "harmless=good,helpful=good"
+    assert len(soft_prompt(info, "harmless=good,helpful=bad")) == 2 * 3
     assert {"eval_gain/helpful", "eval_gain/harmless"} <= made.heldout.keys()
 
 

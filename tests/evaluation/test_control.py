@@ -96,7 +96,7 @@ def test_several_preferences(tiny: Path, sums: Path, alone: Path) -> None:
     every = evaluate(tiny, sums, "every", adapter=folder, control="all")
     assert len(set(ids(every))) == 4
     one = evaluate(tiny, sums, "one", adapter=folder, control=["harmless=bad", "helpful=bad, harmless=bad"])
-    assert [arm.control for arm in one.plan.arms] == ["helpful=good,harmless=bad", "helpful=bad,harmless=bad"]
+    assert [arm.control for arm in one.plan.arms] == ["harmless=bad,helpful=good", "harmless=bad,helpful=bad"]
     assert set(ids(one)) < set(ids(every))
     for asked, what in (("kind=good", "no preference 'kind=good'"), ("helpful=so", "no value of helpful 'so'")):
         with pytest.raises(UserError, match=what):

@@ -223,6 +223,11 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
+def workers_of(pid: int) -> list[int]:
+    """Worker processes: children of the warm parent, which is a child itself, or of this process."""
+    return [worker for child in children_of(pid) for worker in (children_of(child) or [child])]
+
+
 def running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -243,7 +248,7 @@ def under_way(command: list[str], calls: Path) -> Iterator[tuple[subprocess.Pope
     process = start(command, SLOW_CALLS=str(calls), SLOW_DELAY="0.4")
     try:
         wait_for(lambda: calls.exists() and len(calls.read_text().splitlines()) >= 16, process)
-        yield process, children_of(process.pid)
+        yield process, workers_of(process.pid)
     finally:
         process.kill()
         process.communicate()

@@ -16,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 from harness.testing import tiny_adapter, tiny_model
 
 ALLOWED = (
-    "Allowed keys: limit, scorer, name, version, summary, source, licence, size, notes, needs, prompt, system, "
-    "template, target, leaf, generation_prompt, decoding_of, decoding, dataset, lm_eval, generative, scorers."
+    "Allowed keys: limit, scorer, name, version, summary, source, licence, size, leaves, notes, needs, prompt, "
+    "system, template, target, leaf, cluster, generation_prompt, decoding_of, decoding, dataset, "
+    "lm_eval, generative, scorers."
 )
 Refused = Callable[..., str]
 
@@ -197,7 +198,7 @@ def test_an_adapter_without_weights(refused: Refused, alone: Path, tiny: Path) -
     what = f"--adapter {adapter}: no adapter_model.safetensors in that folder"
     says(refused(adapter=str(adapter)), what, "Give a whole peft adapter.")
     message = refused(control="polite")
-    says(message, "--control: 'polite' given, but there is no adapter to steer", "Leave --control out.")
+    says(message, "--control: 'polite' given, but there is nothing to steer", "Leave --control out.")
 
 
 # ------------------------------------------------------------------------------------------------------------- names

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from harness import Recipe, UserError
 
@@ -40,6 +40,12 @@ class ConditionedRecipe(AnswerRecipe):
     position: Literal["after_bos", "before_answer"] = Field(
         "after_bos", description="where text and virtual tokens stand: behind BOS, or where the answer begins"
     )
+
+    @field_validator("preferences")
+    @classmethod
+    def _by_name(cls, value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        """By name, as a conditioning has them: training puts them in the order in which evaluation does."""
+        return dict(sorted(value.items()))
 
     @model_validator(mode="after")
     def _several(self) -> ConditionedRecipe:
