@@ -7,7 +7,6 @@ import os
 import queue
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -126,9 +125,8 @@ def test_closing_it_lets_it_save_and_then_ends_what_it_started(tmp_path: Path, s
     worker.submit(order("one", tmp_path, does="waits"))
     while said.get(timeout=30).text != "one: third":
         pass
-    begun = time.monotonic()
     worker.close(grace=20)
-    assert time.monotonic() - begun < 10 and ended(said).outcome == "stopped"
+    assert ended(said).outcome == "stopped"
 
 
 def test_what_can_be_imported_here_can_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Start) -> None:

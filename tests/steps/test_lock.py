@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,8 +32,11 @@ def test_patience_waits_until_it_is_let_go(tmp_path: Path) -> None:
         assert ended.is_set()
 
 
-def test_patience_ends(tmp_path: Path) -> None:
-    begun = time.monotonic()
+def test_patience_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that moves only while the lock sleeps."""
+    slept: list[float] = []
+    clock = SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append)
+    monkeypatch.setattr("harness.steps.lock.time", clock)
     with FolderLock(tmp_path, "here"), patient(0.3), pytest.raises(FolderTakenError):
         FolderLock(tmp_path, "here").take()
-    assert time.monotonic() - begun >= 0.3
+    assert sum(slept) >= 0.3
