@@ -12,7 +12,7 @@ from harness.steps.checksums import PAGES, differences, record_files, told
 from harness.steps.files import read_json, stays_inside
 from harness.steps.folder import CHECKPOINT_COMPLETE, RECORD, STATUS, STEP, StepFolder
 from harness.steps.guard import Guard
-from harness.steps.step import Step, differences_told
+from harness.steps.step import Step
 
 ALIGNMENT = Guard(
     "alignment",
@@ -82,13 +82,10 @@ def intact(step: Step, folder: StepFolder) -> str | None:
         step: what was to be made, and from what.
         folder: of its record, and of the adapter or the model.
     """
+    if (problem := folder.problem(step)) is not None:
+        return problem
     record = folder.status()
-    if record is None or record.status != "done":
-        return "it has not ended well"
-    if record.id != step.id:
-        return f"it is the record of step {record.id[:12]}"
-    if record.made_from != step.made_from:
-        return f"what it is made from has changed: {differences_told(record.made_from, step.made_from)}"
+    assert record is not None
     found = differences(folder.artifact, everything=True)
     if wrong := {name: how for name, how in found.items() if name not in PAGES}:
         return told(wrong)

@@ -24,7 +24,7 @@ from harness.steps.files import slug, writing
 from harness.steps.folder import StepFolder
 from harness.steps.journal import rows_digest
 from harness.steps.runner import Ended, Runner
-from harness.steps.step import Step, differences_told, make_step
+from harness.steps.step import Step, make_step
 
 
 def prepare_step(plan: AlignPlan) -> Step:
@@ -64,14 +64,7 @@ def intact(step: Step, folder: StepFolder) -> str | None:
 
     The caches that were filled check themselves: what is not there (any more) is made by the alignment that needs it.
     """
-    record = folder.status()
-    if record is None or record.status != "done":
-        return "it has not ended well"
-    if record.id != step.id:
-        return f"it is the record of step {record.id[:12]}"
-    if record.made_from != step.made_from:
-        return f"what it is made from has changed: {differences_told(record.made_from, step.made_from)}"
-    return None
+    return folder.problem(step)
 
 
 def carry_out_prepare(

@@ -13,7 +13,7 @@ from typing import Any
 from harness.core.errors import CorruptionError, StepError
 from harness.core.records import StepRecord
 from harness.steps.files import fsync_folder, read_json, write_json, writing
-from harness.steps.step import Step
+from harness.steps.step import Step, differences_told
 
 CHECKPOINT_COMPLETE = "complete.json"
 """Written into a checkpoint of training last: without it, it is not one."""
@@ -97,6 +97,17 @@ class StepFolder:
         except (CorruptionError, ValueError):
             self.log("status.json is damaged: the step is checked again")
             return None
+
+    def problem(self, step: Step) -> str | None:
+        """Why its record is not that of a step which has ended well, made from the very same; None where it is."""
+        record = self.status()
+        if record is None or record.status != "done":
+            return "it has not ended well"
+        if record.id != step.id:
+            return f"it is the record of step {record.id[:12]}"
+        if record.made_from != step.made_from:
+            return f"what it is made from has changed: {differences_told(record.made_from, step.made_from)}"
+        return None
 
     def reopen(self, reason: str) -> None:
         """Take back the end of a step whose artifact no longer holds what was recorded."""
