@@ -56,6 +56,13 @@ def size(cores: int) -> dict[str, Any]:
         return {"num_cpus": cores, **SMALL, **ports}
 
 
+def authentication() -> dict[str, str]:
+    """How this process's clusters tell friend from stranger: once Ray has started one by itself, by a token, which a
+    driver that is given an address uses only where it is told to.
+    """
+    return {name: os.environ[name] for name in ("RAY_AUTH_MODE",) if name in os.environ}
+
+
 def raylet_of(node: Any) -> int:
     """Process of a node."""
     (raylet,) = node.all_processes["raylet"]
@@ -165,7 +172,7 @@ def test_a_study_outlives_nodes_and_its_driver(
         cluster.remove_node(node, allow_graceful=False)
         until(lambda: not runs(pid))
 
-    driver = zygote.start(command, cwd=alone)
+    driver = zygote.start(command, cwd=alone, **authentication())
     lose_node_of(held("align", driver))
     (align,) = (alone / "run" / "steps").glob("align-*")
     assert not (align / "status.json").exists()
@@ -181,7 +188,7 @@ def test_a_study_outlives_nodes_and_its_driver(
     until(lambda: not runs(orphan))
     assert "node " in driver.said() and "was lost; it is given again (attempt 2)" in driver.said()
 
-    driver = zygote.start(command, cwd=alone)
+    driver = zygote.start(command, cwd=alone, **authentication())
     lose_node_of(held("answers", driver))
     (alone / "hold-answers").unlink()
     assert driver.wait() == 0, driver.said()
@@ -213,7 +220,7 @@ def test_a_stopped_driver_lets_its_orders_save(
         started(lambda: cluster.add_node(**size(1)))
     for what, number, code in (("align", signal.SIGTERM, 75), ("answers", signal.SIGINT, 130)):
         (alone / f"hold-{what}").touch()
-        driver = zygote.start(command, cwd=alone)
+        driver = zygote.start(command, cwd=alone, **authentication())
         file = alone / f"held-{what}"
         worker = int(until(lambda file=file: file.exists() and file.read_text(encoding="utf-8"), why=driver.said))
         os.kill(driver.pid, number)

@@ -138,7 +138,7 @@ def _init(config: RayOptions, context: ExecutorContext) -> None:
             f"--set executor.address={config.address}",
             f"no cluster can be used: {what}",
             "Start it (ray start --head; ray start --address HOST:PORT on the other nodes) and run this on one of its "
-            "nodes, or leave executor.address out.",
+            "nodes; where it asks for a token, export RAY_AUTH_MODE=token first. Or leave executor.address out.",
         )
     raise UserError(
         "--executor ray",
