@@ -5,8 +5,9 @@ seed, and one more seed of each method and data set; all of them, and the base, 
 is what a user would script: a TRL trainer per arm, `mergekit` per merge, `lm_eval` per arm with all tasks in one call.
 Both train the same rows (the peer is given them tokenised) with the same recipe.
 
-Wall time is split into import, load (weights) and compute (training loops, merging, model calls); CPU times stand
-beside, for machines that are not idle. What is neither is start-up, data, files and reports.
+The study runs twice: in one process, and by a worker process for each core; scripts do one thing after another. Wall
+time of the first is split into import, load (weights) and compute (training loops, merging, model calls); CPU times
+stand beside, for machines that are not idle. What is neither is start-up, data, files and reports.
 
     python benchmarks/study_makespan.py                              8 M random Llama; makes mergekit's environment
     python benchmarks/study_makespan.py --model PATH --mergekit-python ENV/bin/python --json figures.json
@@ -35,6 +36,7 @@ METHODS, DATA, SEEDS = ("sft", "dpo"), ("one", "other"), (0, 1, 2)
 MERGED_SEEDS = (0, 1)
 ARMS = len(METHODS) * len(DATA) * len(SEEDS) + len(METHODS) * len(MERGED_SEEDS)
 PARTS = ("wall", "import", "load", "compute", "cpu", "compute_cpu")
+WORKERS = "harness, a worker for each core"
 TARGETS = {"wall": 0.3, "compute": 0.8}
 BENCHMARKS = Path(__file__).resolve().parent
 
@@ -80,7 +82,7 @@ def study_process(spec: dict[str, Any], meter: Meter) -> None:
     from harness.alignment import stage
     from harness.cli.app import main
     from harness.evaluation import ask
-    from harness.study import run as study
+    from harness.study import make
     from harness_plugins.engines.transformers.engine import TransformersEngine
 
     meter.found["import_s"] = time.time() - float(os.environ["BENCHMARK_STARTED"])
@@ -88,7 +90,7 @@ def study_process(spec: dict[str, Any], meter: Meter) -> None:
     stage.StageTraining.open_model = add.around("load", stage.StageTraining.open_model)  # type: ignore[method-assign]
     TransformersEngine.open = add.around("load", TransformersEngine.open)  # type: ignore[method-assign]
     ask.answer = add.around("compute", ask.answer, without="load")
-    study.carry_out_merge = add.around("compute", study.carry_out_merge)
+    make.carry_out_merge = add.around("compute", make.carry_out_merge)
     import transformers
 
     transformers.Trainer.train = add.around("compute", transformers.Trainer.train)  # type: ignore[method-assign]
@@ -191,9 +193,10 @@ class Bench:
         }
         self.environment.pop("PYTHONDONTWRITEBYTECODE", None)
 
-    def process(self, name: str, command: list[str], marks: Path) -> dict[str, float]:
+    def process(self, name: str, command: list[str], marks: Path | None = None) -> dict[str, float]:
         """One process from its start to its end: wall, CPU, and what it wrote down of itself."""
-        marks.unlink(missing_ok=True)
+        if marks is not None:
+            marks.unlink(missing_ok=True)
         log = self.folder / f"{name}.log"
         with log.open("w", encoding="utf-8") as stream:
             begun = time.perf_counter()
@@ -204,13 +207,15 @@ class Bench:
             running.returncode = os.waitstatus_to_exitcode(status)
         if running.returncode:
             raise SystemExit(f"{name} failed ({running.returncode}):\n{log.read_text(errors='replace')[-4000:]}")
+        print(f"{name}: {wall:.1f} s", file=sys.stderr, flush=True)
+        if marks is None:
+            return {"wall": wall, "cpu": usage.ru_utime + usage.ru_stime}
         found = json.loads(marks.read_text())
         imports = found.get("import_s", found.get("imports", 0.0))
         spent = {"wall": wall, "cpu": usage.ru_utime + usage.ru_stime, "import": imports}
         for part in ("load", "compute"):
             spent[part] = found.get(f"{part}_s", found.get(part, 0.0))
         spent["compute_cpu"] = found.get("compute_cpu_s", found.get("compute_cpu", 0.0))
-        print(f"{name}: {wall:.1f} s", file=sys.stderr, flush=True)
         return spent
 
     def own(self, do: str, **more: Any) -> dict[str, float]:
@@ -256,6 +261,14 @@ class Bench:
         }
         file.write_text(yaml.safe_dump(study, sort_keys=False))
         return self.own("study", file=str(file), out=str(self.folder / "run"))
+
+    def study_by_workers(self) -> dict[str, float]:
+        """The same study as a user's command with a worker process for each core, whose parts are not told apart."""
+        command = [str(Path(sys.executable).parent / "harness"), "study", "run", str(self.folder / "study.yaml")]
+        command += ["--out", str(self.folder / "run-workers"), "--set", f"executor.workers={self.options.threads}"]
+        # Nothing that the first has hashed or tokenised helps it.
+        self.environment["HARNESS_CACHE"] = str(self.folder / "cache-workers")
+        return self.process("study, a worker for each core", command)
 
     # ----------------------------------------------------------------------------------------------------------- peer
 
@@ -326,10 +339,12 @@ def table(figures: dict[str, Any]) -> str:
     """The figures as Markdown."""
     lines = ["| side | " + " | ".join(PARTS) + " |", "| --- |" + " ---: |" * len(PARTS)]
     for name, spent in figures["spent"].items():
-        lines.append(f"| {name} | " + " | ".join(f"{spent[part]:.1f}" for part in PARTS) + " |")
+        lines.append(
+            f"| {name} | " + " | ".join(f"{spent[part]:.1f}" if part in spent else "" for part in PARTS) + " |"
+        )
     lines += ["", "| harness / peer | ratio | target |", "| --- | ---: | ---: |"]
     for part, ratio in figures["ratios"].items():
-        target = TARGETS.get(part.removesuffix("_cpu"))
+        target = TARGETS.get(part.partition(",")[0].removesuffix("_cpu"))
         verdict = "" if target is None else f"{target} ({'met' if ratio <= target else 'missed'})"
         lines.append(f"| {part} | {ratio:.2f} | {verdict} |")
     return "\n".join(lines)
@@ -345,17 +360,25 @@ def main() -> None:
         bench = Bench(options, Path(scratch))
         bench.own("prepare")
         ours = bench.study()
+        workers = bench.study_by_workers()
         peers = bench.peer()
         if found := disagreements(bench.folder, bench.tasks):
             raise SystemExit("the two did not do the same work:\n" + "\n".join(found))
     whole = {part: sum(one[part] for one in peers.values()) for part in PARTS}
+    tools = {f"peer: {tool}": one for tool, one in peers.items()}
     figures = {
         "arms": ARMS,
         "settings": {key: value for key, value in vars(options).items() if isinstance(value, int | str)},
         "load_average": os.getloadavg(),
         "peak_mib_of_any_process": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
-        "spent": {"harness": ours, "peer": whole, **{f"peer: {tool}": one for tool, one in peers.items()}},
-        "ratios": {part: ours[part] / whole[part] for part in PARTS if whole[part]},
+        "spent": {
+            "harness": ours,
+            WORKERS: workers,
+            "peer": whole,
+            **tools,
+        },
+        "ratios": {part: ours[part] / whole[part] for part in PARTS if whole[part]}
+        | {f"{part}, {WORKERS}": workers[part] / whole[part] for part in workers},
     }
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n", encoding="utf-8")
