@@ -27,10 +27,9 @@ from harness.steps.once import Once
 from harness.steps.provenance import code_digest, digest_of_bytes
 from harness.steps.step import Step, make_step
 from harness.study.arms import ARM, Arm, arms_of
-from harness.study.cells import Searched, cells_of
+from harness.study.cells import Searched, cells_of, with_values
 from harness.study.said import said_at
-from harness.study.search import with_values
-from harness.study.spec import Read, read_study
+from harness.study.spec import EvaluationBlock, Read, read_study
 from harness.tasks.catalog import Catalog, load_catalog
 
 STEP = "step:"
@@ -172,6 +171,7 @@ def plan_study(
     changes: tuple[str, ...] = (),
     revisions: Mapping[str, str] | None = None,
     chosen: Mapping[str, Mapping[str, Any]] | None = None,
+    text: str | None = None,
 ) -> StudyPlan:
     """Plan a study: what `harness study plan` does.
 
@@ -182,11 +182,12 @@ def plan_study(
         changes: ``KEY=VALUE`` over keys of the file.
         revisions: hub id of a data set -> commit, over the file's.
         chosen: what the study's searches have chosen so far (:func:`harness.study.searched.read_choices`).
+        text: what the file would hold, of a study that a command has written.
 
     Raises:
         UserError: with file, line and key, whatever must be mended before anything runs.
     """
-    read = read_study(file, models=models, changes=changes, revisions=revisions)
+    read = read_study(file, models=models, changes=changes, revisions=revisions, text=text)
     read.source["chosen"] = dict(chosen or {})
     registry = registry or load_plugins(read.spec.plugins)
     return Planner(read, registry).plan()
@@ -198,9 +199,11 @@ class Planner:
     def __init__(self, read: Read, registry: Registry) -> None:
         self.read, self.registry, self.once = read, registry, Once()
         evaluation = read.spec.evaluation
-        self.catalog: Catalog = load_catalog(
-            registry, evaluation.task_folders, trust_task_code=evaluation.trust_task_code
-        )
+        self.catalog: Catalog | None = None
+        """What can be asked; None: nothing is."""
+        if evaluation is not None:
+            trusted = evaluation.trust_task_code
+            self.catalog = load_catalog(registry, evaluation.task_folders, trust_task_code=trusted)
 
     def plan(self) -> StudyPlan:
         """Every arm, every evaluation, one graph."""
@@ -360,15 +363,17 @@ class Planner:
 
     def evaluations(self, promises: Mapping[str, Promise]) -> list[EvalPlan]:
         """One evaluation for each model that an engine opens: a base with its adapters, or a merged model."""
+        if (asked := self.read.spec.evaluation) is None or self.catalog is None:
+            return []
         together: dict[tuple[str, str], list[Promise]] = {}
         for promise in promises.values():
             if promise.arm.cell:
                 continue
             together.setdefault(promise.loads, []).append(promise)
-        return [self._evaluation(group) for group in together.values()]
+        return [self._evaluation(group, asked, self.catalog) for group in together.values()]
 
-    def _evaluation(self, group: list[Promise]) -> EvalPlan:
-        asked, base = self.read.spec.evaluation, self.read.spec.bases[group[0].arm.base]
+    def _evaluation(self, group: list[Promise], asked: EvaluationBlock, catalog: Catalog) -> EvalPlan:
+        base = self.read.spec.bases[group[0].arm.base]
         spec = EvalSpec(
             model=ModelSpec(**base.model_dump(exclude={"template"})),
             data_revisions=self.read.spec.data_revisions,
@@ -377,7 +382,7 @@ class Planner:
         )
         with said_at(self.read, ("evaluation",), group[0].arm.base):
             return plan_arms(
-                spec, group[0].model, lambda _: [one.candidate for one in group], self.registry, self.catalog, self.once
+                spec, group[0].model, lambda _: [one.candidate for one in group], self.registry, catalog, self.once
             )
 
 

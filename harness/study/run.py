@@ -17,7 +17,7 @@ from harness.study.folder import check_study, write_plan
 from harness.study.make import GONE, Maker
 from harness.study.plan import Planner, Promise, StudyPlan
 from harness.study.reuse import stores_of
-from harness.study.searched import choose_recipes
+from harness.study.searched import choose_recipes, with_failed_cells
 from harness.study.status import read_plan
 from harness.study.turns import in_turn, is_model, merged_models
 
@@ -83,6 +83,11 @@ def run_study(
     with RunStore(out) as store:
         if fresh:
             RUN.clear(out)
+        if retry_failed and (again := plan.searches.keys() & with_failed_cells(out)):
+            # A cell that ends well this time may be the better one.
+            for name in again:
+                plan.read.source["chosen"].pop(name, None)
+            plan = Planner(plan.read, plan.registry).plan()
         check_study(out, plan)
 
         def carry_out(plan: StudyPlan) -> Study:

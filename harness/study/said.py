@@ -49,7 +49,7 @@ def said_at(read: Read, place: Place, base: str | None = None) -> Iterator[None]
     try:
         yield
     except UserError as error:
-        if error.where.startswith(f"{read.located.source}:"):
+        if read.from_command or error.where.startswith(f"{read.located.source}:"):
             raise
         fix = in_yaml(error.fix)
         if error.what.startswith("unknown data set") and (close := nearest(error.what.split("'")[1], read.spec.data)):

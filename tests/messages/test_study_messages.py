@@ -154,6 +154,31 @@ def test_nothing_is_wrong_with_the_rest(cli: Any, tiny: Path, sums: Path) -> Non
         ),
         ("seed: [0, 1]", "seed: [0, yes]", ("study.yaml:10, grid.0.seed.1", "valid integer, found True")),
         ("study: small", "study: a b", ("study.yaml:1, study", "'a b'")),
+        (
+            "merges:",
+            f"{ARM}, search: {{learning_rat: [1e-5]}}}}\nmerges:",
+            ("study.yaml:12, arms.0.search", "unknown key 'learning_rat'", "'learning_rate'"),
+        ),
+        (
+            "merges:",
+            f"{ARM}, set: {{eval_rows: 0}}, search: {{}}}}\nmerges:",
+            ("study.yaml:12, arms.0.set.eval_rows: 0 held-out rows: there is nothing to choose by",),
+        ),
+        (
+            "merges:",
+            "arms:\n- {name: given, base: tiny, adapter: ./a, search: {}}\nmerges:",
+            ("study.yaml:12, arms.0: an arm made elsewhere has no recipe to search",),
+        ),
+        (
+            "evaluation:\n  tasks: sums\n  task_folders: tasks\n  engine: transformers\n",
+            "evaluation:\n",
+            ("study.yaml:14, evaluation: is empty; `none` asks nothing of any arm",),
+        ),
+        (
+            "evaluation:\n  tasks: sums\n  task_folders: tasks\n  engine: transformers\n",
+            "evaluation: nothing\n",
+            ("study.yaml:14, evaluation", "found 'nothing'"),
+        ),
     ],
 )
 def test_what_a_study_can_have_wrong(refuse: Refuse, old: str, new: str, says: tuple[str, ...]) -> None:
