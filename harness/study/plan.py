@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -116,15 +116,20 @@ class StudyPlan:
         for name, promise in reversed(self.promises.items()):
             if name in names:
                 names.update(promise.arm.parents)
+        found = self.of_arms(names)
+        steps = [*found.preparations, *(one.step.id for one in found.promises.values() if one.step is not None)]
+        graph = Graph(self.graph.steps[key] for key in steps)
+        return replace(found, evaluations=[], graph=graph, owners={}, waiting={})
+
+    def of_arms(self, names: Collection[str]) -> StudyPlan:
+        """The same with some of its arms, and what is prepared for them; its graph stays whole."""
         promises = {name: one for name, one in self.promises.items() if name in names}
         shared = {
             key: replace(one, arms=tuple(name for name in one.arms if name in names))
             for key, one in self.preparations.items()
-            if not names.isdisjoint(one.arms)
+            if any(name in names for name in one.arms)
         }
-        steps = [*shared, *(one.step.id for one in promises.values() if one.step is not None)]
-        graph = Graph(self.graph.steps[key] for key in steps)
-        return replace(self, promises=promises, evaluations=[], graph=graph, owners={}, preparations=shared, waiting={})
+        return replace(self, promises=promises, preparations=shared)
 
     @cached_property
     def prepared_by(self) -> dict[str, Preparation]:
