@@ -33,7 +33,8 @@ BEST = "best"
 BASE, START = "base", "start"
 HEAD = """\
 # Written by `harness align --search`. Its folder is a study's: `harness study status`, and `study steps` and
-# `study step` with this file, work on it. Copy it to go on from it: other arms, seeds, an evaluation.
+# `study step` with this file, work on it. Copy it to go on from it: other arms, seeds, an evaluation, in which templates
+# are to agree: take `allow_template_mismatch` out.
 """
 
 
@@ -96,7 +97,8 @@ def study_of(spec: AlignSpec, grid: Grid) -> str:
     """The YAML of a study of one arm, aligned as ``spec`` says but for what the grid decides."""
     # Nothing is asked of the arms; an evaluation holds templates against each other, an alignment does not.
     base = {**_told(spec.model), "allow_template_mismatch": True}
-    arm = {"name": BEST, "base": BASE, "method": spec.method, "data": spec.dataset, "adapter": spec.adapter}
+    arm: dict[str, Any] = {"name": BEST, "base": BASE, "method": spec.method}
+    arm |= {"data": spec.dataset, "adapter": spec.adapter}
     same = {key: value for key, value in _told(spec).items() if key in ("seed", "data_seed", "processes", "samples")}
     arm |= {**same, "checkpoints": list(spec.checkpoints)} if spec.checkpoints else same
     arms = [arm | {"search": {key: list(values) for key, values in grid.items()}, "set": spec.options}]

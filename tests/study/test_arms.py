@@ -156,9 +156,9 @@ def test_a_search_is_of_one_name(arms: Any) -> None:
     searches = [arm.search for arm in found.values()]
     assert searches == [None, None, "search-dpo-one-lora-a", "search-dpo-one-lora-a", "search-x"]
     # Other seeds, and so other arms, with another recipe.
-    with pytest.raises(UserError, match="a second search of the name 'search-dpo-one-lora-a'.*\n.*another `name`"):
+    with pytest.raises(UserError, match=r"a second search of the name 'search-dpo-one-lora-a'.*\n.*another `name`"):
         arms(grid=[{**grid, "seed": 0}, {**grid, "seed": 1, "set": {"beta": 0.5}}])
-    with pytest.raises(UserError, match="study.yaml:.*, arms.0: a second search of the name 'search-dpo-one-lora-a'"):
+    with pytest.raises(UserError, match=r"study.yaml:.*, arms.0: a second search of the name 'search-dpo-one-lora-a'"):
         arms(grid=[grid], arms=[{"name": "dpo-one-lora-a", "base": "a", **_trained(), "search": {}}])
 
 
