@@ -240,18 +240,7 @@ class Planner:
         graph = Graph(one.step for one in preparations.values())
         for step in (one.step for one in promises.values() if one.step is not None):
             graph.add(step)
-        makers = {one.candidate.name: one.step.id for one in promises.values() if one.step is not None}
-        owners = {one.candidate.name: one.arm.name for one in promises.values()}
-        owned: dict[str, str] = {}
-        for plan in evaluations:
-            for row in plan.arms:
-                needs = (makers[row.name],) if row.name in makers else ()
-                for task in row.tasks:
-                    graph.add(replace(task.answers, parents=needs))
-                    owned[task.answers.id] = owners.get(row.name, row.model.name)
-                    for scores in task.scores:
-                        graph.add(scores.step)
-                        owned[scores.id] = owned[task.answers.id]
+        owned = _add_evaluations(graph, promises, evaluations)
         return StudyPlan(self.read, self.registry, promises, evaluations, graph, owned, preparations, searches, waiting)
 
     def _search(self, arm: Arm, arms: Sequence[Arm], promises: dict[str, Promise]) -> Searched:
@@ -412,6 +401,23 @@ def _preparations(promises: dict[str, Promise]) -> dict[str, Preparation]:
                 needs = (key, *promise.step.parents)
                 promises[name] = replace(promise, step=replace(promise.step, parents=needs))
     return found
+
+
+def _add_evaluations(graph: Graph, promises: Mapping[str, Promise], evaluations: Sequence[EvalPlan]) -> dict[str, str]:
+    """Add what is asked and scored after what makes the arms; returns key of a step -> arm."""
+    makers = {one.candidate.name: one.step.id for one in promises.values() if one.step is not None}
+    owners = {one.candidate.name: one.arm.name for one in promises.values()}
+    owned: dict[str, str] = {}
+    for plan in evaluations:
+        for row in plan.arms:
+            needs = (makers[row.name],) if row.name in makers else ()
+            for task in row.tasks:
+                graph.add(replace(task.answers, parents=needs))
+                owned[task.answers.id] = owners.get(row.name, row.model.name)
+                for scores in task.scores:
+                    graph.add(scores.step)
+                    owned[scores.id] = owned[task.answers.id]
+    return owned
 
 
 def _template_digest(template: str) -> str:

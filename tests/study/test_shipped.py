@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from harness.study.needs import needs_of_study
 from harness.study.plan import StudyPlan, plan_study
 from harness.study.spec import find_study, read_study
 from harness.testing import tiny_model
@@ -102,6 +103,9 @@ def test_the_papers_grid_search(plan: Any) -> None:
         cells = found.searches[f"search-{method}-bt-helpful-qlora-vicuna"].cells
         tried = [(one["adapter.rank"], one["adapter.alpha"]) for one in cells.values()]
         assert tried == [(rank, alpha) for rank in ranks for alpha in (16, 32, 64)]
+    # Nothing is asked, so nothing but its data is read beside the bases.
+    needs = needs_of_study(found.read, found.registry)
+    assert {one.repo for one in needs.files} == {"Anthropic/hh-rlhf", "PKU-Alignment/PKU-SafeRLHF"}
     # What is an arm of `paper` as well is the same step of both.
     keys = {one.step.id for one in found.promises.values() if one.step is not None and one.arm.cell}
     arms = {name for name, one in paper.promises.items() if one.step is not None and one.step.id in keys}
