@@ -20,7 +20,7 @@ from harness.cli.options import (
     with_defaults,
 )
 from harness.core.errors import ExitCode, UserError
-from harness.core.text import visible
+from harness.core.text import first_line, visible
 
 OWN_GRID = "its own grid"
 """What a bare ``--search`` stands for."""
@@ -81,6 +81,9 @@ def align(
             help="One alignment per cell of a grid (the method's own, over rank and alpha); best by held-out rows.",
         ),
     ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="With --search: try again the cells that failed.")
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the folder holds and start over.")] = False,
     plugin: PluginFiles = None,
     allow_pickle: AllowPickle = False,
@@ -118,21 +121,32 @@ def align(
     }
     with for_terminal() as reporter:
         if search is not None:
-            return _search(search, (method, base, dataset), out, {**common, "reporter": reporter})
+            asked = {**common, "retry_failed": retry_failed, "reporter": reporter}
+            return _search(search, (method, base, dataset), out, asked)
         made = run(method, base, dataset, out=out, reporter=reporter, **common)
     print(visible(str(made.folder)))
     return ExitCode.DONE
 
 
 def _search(texts: list[str], what: tuple[str, Any, str], out: Path | None, common: dict[str, Any]) -> int:
-    from harness.study.search import BEST, OPTION, parse_grid, search
+    from harness.steps.execute import Execution
+    from harness.study.cells import OPTION
+    from harness.study.search import parse_grid, search
+    from harness.study.searched import TABLE
+    from harness.study.workers import through
 
     if out is None:
         raise UserError(OPTION, "where the cells go is not said", "Add --out FOLDER.")
-    found = search(*what, out=out, grid=parse_grid([text for text in texts if text != OWN_GRID]), **common)
-    print(visible((found.folder / "search.md").read_text(encoding="utf-8"), lines=True))
-    print(visible(str(found.folder / BEST)))
-    return ExitCode.STEPS_FAILED if any(cell.error for cell in found.cells) else ExitCode.DONE
+    grid = parse_grid([text for text in texts if text != OWN_GRID])
+    if (given := common["options"].pop("executor", None)) is not None:
+        common["execute"] = through(Execution("local", given), common["registry"])
+    found = search(*what, out=out, grid=grid, **common)
+    for name, reason in found.study.failures.items():
+        common["reporter"].note(f"failed: {name}: {first_line(reason)}")
+    if found.best is not None:
+        print(visible((out / TABLE).read_text(encoding="utf-8"), lines=True))
+        print(visible(str(found.best)))
+    return ExitCode.STEPS_FAILED if found.study.failures else ExitCode.DONE
 
 
 def _steps(text: str | None) -> tuple[int, ...]:

@@ -240,6 +240,10 @@ def run(
         done = run_study(found, root, fresh=fresh, retry_failed=retry_failed, reporter=reporter, execute=elsewhere)
         for name, reason in done.failures.items():
             reporter.note(f"failed: {name}: {first_line(reason)}")
+    code = ExitCode.STEPS_FAILED if done.failures else ExitCode.DONE
+    if not done.plan.evaluations:
+        _print_searches(root)
+        return code
     for report in write_all(root, page=False).values():
         print_report(report)
     sections = [section for _, section in found.registry.of_kind(ReportSection)]
@@ -247,7 +251,16 @@ def run(
     for line in (board.finding, *(f"claim {one.name}: {one.status} ({one.why})" for one in board.claims)):
         print(visible(line))
     print(visible(str(root / "report" / "report.html")))
-    return ExitCode.STEPS_FAILED if done.failures else ExitCode.DONE
+    return code
+
+
+def _print_searches(root: Path) -> None:
+    """Of a study that asks nothing: what its searches have chosen, and where its arms lie."""
+    from harness.study.searched import TABLE
+
+    if (root / TABLE).is_file():
+        print(visible((root / TABLE).read_text(encoding="utf-8"), lines=True))
+    print(visible(str(root / "steps")))
 
 
 def taken(plan: StudyPlan) -> dict[str, Any]:

@@ -55,13 +55,13 @@ class Located:
         return f"{place}, {dotted}" if dotted else place
 
 
-def load_yaml(path: Path) -> Located:
-    """Read one YAML document of plain data.
+def load_yaml(path: Path, text: str | None = None) -> Located:
+    """Read one YAML document of plain data; ``text``: what the file would hold, in place of what it holds.
 
     Raises:
         UserError: no readable file; no YAML, or more than plain data of a bounded size.
     """
-    text = text_of(path)
+    text = text_of(path) if text is None else text
     try:
         node, data = document_of(text)
     except YAMLError as error:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.core.errors import CorruptionError
+from harness.core.errors import CorruptionError, UserError
 from harness.report.read import RunResult, StepFolders, open_run, run_of
 from harness.steps.files import read_json
 
@@ -31,6 +31,9 @@ def open_runs(root: Path) -> dict[str | None, RunResult]:
         for one in plan["evaluations"]:
             found.setdefault(str(one["model"]["name"]), []).append(one)
         folders = StepFolders(root)
+        if not found:
+            what = "nothing was asked in this study: it says `evaluation: none`"
+            raise UserError(str(root), what, "Say in its file what is asked, and run it again.")
         return {base: run_of(root, _together(plans, index), folders) for base, plans in found.items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptionError(f"{root / 'plan.json'}: no study ({error!r}); start over with --fresh") from None

@@ -4,6 +4,7 @@ Layout (``runs/<name>/``)::
 
     plan.json                       what was asked, every default filled in
     search.json                     of a study: which recipes were chosen, and among which
+    best                            of `harness align --search`: link to what the chosen alignment has left
     parity.json                     what a second engine answered to some of it, where that was asked for
     requests/<digest>.jsonl.gz      each distinct list of samples and requests once
     steps/<kind>-<arm>-<id>/        step.json provenance.json log.jsonl artifact/ status.json (last, atomically)
@@ -25,7 +26,7 @@ from harness.steps.lock import FolderLock
 
 RUN = Guard(
     "run",
-    r"\.folded|plan\.json|index\.json|study\.yaml|search\.(json|md)|parity\.json|requests|steps|report|judge",
+    r"\.folded|plan\.json|index\.json|study\.yaml|search\.(json|md)|best|parity\.json|requests|steps|report|judge",
     "plan.json",
 )
 

@@ -69,6 +69,7 @@ def arms_of(read: Read) -> list[Arm]:
     ]
     trained = [arm for n, block in enumerate(spec.grid) for arm in _grid(block, read, n)]
     trained += [arm for n, one in enumerate(spec.arms) for arm in _named(one, read, n)]
+    _check_searches(trained)
     for arm in [*bases, *_in_order(trained, read)]:
         _add(found, arm)
     for n, block in enumerate(spec.merges):
@@ -81,6 +82,23 @@ def _add(found: dict[str, Arm], arm: Arm) -> None:
     if (other := found.get(arm.name)) is not None:
         raise UserError(arm.where, f"a second arm of the name {arm.name!r}", f"Give it a `name`; first: {other.where}.")
     found[arm.name] = arm
+
+
+def _check_searches(arms: Sequence[Arm]) -> None:
+    """Refuse two searches of one name: the second would take what the first has chosen.
+
+    Raises:
+        UserError: naming both.
+    """
+    found: dict[str, tuple[Arm, dict[str, Any]]] = {}
+    for arm in arms:
+        if arm.search is None:
+            continue
+        alike = {key: value for key, value in arm.factors.items() if key != "seed"}
+        other, its = found.setdefault(arm.search, (arm, alike))
+        if (other.place, its) != (arm.place, alike):
+            what = f"a second search of the name {arm.search!r}"
+            raise UserError(arm.where, what, f"Give its arms another `name`; first: {other.where}.")
 
 
 def _grid(block: GridBlock, read: Read, number: int) -> Iterator[Arm]:
@@ -103,9 +121,8 @@ def _grid(block: GridBlock, read: Read, number: int) -> Iterator[Arm]:
             ("grid", number),
             read,
             {"base": base, "method": method, "data": data, "adapter": adapter, "seed": seed, "samples": samples},
-            block.set,
+            block,
             (block.start, f"{block.start}-{base}-s{seed}") if block.start is not None else (None, None),
-            block.checkpoints,
             slug("-".join(["search", *parts, base])) if block.search is not None else None,
         )
 
@@ -125,7 +142,8 @@ def _named(one: ArmSpec, read: Read, number: int) -> Iterator[Arm]:
         "seed": one.seed,
         "samples": one.samples,
     }
-    yield from _trained(one.name, ("arms", number), read, factors, one.set, (one.start, None), one.checkpoints)
+    searched = slug(f"search-{one.name}") if one.search is not None else None
+    yield from _trained(one.name, ("arms", number), read, factors, one, (one.start, None), searched)
 
 
 def _trained(
@@ -133,10 +151,9 @@ def _trained(
     place: tuple[str | int, ...],
     read: Read,
     factors: Mapping[str, Any],
-    options: Mapping[str, Any],
+    block: GridBlock | ArmSpec,
     start: tuple[str | None, str | None],
-    checkpoints: Sequence[int],
-    search: str | None = None,
+    search: str | None,
 ) -> Iterator[Arm]:
     spec, base = read.spec, read.spec.bases[str(factors["base"])]
     align = AlignSpec(
@@ -147,9 +164,11 @@ def _trained(
         start=f"{ARM}{start[0]}" if start[0] is not None else None,
         template=base.template,
         samples=factors["samples"],
-        checkpoints=tuple(checkpoints),
+        checkpoints=block.checkpoints,
         seed=factors["seed"],
-        options=dict(options),
+        data_seed=block.data_seed,
+        processes=block.processes,
+        options=dict(block.set),
         data_revisions=dict(spec.data_revisions),
     )
     parents = tuple(one for one in start if one is not None)
@@ -157,7 +176,7 @@ def _trained(
     base_name = str(factors["base"])
     arm = Arm(name, base_name, read.where(*place), place, told, align=align, parents=parents, search=search)
     yield arm
-    for step in checkpoints:
+    for step in block.checkpoints:
         kept = replace(arm, name=f"{name}-step{step}", factors={**told, "step": step}, parents=(name,))
         yield replace(kept, checkpoint=step, search=None)
 

@@ -1,4 +1,8 @@
-"""The cells of a search that a study asks for, and which of its arms wait for the choice."""
+"""The cells of a search that a study asks for, and which of its arms wait for the choice.
+
+The grid of a method is its own (``Recipe.search_grid``; arXiv 2406.04879, appendix B, for the bundled ones), with what
+the study says laid over it.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from harness.contracts.adapter import Adapter
+from harness.contracts.aligner import Aligner
 from harness.contracts.registry import Registry
-from harness.core.errors import UserError
+from harness.core.errors import UserError, unknown
 from harness.core.records import digest_of
+from harness.core.specs import AlignSpec
 from harness.steps.files import slug
 from harness.study.arms import Arm
-from harness.study.search import full_grid, name_of, with_values
 from harness.study.spec import Read
+
+OPTION = "--search"
+Grid = Mapping[str, Sequence[Any]]
 
 
 @dataclass
@@ -47,7 +56,8 @@ def cells_of(arm: Arm, arms: Sequence[Arm], read: Read, registry: Registry) -> l
     """
     assert arm.search is not None and arm.align is not None
     place = (*arm.place, "search")
-    asked = dict(read.spec.grid[int(arm.place[1])].search or {})
+    block = read.spec.arms[int(arm.place[1])] if arm.place[0] == "arms" else read.spec.grid[int(arm.place[1])]
+    asked = dict(block.search or {})
     seed = asked.pop("seed", None)
     alike = [one for one in arms if one.search == arm.search]
     if seed is None:
@@ -63,7 +73,9 @@ def cells_of(arm: Arm, arms: Sequence[Arm], read: Read, registry: Registry) -> l
     grid = {key: _values(values, read.where(*place, key)) for key, values in asked.items()}
     assert model.align is not None
     full = full_grid(model.align, registry, grid)
-    spec = model.align.model_copy(update={"seed": seed, "checkpoints": ()})
+    # The cell that a single arm's search chooses is that arm, which is trained once with all that it keeps.
+    kept = model.align.checkpoints if arm.place[0] == "arms" and seed == model.align.seed else ()
+    spec = model.align.model_copy(update={"seed": seed, "checkpoints": kept})
     found = []
     for chosen in itertools.product(*full.values()):
         values = dict(zip(full, chosen, strict=True))
@@ -72,6 +84,56 @@ def cells_of(arm: Arm, arms: Sequence[Arm], read: Read, registry: Registry) -> l
         cell = replace(model, name=name, factors=factors, align=with_values(spec, values), cell=True)
         found.append((cell, values))
     return found
+
+
+def with_values(spec: AlignSpec, values: Mapping[str, Any]) -> AlignSpec:
+    """An alignment with the values of a cell among its options."""
+    options = {key: dict(v) if isinstance(v, dict) else v for key, v in spec.options.items()}
+    for key, value in values.items():
+        group, _, last = key.rpartition(".")
+        (options.setdefault(group, {}) if group else options)[last] = value
+    return spec.model_copy(update={"options": options})
+
+
+def name_of(values: Mapping[str, Any]) -> str:
+    """A name for a cell, which no two of a grid share."""
+    name = "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in values.items())
+    # A slug cuts long names off: two cells must not share one.
+    return slug(name) if slug(name) == name else f"{slug(name)[:50]}-{digest_of(dict(values))[:8]}"
+
+
+def full_grid(spec: AlignSpec, registry: Registry, grid: Grid) -> dict[str, list[Any]]:
+    """The method's own grid, as far as the adapter knows its keys and nothing fixes them, with the user's laid over.
+
+    Raises:
+        UserError: an unknown key, one that is fixed too, or nothing to vary.
+    """
+    aligner = registry.find(Aligner, spec.method, "METHOD")
+    adapter = registry.find(Adapter, spec.adapter, "--adapter")
+    recipe_keys, adapter_keys = set(aligner.Config.model_fields), set(adapter.Config.model_fields)
+    fixed = {*spec.options, *(f"adapter.{key}" for key in spec.options.get("adapter", {}))}
+
+    def known(key: str) -> bool:
+        return key in recipe_keys or (key.removeprefix("adapter.") in adapter_keys and key.startswith("adapter."))
+
+    given: dict[str, list[Any]] = {}
+    for key, values in grid.items():
+        whole = key if key in recipe_keys or key.startswith("adapter.") else f"adapter.{key}"
+        if not known(whole):
+            names = [*sorted(recipe_keys), *sorted(f"adapter.{name}" for name in adapter_keys)]
+            raise unknown(f"{OPTION} {key}", "key", key, names, "harness align --help")
+        if whole in fixed:
+            raise UserError(f"{OPTION} {key}", "--set fixes the same key", "Give it in one of the two.")
+        given[whole] = list(values)
+    own = {key: list(v) for key, v in aligner.Config.search_grid.items() if known(key) and key not in fixed}
+    full = {**own, **given}
+    if not full:
+        raise UserError(
+            OPTION,
+            f"{spec.method} with adapter {spec.adapter} has no grid of its own",
+            f"Say what to vary: {OPTION} learning_rate=1e-5,5e-5.",
+        )
+    return full
 
 
 def _named(name: str, values: Mapping[str, Any]) -> str:

@@ -59,7 +59,7 @@ def write_plan(store: RunStore, plan: StudyPlan) -> None:
             if plan.graph.steps.keys() <= {str(step["key"]) for step in read_json(store.plan_file)["steps"]}:
                 return
     write_json(store.plan_file, plan.to_json())
-    write_bytes(store.root / "study.yaml", Path(plan.read.source["file"]).read_bytes())
+    write_bytes(store.root / "study.yaml", plan.read.bytes)
 
 
 def read_index(root: Path) -> dict[str, str]:

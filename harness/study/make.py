@@ -135,6 +135,9 @@ class Maker:
             return
 
         def work(folder: StepFolder) -> None:
+            if plan.spec.processes > 1:
+                # They open it themselves, and need the room.
+                self.bases.release()
             carry_out_align(plan, self.plan.registry, self.runner, folder, bases=self.bases)
 
         folder = self._carry_out(arm.name, self._key(promise), plan.step, work, intact_adapter)

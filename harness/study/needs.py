@@ -59,7 +59,8 @@ def needs_of_study(read: Read, registry: Registry) -> Needs:
         if arm.align is not None and (data := (arm.align.dataset, str(arm.align.options.get("dataset")))) not in seen:
             seen.add(data)
             _training_data(found, data[0], arm.align.options.get("dataset"), spec.data_revisions, registry)
-    asked = spec.evaluation
+    if (asked := spec.evaluation) is None:
+        return found
     catalog = load_catalog(registry, asked.task_folders, trust_task_code=asked.trust_task_code)
     chosen = catalog.choose(asked.tasks, asked.suite, asked.limit, asked.set)
     _tasks(found, chosen, spec.data_revisions, registry)

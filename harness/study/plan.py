@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,10 +27,9 @@ from harness.steps.once import Once
 from harness.steps.provenance import code_digest, digest_of_bytes
 from harness.steps.step import Step, make_step
 from harness.study.arms import ARM, Arm, arms_of
-from harness.study.cells import Searched, cells_of
+from harness.study.cells import Searched, cells_of, with_values
 from harness.study.said import said_at
-from harness.study.search import with_values
-from harness.study.spec import Read, read_study
+from harness.study.spec import EvaluationBlock, Read, read_study
 from harness.tasks.catalog import Catalog, load_catalog
 
 STEP = "step:"
@@ -117,15 +116,20 @@ class StudyPlan:
         for name, promise in reversed(self.promises.items()):
             if name in names:
                 names.update(promise.arm.parents)
+        found = self.of_arms(names)
+        steps = [*found.preparations, *(one.step.id for one in found.promises.values() if one.step is not None)]
+        graph = Graph(self.graph.steps[key] for key in steps)
+        return replace(found, evaluations=[], graph=graph, owners={}, waiting={})
+
+    def of_arms(self, names: Collection[str]) -> StudyPlan:
+        """The same with some of its arms, and what is prepared for them; its graph stays whole."""
         promises = {name: one for name, one in self.promises.items() if name in names}
         shared = {
             key: replace(one, arms=tuple(name for name in one.arms if name in names))
             for key, one in self.preparations.items()
-            if not names.isdisjoint(one.arms)
+            if any(name in names for name in one.arms)
         }
-        steps = [*shared, *(one.step.id for one in promises.values() if one.step is not None)]
-        graph = Graph(self.graph.steps[key] for key in steps)
-        return replace(self, promises=promises, evaluations=[], graph=graph, owners={}, preparations=shared, waiting={})
+        return replace(self, promises=promises, preparations=shared)
 
     @cached_property
     def prepared_by(self) -> dict[str, Preparation]:
@@ -172,6 +176,7 @@ def plan_study(
     changes: tuple[str, ...] = (),
     revisions: Mapping[str, str] | None = None,
     chosen: Mapping[str, Mapping[str, Any]] | None = None,
+    text: str | None = None,
 ) -> StudyPlan:
     """Plan a study: what `harness study plan` does.
 
@@ -182,11 +187,12 @@ def plan_study(
         changes: ``KEY=VALUE`` over keys of the file.
         revisions: hub id of a data set -> commit, over the file's.
         chosen: what the study's searches have chosen so far (:func:`harness.study.searched.read_choices`).
+        text: what the file would hold, of a study that a command has written.
 
     Raises:
         UserError: with file, line and key, whatever must be mended before anything runs.
     """
-    read = read_study(file, models=models, changes=changes, revisions=revisions)
+    read = read_study(file, models=models, changes=changes, revisions=revisions, text=text)
     read.source["chosen"] = dict(chosen or {})
     registry = registry or load_plugins(read.spec.plugins)
     return Planner(read, registry).plan()
@@ -198,9 +204,11 @@ class Planner:
     def __init__(self, read: Read, registry: Registry) -> None:
         self.read, self.registry, self.once = read, registry, Once()
         evaluation = read.spec.evaluation
-        self.catalog: Catalog = load_catalog(
-            registry, evaluation.task_folders, trust_task_code=evaluation.trust_task_code
-        )
+        self.catalog: Catalog | None = None
+        """What can be asked; None: nothing is."""
+        if evaluation is not None:
+            trusted = evaluation.trust_task_code
+            self.catalog = load_catalog(registry, evaluation.task_folders, trust_task_code=trusted)
 
     def plan(self) -> StudyPlan:
         """Every arm, every evaluation, one graph."""
@@ -232,18 +240,7 @@ class Planner:
         graph = Graph(one.step for one in preparations.values())
         for step in (one.step for one in promises.values() if one.step is not None):
             graph.add(step)
-        makers = {one.candidate.name: one.step.id for one in promises.values() if one.step is not None}
-        owners = {one.candidate.name: one.arm.name for one in promises.values()}
-        owned: dict[str, str] = {}
-        for plan in evaluations:
-            for row in plan.arms:
-                needs = (makers[row.name],) if row.name in makers else ()
-                for task in row.tasks:
-                    graph.add(replace(task.answers, parents=needs))
-                    owned[task.answers.id] = owners.get(row.name, row.model.name)
-                    for scores in task.scores:
-                        graph.add(scores.step)
-                        owned[scores.id] = owned[task.answers.id]
+        owned = _add_evaluations(graph, promises, evaluations)
         return StudyPlan(self.read, self.registry, promises, evaluations, graph, owned, preparations, searches, waiting)
 
     def _search(self, arm: Arm, arms: Sequence[Arm], promises: dict[str, Promise]) -> Searched:
@@ -360,15 +357,17 @@ class Planner:
 
     def evaluations(self, promises: Mapping[str, Promise]) -> list[EvalPlan]:
         """One evaluation for each model that an engine opens: a base with its adapters, or a merged model."""
+        if (asked := self.read.spec.evaluation) is None or self.catalog is None:
+            return []
         together: dict[tuple[str, str], list[Promise]] = {}
         for promise in promises.values():
             if promise.arm.cell:
                 continue
             together.setdefault(promise.loads, []).append(promise)
-        return [self._evaluation(group) for group in together.values()]
+        return [self._evaluation(group, asked, self.catalog) for group in together.values()]
 
-    def _evaluation(self, group: list[Promise]) -> EvalPlan:
-        asked, base = self.read.spec.evaluation, self.read.spec.bases[group[0].arm.base]
+    def _evaluation(self, group: list[Promise], asked: EvaluationBlock, catalog: Catalog) -> EvalPlan:
+        base = self.read.spec.bases[group[0].arm.base]
         spec = EvalSpec(
             model=ModelSpec(**base.model_dump(exclude={"template"})),
             data_revisions=self.read.spec.data_revisions,
@@ -377,7 +376,7 @@ class Planner:
         )
         with said_at(self.read, ("evaluation",), group[0].arm.base):
             return plan_arms(
-                spec, group[0].model, lambda _: [one.candidate for one in group], self.registry, self.catalog, self.once
+                spec, group[0].model, lambda _: [one.candidate for one in group], self.registry, catalog, self.once
             )
 
 
@@ -402,6 +401,23 @@ def _preparations(promises: dict[str, Promise]) -> dict[str, Preparation]:
                 needs = (key, *promise.step.parents)
                 promises[name] = replace(promise, step=replace(promise.step, parents=needs))
     return found
+
+
+def _add_evaluations(graph: Graph, promises: Mapping[str, Promise], evaluations: Sequence[EvalPlan]) -> dict[str, str]:
+    """Add what is asked and scored after what makes the arms; returns key of a step -> arm."""
+    makers = {one.candidate.name: one.step.id for one in promises.values() if one.step is not None}
+    owners = {one.candidate.name: one.arm.name for one in promises.values()}
+    owned: dict[str, str] = {}
+    for plan in evaluations:
+        for row in plan.arms:
+            needs = (makers[row.name],) if row.name in makers else ()
+            for task in row.tasks:
+                graph.add(replace(task.answers, parents=needs))
+                owned[task.answers.id] = owners.get(row.name, row.model.name)
+                for scores in task.scores:
+                    graph.add(scores.step)
+                    owned[scores.id] = owned[task.answers.id]
+    return owned
 
 
 def _template_digest(template: str) -> str:

@@ -17,7 +17,7 @@ from harness.study.folder import check_study, write_plan
 from harness.study.make import GONE, Maker
 from harness.study.plan import Planner, Promise, StudyPlan
 from harness.study.reuse import stores_of
-from harness.study.searched import choose_recipes
+from harness.study.searched import choose_recipes, with_failed_cells
 from harness.study.status import read_plan
 from harness.study.turns import in_turn, is_model, merged_models
 
@@ -83,6 +83,11 @@ def run_study(
     with RunStore(out) as store:
         if fresh:
             RUN.clear(out)
+        if retry_failed and (again := plan.searches.keys() & with_failed_cells(out)):
+            # A cell that ends well this time may be the better one.
+            for name in again:
+                plan.read.source["chosen"].pop(name, None)
+            plan = Planner(plan.read, plan.registry).plan()
         check_study(out, plan)
 
         def carry_out(plan: StudyPlan) -> Study:
@@ -91,15 +96,21 @@ def run_study(
             return StudyRun(plan, store, reporter, retry_failed=retry_failed).carry_out()
 
         write_plan(store, plan)
+        tried: set[str] = set()
+        failures: dict[str, str] = {}
         while plan.to_search:
-            carry_out(plan.of_searches())
+            cells = plan.of_searches()
+            tried |= {name for name, one in cells.promises.items() if one.arm.cell}
+            failures |= {name: why for name, why in carry_out(cells).failures.items() if name in tried}
             plan.read.source["chosen"] = choose_recipes(plan, out, reporter)
             before, plan = plan, Planner(plan.read, plan.registry).plan()
             check_study(out, plan)
             write_plan(store, plan)
             if plan.waiting.keys() == before.waiting.keys():
                 break
-        found = carry_out(plan)
+        # Cells have just been tried, and are not tried again.
+        found = carry_out(plan.of_arms(plan.promises.keys() - tried))
+        found = Study(out, plan, {**failures, **found.failures})
         plan.registry.announce("study_finished", run=out)
         return found
 

@@ -49,7 +49,7 @@ def said_at(read: Read, place: Place, base: str | None = None) -> Iterator[None]
     try:
         yield
     except UserError as error:
-        if error.where.startswith(f"{read.located.source}:"):
+        if read.from_command or error.where.startswith(f"{read.located.source}:"):
             raise
         fix = in_yaml(error.fix)
         if error.what.startswith("unknown data set") and (close := nearest(error.what.split("'")[1], read.spec.data)):
@@ -70,6 +70,8 @@ def _where(read: Read, place: Place, base: str | None, where: str) -> str:
     first, _, rest = where.partition(" ")
     if first.rstrip(",") in ("--set", "set"):
         return read.where_set(place, re.split(r"[ ,]+", rest.strip()))
+    if first == "--search" and rest:
+        return read.where(*place, "search", rest)
     if first in _OF_BASE and base is not None:
         found = read.where("bases", base, _OF_BASE[first])
     elif first.rstrip(",") in _KEYS:

@@ -38,6 +38,13 @@ def _nested(value: Any) -> Any:
     return found
 
 
+def _asked(value: Any) -> Any:
+    """``evaluation: none``, said in full: an empty key is a slip."""
+    if value is None:
+        raise ValueError("is empty; `none` asks nothing of any arm")
+    return None if value == "none" else value
+
+
 Natural = Annotated[int, Field(ge=0, strict=True)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
@@ -72,6 +79,8 @@ class GridBlock(Config):
         description="key -> values, over the method's own grid: cells of one `seed` (the first of the block when "
         "absent) are aligned, one is chosen on held-out rows, and all seeds take its values",
     )
+    data_seed: Natural = Field(0, description="seed of the order that `samples` takes a prefix of")
+    processes: Count = Field(1, description="processes, each with a device of its own, that share every batch")
     set: Options = Field(default_factory=dict, description="the method's own options, and `adapter`, `dataset` groups")
 
 
@@ -87,12 +96,21 @@ class ArmSpec(Config):
     samples: int | None = Field(None, ge=1)
     start: str | None = Field(None, alias="from", description="an arm to go on from")
     checkpoints: tuple[Count, ...] = ()
+    search: dict[str, Any] | None = Field(
+        None,
+        description="key -> values, over the method's own grid: cells of one `seed` (the arm's when absent) are "
+        "aligned, and the arm takes the values of the one that is chosen on held-out rows",
+    )
+    data_seed: Natural = Field(0, description="seed of the order that `samples` takes a prefix of")
+    processes: Count = Field(1, description="processes, each with a device of its own, that share every batch")
     set: Options = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _trained_on_something(self) -> ArmSpec:
         if (self.method is None) != (self.data is None):
             raise ValueError("an arm that is trained needs `method` and `data`; one made elsewhere has neither")
+        if self.method is None and self.search is not None:
+            raise ValueError("an arm made elsewhere has no recipe to search: it needs `method` and `data`")
         return self
 
 
@@ -159,7 +177,10 @@ class StudySpec(Config):
     grid: tuple[GridBlock, ...] = ()
     arms: tuple[ArmSpec, ...] = ()
     merges: tuple[MergeBlock, ...] = ()
-    evaluation: EvaluationBlock = Field(default_factory=lambda: EvaluationBlock())
+    evaluation: Annotated[
+        EvaluationBlock | None,
+        BeforeValidator(_asked, json_schema_input_type=EvaluationBlock | Literal["none"]),
+    ] = Field(default_factory=lambda: EvaluationBlock(), description="what every arm is asked; none: nothing is")
     claims: tuple[ClaimSpec, ...] = Field((), description="what its numbers are meant to show; the report decides them")
     data_revisions: dict[str, str] = Field(default_factory=dict, description="hub id of a data set -> commit")
     plugins: Names = Field((), description="loose plugin files")
@@ -200,6 +221,7 @@ def read_study(
     models: Mapping[str, str] | None = None,
     changes: tuple[str, ...] = (),
     revisions: Mapping[str, str] | None = None,
+    text: str | None = None,
 ) -> Read:
     """Read a study's file.
 
@@ -208,11 +230,12 @@ def read_study(
         models: base name -> folder or hub id to take in place of the file's.
         changes: ``KEY=VALUE`` over keys of the file, as ``--set`` gives them.
         revisions: hub id of a data set -> commit, over the file's.
+        text: what the file would hold, of a study that a command has written; then there need be no file.
 
     Raises:
         UserError: with file, line and key.
     """
-    located = load_yaml(file)
+    located = load_yaml(file, text)
     if isinstance(located.data, dict):
         for change in changes:
             set_path(located.data, change)
@@ -226,6 +249,8 @@ def read_study(
     commits = {**spec.data_revisions, **(revisions or {})}
     source = {"file": str(file), "models": dict(models or {}), "changes": list(changes), "revisions": commits}
     source["chosen"] = {}
+    if text is not None:
+        source["text"] = text
     return Read(spec.model_copy(update={"bases": bases, "data_revisions": commits}), located, source)
 
 
@@ -235,14 +260,26 @@ class Read:
     def __init__(self, spec: StudySpec, located: Located, source: dict[str, Any]) -> None:
         """``source``: what it was read from, as data: another process reads the same."""
         self.spec, self.located, self.source = spec, located, source
+        text = source.get("text")
+        self.bytes = Path(source["file"]).read_bytes() if text is None else str(text).encode()
+        """Of the file."""
+
+    @property
+    def from_command(self) -> bool:
+        """Whether a command has written it: what is wrong is said in the words of the command's options."""
+        return "text" in self.source
 
     def where(self, *path: str | int) -> str:
-        """``file:line, key``."""
+        """``file:line, key``; of a command's own study the option."""
+        if self.from_command and "search" in path:
+            return " ".join(["--search", *map(str, path[path.index("search") + 1 :])])
         return self.located.where(path)
 
     def where_set(self, block: tuple[str | int, ...], keys: Sequence[str]) -> str:
         """``file:line, key`` of an option of a block, written as ``adapter: {rank: 8}`` or ``adapter.rank: 8``."""
         keys = [key for key in keys if key]
+        if self.from_command:
+            return f"--set {', '.join(keys)}"
         for cut in range(len(keys)):
             written = (*block, "set", *keys[:cut], ".".join(keys[cut:]))
             if self.located.has(written):

@@ -81,9 +81,9 @@ def _makes(plan: StudyPlan, makes: dict[str, str], common: dict[str, Any], cuda:
     for step, promise in _made(plan):
         order = f"{step.kind}-{step.arm}" + (f"-{step.id[:8]}" if step.kind == "prepare" else "")
         opens = step.kind == "align" or ("reference" in step.whole and step.whole["reference"] is not None)
-        needs = Needs(
-            devices=int(cuda and opens), memory=promise.model.size_bytes if opens or step.kind == "merge" else 0
-        )
+        processes = promise.align.spec.processes if step.kind == "align" and promise.align is not None else 1
+        devices = processes if cuda and opens else 0
+        needs = Needs(devices=devices, memory=promise.model.size_bytes if opens or step.kind == "merge" else 0)
         after = frozenset(makes[parent] for parent in step.parents)
         makes[step.id] = order
         keeps = {"opens": promise.opens, "imports": imports} if opens else {}
@@ -194,5 +194,6 @@ def _planned(order: Order) -> StudyPlan:
             changes=tuple(order.spec["changes"]),
             revisions=order.spec["revisions"],
             chosen=order.spec["chosen"],
+            text=order.spec.get("text"),
         )
     return _OPEN[key]

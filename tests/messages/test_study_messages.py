@@ -31,6 +31,7 @@ evaluation:
 """
 LINE = {text.strip(): number for number, text in enumerate(STUDY.splitlines(), 1)}
 ARM = "arms:\n- {name: more, base: tiny, method: dpo, data: pairs"
+MERGES = "merges:\n- method: linear\n  inputs: [{method: sft}, {method: dpo}]\n"
 Refuse = Callable[..., str]
 
 
@@ -154,6 +155,36 @@ def test_nothing_is_wrong_with_the_rest(cli: Any, tiny: Path, sums: Path) -> Non
         ),
         ("seed: [0, 1]", "seed: [0, yes]", ("study.yaml:10, grid.0.seed.1", "valid integer, found True")),
         ("study: small", "study: a b", ("study.yaml:1, study", "'a b'")),
+        (
+            MERGES,
+            f"{ARM},\n   search: {{learning_rat: [1e-5]}}}}\n",
+            ("study.yaml:13, arms.0.search.learning_rat: unknown key 'learning_rat'", "'learning_rate'"),
+        ),
+        (
+            MERGES,
+            f"{ARM}, search: {{learning_rate: 1e-5, seed: [1]}}}}\n",
+            ("study.yaml:12, arms.0.search.seed: [1] is no seed", "Give one whole number"),
+        ),
+        (
+            MERGES,
+            f"{ARM}, set: {{eval_rows: 0}}, search: {{}}}}\n",
+            ("study.yaml:12, arms.0.set.eval_rows: 0 held-out rows: there is nothing to choose by",),
+        ),
+        (
+            "merges:",
+            "arms:\n- {name: given, base: tiny, adapter: ./a, search: {}}\nmerges:",
+            ("study.yaml:12, arms.0: an arm made elsewhere has no recipe to search",),
+        ),
+        (
+            "evaluation:\n  tasks: sums\n  task_folders: tasks\n  engine: transformers\n",
+            "evaluation:\n",
+            ("study.yaml:14, evaluation: is empty; `none` asks nothing of any arm",),
+        ),
+        (
+            "evaluation:\n  tasks: sums\n  task_folders: tasks\n  engine: transformers\n",
+            "evaluation: nothing\n",
+            ("study.yaml:14, evaluation", "found 'nothing'"),
+        ),
     ],
 )
 def test_what_a_study_can_have_wrong(refuse: Refuse, old: str, new: str, says: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from harness.core.errors import UserError
 from harness.study.arms import Arm, arms_of
 from harness.study.spec import read_study
 from tests.study.conftest import ARMS, Write
@@ -143,6 +144,31 @@ def test_options_can_be_flat_or_nested(arms: Any) -> None:
 def test_what_the_command_line_changes(write: Write) -> None:
     file = write({"study": "s", "bases": {"a": "./a"}, "grid": [{"method": "dpo", "data": "hh-rlhf:helpful"}]})
     spec = read_study(file, models={"a": "./other"}, changes=("evaluation.limit=3",), revisions={"x/y": "0" * 40}).spec
-    assert (spec.bases["a"].model, spec.evaluation.limit) == ("./other", 3)
+    assert spec.evaluation is not None and (spec.bases["a"].model, spec.evaluation.limit) == ("./other", 3)
     assert spec.data_revisions == {"x/y": "0" * 40}
     assert Path(file).read_text().count("./other") == 0
+
+
+def test_a_search_is_of_one_name(arms: Any) -> None:
+    """The second would take what the first has chosen, of another recipe."""
+    grid = {"method": "dpo", "data": "one", "base": "a", "search": {}}
+    found = arms(grid=[{**grid, "seed": [0, 1]}], arms=[{"name": "x", "base": "a", **_trained(), "search": {}}])
+    searches = [arm.search for arm in found.values()]
+    assert searches == [None, None, "search-dpo-one-lora-a", "search-dpo-one-lora-a", "search-x"]
+    # Other seeds, and so other arms, with another recipe.
+    with pytest.raises(UserError, match=r"a second search of the name 'search-dpo-one-lora-a'.*\n.*another `name`"):
+        arms(grid=[{**grid, "seed": 0}, {**grid, "seed": 1, "set": {"beta": 0.5}}])
+    with pytest.raises(UserError, match=r"study.yaml:.*, arms.0: a second search of the name 'search-dpo-one-lora-a'"):
+        arms(grid=[grid], arms=[{"name": "dpo-one-lora-a", "base": "a", **_trained(), "search": {}}])
+
+
+def _trained() -> dict[str, str]:
+    return {"method": "dpo", "data": "two"}
+
+
+def test_an_arm_can_say_all_that_a_command_can(arms: Any) -> None:
+    one = {"name": "x", "base": "a", **_trained(), "data_seed": 3, "processes": 2}
+    align = arms(arms=[one], grid=[{**one, "name": "y"}])
+    for name in ("x", "y-a-s0"):
+        assert align[name].align is not None
+        assert (align[name].align.data_seed, align[name].align.processes) == (3, 2)

@@ -51,8 +51,9 @@ def test_it_has_every_key(read: spec.Read) -> None:
     assert missing(spec.EvaluationBlock, data["evaluation"]) == set()
     for model, key in ((spec.GridBlock, "grid"), (spec.ArmSpec, "arms"), (spec.MergeBlock, "merges")):
         written = {name for block in data[key] for name in block}
-        # What is shown with a grid is not shown again.
-        assert missing(model, dict.fromkeys(written)) <= {"from", "samples", "checkpoints", "set"}
+        # What is shown with a grid, or with an arm, is not shown again.
+        shown = {"from", "samples", "checkpoints", "set", "data_seed", "processes"}
+        assert missing(model, dict.fromkeys(written)) <= shown
 
 
 def test_rays_options_are_those_of_the_page() -> None:

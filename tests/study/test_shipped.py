@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
+from harness.study.needs import needs_of_study
 from harness.study.plan import StudyPlan, plan_study
 from harness.study.spec import find_study, read_study
 from harness.testing import tiny_model
 
-NAMES = ("merge", "paper", "quick", "size-curve")
+NAMES = ("merge", "paper", "paper-search", "quick", "size-curve")
 
 
 @pytest.fixture
@@ -43,9 +44,10 @@ def plan(alone: Path, classifier: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             base: str(tiny_model(alone / "bases" / base, seed=n, chat_template=given.template is None))
             for n, (base, given) in enumerate(bases.items())
         }
-        asked = read_study(file).spec.evaluation.tasks
+        asked = read_study(file).spec.evaluation
         toxicity = f"evaluation.set.real_toxicity.scorer.model={classifier}"
-        return plan_study(file, models=models, changes=(toxicity,) if "real_toxicity" in asked else ())
+        asks = asked is not None and "real_toxicity" in asked.tasks
+        return plan_study(file, models=models, changes=(toxicity,) if asks else ())
 
     return run
 
@@ -90,6 +92,24 @@ def test_the_papers_recipes_are_its_table_6(plan: Any) -> None:
         assert (align.recipe.learning_rate, align.recipe.steps, align.recipe.batch_size) == (rate, 700, 16)
         assert align.adapter_options.rank == (64 if method == "sft" else 16)
         assert align.template.name == "vicuna"
+
+
+def test_the_papers_grid_search(plan: Any) -> None:
+    """Appendix B: three ranks and three alphas for each of 2 methods x 4 data x 4 bases."""
+    found, paper = plan("paper-search"), plan("paper")
+    assert Counter(arm.kind for arm in found.arms) == {"base": 4, "align": 32, "search": 32 * 9}
+    assert len(found.searches) == 32 and not found.evaluations
+    for method, ranks in (("sft", (32, 64, 128)), ("dpo", (8, 16, 32))):
+        cells = found.searches[f"search-{method}-bt-helpful-qlora-vicuna"].cells
+        tried = [(one["adapter.rank"], one["adapter.alpha"]) for one in cells.values()]
+        assert tried == [(rank, alpha) for rank in ranks for alpha in (16, 32, 64)]
+    # Nothing is asked, so nothing but its data is read beside the bases.
+    needs = needs_of_study(found.read, found.registry)
+    assert {one.repo for one in needs.files} == {"Anthropic/hh-rlhf", "PKU-Alignment/PKU-SafeRLHF"}
+    # What is an arm of `paper` as well is the same step of both.
+    keys = {one.step.id for one in found.promises.values() if one.step is not None and one.arm.cell}
+    arms = {name for name, one in paper.promises.items() if one.step is not None and one.step.id in keys}
+    assert {name.removesuffix("-s0") for name in arms} == {name.removeprefix("search-") for name in found.searches}
 
 
 def test_the_plan_shows_the_rows_that_the_paper_counts(cli: Any, plan: Any, classifier: Path) -> None:
