@@ -172,8 +172,8 @@ class Scoring:
         """What all rows of a step say, after it was scored."""
         arm, task, label = unit.arm, unit.task, session.label()
         said = step.asked
-        if said is not None and said.wording is not None and not said.first_wording:
-            label = "+".join(part for part in (label, said.wording) if part is not None)
+        if said is not None:
+            label = said.judge if said.first_wording else f"{said.judge}+{said.wording}"
         asked_as = (
             f"asked of judge {said.judge}, in wording {said.wording}" if said is not None and said.wording else None
         )
