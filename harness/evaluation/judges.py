@@ -61,19 +61,19 @@ def scorers_of(
 def _panel(spec: TaskSpec, ref: ScorerRef, scorer: Scorer, where: str) -> Iterator[tuple[ScorerRef, AskedOf]]:
     judges = [_judge_of(one, where) for one in spec.judges] or [(None, None)]
     wordings = _wordings_of(spec, scorer, where)
-    seen: dict[str, str] = {}
-    for name, judge in judges:
+    seen: dict[str, int] = {}
+    for number, (name, judge) in enumerate(judges):
         for wording in wordings:
             options = scorer.judged_by(ref.options, judge, wording, where)
             if options is None:
                 return
             key = digest_of(options)
             if key in seen:
-                if seen[key] == str(judge):
+                if seen[key] == number:
                     continue  # rules, say, which nobody puts into words
                 fix = "Name each judge once; another temperature, or a wording, is another."
                 raise UserError(f"{where}, judges", f"{_said(judge)} is named twice", fix)
-            seen[key] = str(judge)
+            seen[key] = number
             asked = AskedOf(name, None if wording is None else wording.name, _is_first(scorer, wording))
             yield ref.model_copy(update={"options": options}), asked
 

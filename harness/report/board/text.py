@@ -86,7 +86,7 @@ def _judges(board: Board, columns: Sequence[Column]) -> list[str]:
         lines += markdown_table(["arm", *(one.name for one in panel.askers), "spread"], rows, words=1)
         lines += ["", f"The first judge's numbers stand on the board. {SPREAD}", ""]
         agreement = [
-            (one.a, one.b, number(one.tau) or "–", str(one.n_rows), number(one.kappa) or "–", f"{one.n_answers:,}")
+            (one.a, one.b, number(one.tau), str(one.n_rows), number(one.kappa), f"{one.n_answers:,}")
             for one in panel.agreement
         ]
         heads = ["judge", "other judge", "Kendall's tau of the arms", "arms", "Cohen's kappa", "answers"]

@@ -302,7 +302,7 @@ def _panel(board: Board, panel: JudgePanel) -> dict[str, Any]:
         if any(cells := panel_cells(row, panel))
     ]
     agreement = [
-        (f"{one.a} and {one.b}", number(one.tau) or "–", one.n_rows, number(one.kappa) or "–", one.n_answers)
+        (f"{one.a} and {one.b}", number(one.tau), one.n_rows, number(one.kappa), one.n_answers)
         for one in panel.agreement
     ]
     told = [*panel.remarks, *(f"no spread for {one}" for one in panel.missing)]
