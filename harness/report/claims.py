@@ -186,7 +186,7 @@ def evaluate_claims(
         designs: column -> how its samples hang together.
         panels: judges and wordings.
     """
-    others = {one.column for panel in panels if panel.column for one in panel.askers} - {one.column for one in panels}
+    others = {one.column for panel in panels for one in panel.askers} - {one.column for one in panels}
     shown = [one for one in columns if one.key not in others]
 
     def test(claim: ClaimSpec, column: Column | None = None) -> _Tested:
@@ -197,8 +197,16 @@ def evaluate_claims(
     results = _decided(tested)
     by_key = {column.key: column for column in columns}
     for place, one in enumerate(tested):
-        panel = next((some for some in panels if one.column is not None and some.column == one.column.key), None)
-        if panel is None or "@" in one.claim.task:
+        if "@" in one.claim.task:
+            continue
+        if one.column is None:
+            headless = next((some for some in panels if some.column is None and _is_about(one.claim, some)), None)
+            if headless is not None:
+                told = {"status": "undecided (judge)", "why": "; ".join(headless.remarks)}
+                results[place] = results[place].model_copy(update=told)
+            continue
+        panel = next((some for some in panels if some.column == one.column.key), None)
+        if panel is None:
             continue
         under: dict[str, str] = {}
         for asker in panel.askers:
@@ -213,6 +221,10 @@ def evaluate_claims(
                 under[asker.name] = _decided(family)[place].status if alike else "not all numbers"
         results[place] = _under_judges(results[place], under)
     return results
+
+
+def _is_about(claim: ClaimSpec, panel: JudgePanel) -> bool:
+    return claim.task.partition(":")[0] == panel.task and claim.metric in (None, panel.metric)
 
 
 def _decided(tested: Sequence[_Tested]) -> list[ClaimResult]:

@@ -207,7 +207,8 @@ def test_the_judge_who_counts_is_never_replaced_in_silence(tmp_path: Path) -> No
     assert panel.column is None
     assert panel.remarks == ("a, ours-1, who would count, has no numbers: those of the others are theirs alone",)
     (claim,) = board.claims
-    assert claim.status.startswith("undecided")
+    assert (claim.status, claim.effect) == ("undecided (judge)", None)
+    assert claim.why == panel.remarks[0]
     assert [column.task for column in board.columns] == ["quiz@b+ours-1"]
 
 

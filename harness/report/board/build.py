@@ -74,7 +74,6 @@ def board_of(found: Gathered, *, title: str | None = None, alpha: float = 0.05) 
     arms = {key: [arm.key for arm in some] for key, some in members.items()}
     ids = {digest: samples.ids for digest, samples in found.samples.items()}
     panels = judge_panels(found.panels.values(), by_way, rows, folded, arms, ids)
-    columns = _first_judges(columns, panels)
     claims = evaluate_claims(read_claims(found.claims, "claims of a study"), rows, columns, folded, designs, panels)
     names = [source.name for source in found.sources]
     board = Board(
@@ -82,7 +81,7 @@ def board_of(found: Gathered, *, title: str | None = None, alpha: float = 0.05) 
         title=visible(title) if title is not None else " and ".join(dict.fromkeys(names)),
         alpha=alpha,
         sources=tuple(found.sources),
-        columns=tuple(columns),
+        columns=tuple(_first_judges(columns, panels)),
         rows=tuple(rows),
         claims=tuple(claims),
         judges=tuple(panels),
