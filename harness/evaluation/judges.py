@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.contracts.scorer import Scorer, Wording
-from harness.core.errors import UserError, unknown
+from harness.core.errors import UserError
 from harness.core.records import digest_of
 from harness.core.specs import ScorerRef, TaskSpec
 
@@ -116,7 +116,8 @@ def _wordings_of(spec: TaskSpec, scorer: Scorer, where: str) -> Sequence[Wording
         if isinstance(one, str):
             match = next((wording for wording in known if wording.name == one), None)
             if match is None:
-                raise unknown(where, "wording", one, [wording.name for wording in known])
+                names = ", ".join(wording.name for wording in known) or "none"
+                raise UserError(where, f"unknown wording {one!r}", f"Scorer {scorer.name} has: {names}.")
             found.append(match)
             continue
         options = dict(one)

@@ -173,8 +173,8 @@ class Catalog:
                     over[runs.partition(":")[0]] = spec.options[name]
                 limits.setdefault(runs, limit if limit is not None else spec.limits.get(name, spec.limit))
             if strange := set(spec.options) - set(spec.tasks):
-                where = f"suite {spec.suite}, options"
-                raise unknown(where, "task", sorted(strange)[0], spec.tasks)
+                what = f"{sorted(strange)[0]!r} is no task of the suite"
+                raise UserError(f"suite {spec.suite}, options", what, f"Its tasks: {', '.join(spec.tasks)}.")
         options = laid_over(over, dict(options))
         chosen = [
             _standing_in(self._apply(*self.task(name, "--task"), own, options), asked.get(name))
