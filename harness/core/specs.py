@@ -83,6 +83,11 @@ class TaskSpec(Config):
         description="Jinja template over the row: what samples that hang together share, a question asked in several"
         " wordings say; empty: the sample stands for itself",
     )
+    subset: Literal["first", "seeded"] = Field(
+        "first",
+        description="which samples of each leaf task a limit takes: the first, or a draw by the evaluation's seed, the"
+        " same for every arm",
+    )
     generation_prompt: bool = Field(
         True, description="whether a chat prompt ends where the assistant answers; else with the user's turn"
     )

@@ -33,7 +33,7 @@ from harness.tasks.catalog import Catalog, Chosen, code_of
 from harness.tasks.questions import dataset_of, resolve_variant
 
 LM_EVAL_SCORER = "lm_eval"
-LATER = {"leaf": None, "cluster": None, "generation_prompt": True, "decoding_of": "task"}
+LATER = {"leaf": None, "cluster": None, "subset": "first", "generation_prompt": True, "decoding_of": "task"}
 """Fields that a task got after its steps had ids, with what they stand for when absent: then they are no part of it."""
 
 
@@ -480,6 +480,8 @@ def _portable_task(chosen: Chosen) -> dict[str, Any]:
         "generative",
     }
     task: dict[str, Any] = chosen.spec.model_dump(mode="json", exclude=left_out)
+    if chosen.limit is None:
+        task["subset"] = LATER["subset"]  # all is all, however some would have been drawn
     if task["lm_eval"] is not None and task["lm_eval"]["include"] is not None:
         task["lm_eval"]["include"] = "its folder"
     if task["lm_eval"] is not None:

@@ -170,7 +170,7 @@ class Catalog:
                 if runs != name and runs not in limits:
                     asked[runs] = name
                 if name in spec.options and runs not in limits:
-                    over[runs.partition(":")[0]] = spec.options[name]
+                    over[self.task(runs, "--suite")[0].spec.name] = spec.options[name]
                 limits.setdefault(runs, limit if limit is not None else spec.limits.get(name, spec.limit))
             if strange := set(spec.options) - set(spec.tasks):
                 what = f"{sorted(strange)[0]!r} is no task of the suite"

@@ -17,7 +17,7 @@ from harness.testing import tiny_adapter, tiny_model
 
 ALLOWED = (
     "Allowed keys: limit, scorer, name, version, summary, source, licence, size, leaves, notes, needs, prompt, "
-    "system, template, target, leaf, cluster, generation_prompt, decoding_of, decoding, dataset, "
+    "system, template, target, leaf, cluster, subset, generation_prompt, decoding_of, decoding, dataset, "
     "lm_eval, generative, scorers, judges, wordings."
 )
 Refused = Callable[..., str]

@@ -17,6 +17,7 @@ from harness.core.stats import Design
 from harness.core.text import portable, task_label, visible
 from harness.core.version import __version__
 from harness.report.board.cells import Folded, fold, judge, rank, seed_cells
+from harness.report.board.estimates import estimate_wholes
 from harness.report.board.gather import ArmRun, Asked, Gathered, Scored, gather
 from harness.report.board.model import Board, BoardRow, Column, JudgePanel, SeedRow
 from harness.report.board.panels import Of, judge_panels
@@ -71,6 +72,7 @@ def board_of(found: Gathered, *, title: str | None = None, alpha: float = 0.05) 
         columns.append(rank(judge(plain, design, cells, bases, shown, alpha), design, cells, shown, alpha))
         folded[plain.key] = cells
         by_way[of] = plain
+    estimate_wholes(found, by_way, rows, folded)
     arms = {key: [arm.key for arm in some] for key, some in members.items()}
     ids = {digest: samples.ids for digest, samples in found.samples.items()}
     panels = judge_panels(found.panels.values(), by_way, rows, folded, arms, ids)

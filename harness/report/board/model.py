@@ -88,6 +88,16 @@ class Spread(Config):
     )
 
 
+class Part(Config):
+    """What a mean is of, where a seeded subset was asked: an estimate of the whole set, or the subset alone."""
+
+    n: int = Field(description="samples of the subset")
+    n_whole: int | None = Field(None, description="samples that the base was asked; None: no more than the subset")
+    plain: float | None = Field(None, description="mean of the subset, where the cell's is an estimate of the whole")
+    whole: bool = Field(False, description="whether the mean is of the whole set itself: the base's own")
+    note: str | None = Field(None, description="why the mean is of the subset alone")
+
+
 class Cell(Config):
     """One number of the board."""
 
@@ -103,6 +113,7 @@ class Cell(Config):
     template: str | None = None
     rank: int | None = Field(None, description="1 + the rows of the column that are better at adjusted p < alpha")
     difference: BaseDifference | None = None
+    part: Part | None = Field(None, description="where a seeded subset was asked; None: all that the column asks")
     spread: Spread | None = Field(None, description="over judges and wordings, where several were asked of all seeds")
     spread_note: str | None = Field(None, description="why there is none although several were to be asked")
     steps: tuple[str, ...] = Field((), description="ids of the scores steps, one for each seed")

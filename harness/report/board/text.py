@@ -61,8 +61,18 @@ def _cell_text(cell: Cell | None) -> str:
     verdict = cell.difference.verdict if cell.difference is not None else ""
     sign = {"better": " ▲", "worse": " ▼"}.get(verdict, "")
     rank = f" ({cell.rank})" if cell.rank is not None else ""
-    judges = f" {spread_text(cell)}" if spread_text(cell) else ""
-    return f"{number(cell.mean)} {_ends(cell.ci95)}{judges}{rank}{sign}"
+    more = "".join(f" {one}" for one in (part_text(cell), spread_text(cell)) if one)
+    return f"{number(cell.mean)} {_ends(cell.ci95)}{more}{rank}{sign}"
+
+
+def part_text(cell: Cell) -> str:
+    """What a mean is of, where a seeded subset was asked; empty for all else."""
+    part = cell.part
+    if part is None or cell.withheld is not None:
+        return ""
+    if part.whole:
+        return f"whole set, {part.n_whole:,}"
+    return f"subset mean, {part.n:,}" if part.plain is None else f"estimated, {part.n:,} of {part.n_whole:,}"
 
 
 def spread_text(cell: Cell) -> str:
@@ -166,6 +176,7 @@ def _having(board: Board, column: Column) -> list[BoardRow]:
 def _row_cells(row: BoardRow, cell: Cell) -> tuple[str, ...]:
     one = cell.difference
     notes = [cell.note, cell.withheld, one.note if one is not None else None, cell.spread_note]
+    notes += [part_text(cell), cell.part.note if cell.part is not None else None]
     told = "; ".join(dict.fromkeys(note for note in notes if note))
     counts = (str(cell.n_seeds), f"{cell.n:,}", f"{cell.n_unscored:,}", f"{cell.n_truncated:,}")
     mean = "withheld" if cell.withheld is not None else number(cell.mean)
@@ -181,6 +192,7 @@ CSV_FIELDS = (
     *("n_truncated", "mean", "stderr", "low", "high", "rank", "verdict", "difference", "difference_low"),
     *("difference_high", "p_value", "p_adjusted", "adjusted_low", "adjusted_high", "test", "detectable"),
     *("detectable_adjusted", "withheld", "note", "judges_low", "judges_high", "judges"),
+    *("n_subset", "n_whole", "subset_mean"),
 )
 
 
@@ -213,6 +225,8 @@ def _csv_cells(row: BoardRow, column: Column, cell: Cell) -> Iterable[object]:
     yield from (cell.withheld, "; ".join(note for note in notes if note))
     spread = cell.spread
     yield from (None, None, None) if spread is None else (spread.low, spread.high, spread.n)
+    part = cell.part
+    yield from (None, None, None) if part is None else (part.n, part.n_whole, part.plain)
 
 
 def _plain(value: object) -> object:
@@ -258,7 +272,7 @@ def board_latex(board: Board) -> str:
 
 
 def _mean_lines(cell: Cell) -> str:
-    return "\n".join(part for part in (number(cell.mean), _ends(cell.ci95), spread_text(cell)) if part)
+    return "\n".join(part for part in (number(cell.mean), _ends(cell.ci95), part_text(cell), spread_text(cell)) if part)
 
 
 def board_table(board: Board) -> Table:

@@ -24,7 +24,7 @@ from harness.report.board.model import (
     SeedCell,
     SeedRow,
 )
-from harness.report.board.text import SPREAD, panel_cells, spread_of, spread_text
+from harness.report.board.text import SPREAD, panel_cells, part_text, spread_of, spread_text
 from harness.report.compare_text import p_text, signed
 from harness.report.figures.svg import STYLE
 from harness.report.pages.page import line_html, render_page, script_json
@@ -212,6 +212,7 @@ def _title(cell: Cell) -> str:
         ends = ", ".join(signed(end) for end in one.ci_adjusted)
         parts.append(f"difference {signed(one.difference)} [{ends}], p {p_text(one.p_adjusted)} (Holm)")
     parts += [cell.withheld or "", cell.note or "", cell.spread_note or ""]
+    parts += [(cell.part.note or "") if cell.part is not None else ""]
     return "; ".join(visible(part) for part in parts if part)
 
 
@@ -238,6 +239,7 @@ def _cell(row: BoardRow, base: BoardRow | None, column: Column, scale: Scale) ->
     return (
         f'<td title="{escape(_title(cell))}"><b>{mean}</b>'
         + (f' <span class="ends">{interval}</span>' if interval else "")
+        + (f' <span class="ends">{escape(part)}</span>' if (part := part_text(cell)) else "")
         + (f' <span class="ends">{escape(spread)}</span>' if (spread := spread_text(cell)) else "")
         + _bar(cell, base.cells.get(column.key) if base is not None else None, scale)
         + (f'<span class="said {kind}">{escape(said)}</span>' if said else "")
