@@ -110,6 +110,8 @@ class _Subset:
         }
 
     def _estimate(self, samples: Samples, base: Folded) -> Estimated | str:
+        if samples.clusters is not None:
+            return "its samples hang together, which the estimate does not know of"
         place = {key: number for number, key in enumerate(samples.ids)}
         if any(key not in place for key in self._samples.ids):
             return "the subset holds samples that the whole set has not"
