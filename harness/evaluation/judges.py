@@ -60,26 +60,22 @@ def scorers_of(
 
 def _panel(spec: TaskSpec, ref: ScorerRef, scorer: Scorer, where: str) -> Iterator[tuple[ScorerRef, AskedOf]]:
     judges = [_judge_of(one, where) for one in spec.judges] or [(None, None)]
-    wordings = _wordings_of(spec, scorer, where)
-    seen: dict[str, int] = {}
-    for number, (name, judge) in enumerate(judges):
-        for wording in wordings:
-            options = scorer.judged_by(ref.options, judge, wording, where)
-            if options is None:
-                return
-            key = digest_of(options)
-            if key in seen:
-                if seen[key] == number:
-                    continue  # rules, say, which nobody puts into words
+    wordings = {None if one is None else one.name: one for one in _wordings_of(spec, scorer, where)}
+    seen: set[str] = set()
+    for name, judge in judges:
+        asked = {wording: scorer.judged_by(ref.options, judge, wordings[wording], where) for wording in wordings}
+        found = {wording: options for wording, options in asked.items() if options is not None}
+        if not found:
+            return
+        if len({digest_of(options) for options in found.values()}) == 1 and len(found) > 1:
+            found = {None: next(iter(found.values()))}  # rules, say, which nobody puts into words
+        for wording, options in found.items():
+            if digest_of(options) in seen:
                 fix = "Name each judge once; another temperature, or a wording, is another."
                 raise UserError(f"{where}, judges", f"{_said(judge)} is named twice", fix)
-            seen[key] = number
-            asked = AskedOf(name, None if wording is None else wording.name, _is_first(scorer, wording))
-            yield ref.model_copy(update={"options": options}), asked
-
-
-def _is_first(scorer: Scorer, wording: Wording | None) -> bool:
-    return wording is None or wording.name == scorer.wordings()[0].name
+            seen.add(digest_of(options))
+            first = wording is None or wording == scorer.wordings()[0].name
+            yield ref.model_copy(update={"options": options}), AskedOf(name, wording, first)
 
 
 def _judge_of(one: str | Mapping[str, Any], where: str) -> tuple[str | None, dict[str, Any] | None]:

@@ -374,6 +374,18 @@ def test_two_judges_in_two_wordings_over_the_same_answers(cli: Any, tiny: Path, 
     assert open_run(Path("run")).tasks[0].scores[0].id == task.scores[0].id
 
 
+def test_rules_are_one_judge_in_however_many_wordings(cli: Any, tiny: Path, red: Path, judge: Any) -> None:
+    judge.say = lambda body, attempt: "[[A]]"
+    asked = panel(judge.url, "a")[0].replace("]", ', "refusal"]')
+    assert (
+        cli(*arguments(tiny, red, "dangerous_qa", asked, "dangerous_qa.wordings=2", "dangerous_qa.limit=2")).code == 0
+    )
+    (task,) = open_run(Path("run")).tasks
+    members = [(one["judge"], one["wording"]) for one in task.info["judged"]]
+    assert members == [("a", "ours-1"), ("a", "ours-2"), ("refusal", None)]
+    assert [step.rows[0].task for step in task.scores][2] == "dangerous_qa@refusal"
+
+
 def test_a_judge_that_cannot_be_read_leaves_no_spread(cli: Any, tiny: Path, red: Path, judge: Any) -> None:
     judge.say = lambda body, attempt: "[[A]]" if body["model"] == "a" else "harmless, I should say"
     ran = cli(*arguments(tiny, red, "dangerous_qa", *panel(judge.url, "a", "b")))
