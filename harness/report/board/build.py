@@ -19,8 +19,9 @@ from harness.core.version import __version__
 from harness.report.board.cells import Folded, fold, judge, rank, seed_cells
 from harness.report.board.estimates import estimate_wholes
 from harness.report.board.gather import ArmRun, Asked, Gathered, Scored, gather
+from harness.report.board.judged import Of
 from harness.report.board.model import Board, BoardRow, Column, JudgePanel, SeedRow
-from harness.report.board.panels import Of, judge_panels
+from harness.report.board.panels import judge_panels
 from harness.report.claims import evaluate_claims, read_claims
 from harness.steps.step import unequal
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from harness.core.records import digest_of
 from harness.core.stats import Estimated, estimated_mean
 from harness.report.board.cells import whole_of
+from harness.report.board.judged import Of
 from harness.report.board.model import BoardRow, Cell, Column, Part
-from harness.report.board.panels import Of
 
 if TYPE_CHECKING:
     from harness.report.board.cells import Folded

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from harness.core.errors import CorruptionError
 from harness.core.records import Metric, Row, digest_of
 from harness.core.text import clip, portable, task_label, visible
+from harness.report.board.judged import Panel, judged_of
 from harness.report.board.model import Source
-from harness.report.board.panels import Panel, judged_of
 from harness.report.external.open import open_log
 from harness.report.pairing import base_of
 from harness.report.read import RunResult, StepFolders, StepResult, TaskResult, read_step

@@ -9,41 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from harness.core.stats import cohen_kappa
 from harness.core.text import visible
+from harness.report.board.judged import Name, Of, Panel, label_of
 from harness.report.board.model import Asker, BoardRow, Cell, Column, JudgePanel, JudgesAgree, Spread
 
 if TYPE_CHECKING:
     from harness.report.board.cells import Folded
 
-Of = tuple[str, tuple[str | None, ...], str]
-"""Digest of how a column was asked and scored, the templates that it was asked in, and the metric."""
-Name = tuple[str, str | None]
-"""A judge and a wording."""
 ENOUGH = 20
 """Fewest answers with both verdicts from which agreement below chance is remarked on."""
-
-
-@dataclass
-class Panel:
-    """The judges and wordings of one task, asked in one way, in the order in which it names them."""
-
-    task: str
-    scorer: str
-    columns: dict[Name, set[str]] = field(default_factory=dict)
-    """Digests of how their scores were asked and scored."""
-    missing: dict[tuple[Name, str], str] = field(default_factory=dict)
-    """Member and key of an arm -> why it has no numbers."""
-
-
-def label_of(name: Name) -> str:
-    """A member of a panel in one line."""
-    judge, wording = name
-    return visible(judge if wording is None else f"{judge}, {wording}")
 
 
 def judge_panels(
@@ -228,11 +206,3 @@ def _tau(pairs: Sequence[tuple[float, float]]) -> float | None:
         return None
     found = float(kendalltau(*zip(*pairs, strict=True)).statistic)
     return None if math.isnan(found) else found
-
-
-def judged_of(info: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """Scorer -> who is asked in which step, of a task that names several judges or wordings."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for one in info.get("judged") or ():
-        found.setdefault(str(one["scorer"]), []).append(one)
-    return {scorer: some for scorer, some in found.items() if len(some) > 1}

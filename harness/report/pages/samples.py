@@ -15,7 +15,7 @@ from typing import Any
 
 from harness.core.records import digest_of
 from harness.core.text import clip, portable, task_label, visible
-from harness.report.board.panels import label_of
+from harness.report.board.judged import label_of
 from harness.report.pages.page import pieces
 from harness.report.pages.side_files import SideFiles
 from harness.report.read import StepResult, TaskResult, Texts
