@@ -78,9 +78,11 @@ class _Subset:
         template = self._own.scores[0].row.template
         self._whole = next(
             (
-                (whole, of_whole, cells[whole.key][self._base])
+                (whole, of_whole, base)
                 for whole, of_whole in wholes
-                if self._base in cells[whole.key] and cells[whole.key][self._base].scores[0].row.template == template
+                if self._base is not None
+                and (base := cells[whole.key].get(self._base)) is not None
+                and base.scores[0].row.template == template
             ),
             None,
         )
