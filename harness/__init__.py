@@ -100,6 +100,7 @@ if TYPE_CHECKING:
         Scorer as Scorer,
         ScorerContext as ScorerContext,
         ScorerSession as ScorerSession,
+        Wording as Wording,
     )
     from harness.core.caches import (
         hub_cache as hub_cache,
@@ -268,7 +269,7 @@ _HOME = {
     "harness.contracts.report_section": (
         "Mark ReportSection SectionBlock SectionCell SectionColumn SectionFigure SectionTable SectionText"
     ),
-    "harness.contracts.scorer": "AnswerScorer ScoreJob Scorer ScorerContext ScorerSession",
+    "harness.contracts.scorer": "AnswerScorer ScoreJob Scorer ScorerContext ScorerSession Wording",
     "harness.core.caches": "hub_cache offline",
     "harness.core.conditioning": "Conditioning ControlValue control_place insert_control",
     "harness.core.config": "Config",

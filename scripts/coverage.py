@@ -23,6 +23,7 @@ from harness.core.stats import (
     compare_paired,
     crossed_difference,
     crossed_mean,
+    estimated_mean,
     newcombe_paired,
     summarise,
     wilson,
@@ -142,6 +143,36 @@ def probit(seeds: tuple[int, int], samples: int, sd_seeds: float, levels: tuple[
     return draw
 
 
+def estimated(strata: int, size: int, changed: float, how: str, seeds: int = 1) -> Draw:
+    """An arm that was asked ``size`` samples of each stratum, and its base all; strata have 20 to 400 samples.
+
+    0/1 scores: the arm's is the base's, or drawn anew at the rate ``changed``. Normal ones: the base's and noise, and a
+    shift of 0.05 for each seed.
+    """
+    sizes = np.linspace(20, 400, strata).astype(int)
+    labels = np.repeat(np.arange(strata), sizes)
+    rates = np.linspace(0.25, 0.95, strata)[labels]
+
+    def draw(rng: np.random.Generator, _: int) -> tuple[Interval | None, float]:
+        part = np.concatenate([rng.choice(np.flatnonzero(labels == one), size, replace=False) for one in range(strata)])
+        if how == "share":
+            base = (rng.random(len(labels)) < rates).astype(float)
+            anew = rng.random(len(labels)) < changed
+            arm = np.where(anew, rng.random(len(labels)) < 0.5, base)[None, :]
+            truth = float(((1 - changed) * rates + changed * 0.5).mean())
+        else:
+            base = rates + rng.normal(0, 1.0, len(labels))
+            arm = base + rng.normal(0, changed, (seeds, len(labels))) + rng.normal(0, 0.05, (seeds, 1))
+            truth = float(rates.mean())
+        ends = (0.0, 1.0) if how == "share" else None
+        found = estimated_mean(
+            Seeds(arm[:, part]), base[part], labels[part].tolist(), base, labels.tolist(), range_of=ends
+        )
+        return found.interval if found is not None else None, truth
+
+    return draw
+
+
 def pigeonhole(cells: np.ndarray[Any, Any], seed: int) -> Interval:
     """Rows and columns resampled (Owen 2007, Annals of Applied Statistics 1:386): for comparison; nothing prints it."""
     rng = np.random.default_rng(seed)
@@ -177,6 +208,14 @@ def lines() -> Iterator[tuple[str, str, Draw]]:
         yield "(clusters ignored)", told, clustered(groups, 5, "ignored")
     for how, name in (("bootstrap", "stratified bootstrap"), ("t", "stratified t (board)")):
         yield name, "57 strata of 4", stratified(57, 4, how)
+    for changed in (0.3, 0.1, 0.02):
+        told = f"20 strata, 4 samples each of 20 to 400, {changed:.0%} of the answers drawn anew"
+        yield "difference estimator", told, estimated(20, 4, changed, "share")
+    told = "57 strata, 4 samples each of 20 to 400, 20% of the answers drawn anew"
+    yield "difference estimator", told, estimated(57, 4, 0.2, "share")
+    for seeds in (3, 5):
+        told = f"{seeds} seeds, 20 strata, 4 samples each of 20 to 400, normal scores"
+        yield "difference estimator", told, estimated(20, 4, 0.5, "normal", seeds)
     for seeds in (3, 5, 10):
         for noise, told in ((TRAINING, "training dominates"), (BOTH, "both"), (SAMPLING, "sampling dominates")):
             yield "crossed t", f"{seeds} seeds x 200 samples, {told}", crossed(seeds, 200, noise, "t")

@@ -48,9 +48,18 @@ def _cost_row(line: Mapping[str, Any]) -> dict[str, Any]:
         "GPU-hours": hours(line["gpu_hours"]),
         "hours": hours(line["hours"]),
         "GPU memory": human_bytes(line["device_bytes"]) if line["device_bytes"] else "",
-        "judge": "not known" if usd is None else f"{usd:.2f} USD" if usd else "",
+        "judge": ", ".join(part for part in (_calls(line["judge_calls"]), _usd(usd)) if part),
         "from": told + devices,
     }
+
+
+def _calls(calls: int | None) -> str:
+    """Questions to judges; empty where there are none."""
+    return "calls not known" if calls is None else f"{calls:,} calls" if calls else ""
+
+
+def _usd(usd: float | None) -> str:
+    return "price not known" if usd is None else f"{usd:.2f} USD" if usd else ""
 
 
 def print_status(title: str, states: list[StepState]) -> None:

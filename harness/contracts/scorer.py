@@ -7,8 +7,8 @@ that opens nothing and looks at one answer at a time is an :class:`AnswerScorer`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal
 
@@ -88,6 +88,14 @@ class ScorerSession(ABC):
         """Release what was opened; a second call does nothing."""
 
 
+@dataclass(frozen=True)
+class Wording:
+    """One way of putting a scorer's question to its judge: a name for tables, and what the scorer makes of it."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
 Need = Literal["classifier", "engine", "endpoint"]
 
 
@@ -121,6 +129,30 @@ class Scorer(Plugin[C]):
     def hub_files(self, config: C) -> tuple[HubFiles, ...]:
         """What it reads from the hub: `harness fetch` brings it."""
         return ()
+
+    def wordings(self) -> tuple[Wording, ...]:
+        """Wordings in which its judge can be asked, the first its own; empty: there is one, or no judge."""
+        return ()
+
+    def judged_by(
+        self, options: Mapping[str, Any], judge: Mapping[str, Any] | None, wording: Wording | None, where: str
+    ) -> dict[str, Any] | None:
+        """The options with which another judge, or another wording, is asked; None: nobody is, which is the default.
+
+        Args:
+            options: of the scorer, as the task gives them.
+            judge: of the judge, ``{"model": ...}`` at least; None: the options' own.
+            wording: one of :meth:`wordings`, or a user's; None: the scorer has one alone.
+            where: the task, for messages.
+
+        Raises:
+            UserError: the judge or the wording does not fit.
+        """
+        return None
+
+    def judge_name(self, config: C) -> str:
+        """A short name of the judge that is asked, for tables; a scorer with :meth:`judged_by` says it."""
+        return self.name
 
     def check(self, config: C) -> None:
         """Raise a UserError before anything runs if the scorer cannot work (a missing model, a missing key)."""

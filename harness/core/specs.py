@@ -83,6 +83,11 @@ class TaskSpec(Config):
         description="Jinja template over the row: what samples that hang together share, a question asked in several"
         " wordings say; empty: the sample stands for itself",
     )
+    subset: Literal["first", "seeded"] = Field(
+        "first",
+        description="which samples of each leaf task a limit takes: the first, or a draw by the evaluation's seed, the"
+        " same for every arm",
+    )
     generation_prompt: bool = Field(
         True, description="whether a chat prompt ends where the assistant answers; else with the user's turn"
     )
@@ -98,9 +103,21 @@ class TaskSpec(Config):
         None, description="task that asks the same in words, for endpoints that take conversations alone"
     )
     scorers: tuple[ScorerRef, ...] = Field((), description="what turns answers into scores")
+    judges: tuple[str | dict[str, Any], ...] = Field(
+        (),
+        description="judges that are asked one by one about the same answers, the first the one that counts: a model, a"
+        " URL, `refusal`, or options of a judge with an optional `name`; the scorer's own when absent",
+    )
+    wordings: int | tuple[str | dict[str, Any], ...] = Field(
+        1,
+        description="wordings in which each judge is asked, the first the one that counts: how many of the scorer's,"
+        " or names of these and wordings of yours",
+    )
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
+        if self.wordings == () or (isinstance(self.wordings, int) and self.wordings < 1):
+            raise ValueError("`wordings` is a number from 1 on, or a list of wordings")
         if (self.dataset is None) == (self.lm_eval is None):
             raise ValueError("give either `dataset` (with `scorers`) or `lm_eval`")
         if self.dataset is not None and not self.scorers:
@@ -122,6 +139,9 @@ class SuiteSpec(Config):
     tasks: tuple[str, ...] = Field(min_length=1, description="task names")
     limit: int | None = Field(None, ge=1, description="samples per leaf task, unless --limit says otherwise")
     limits: dict[str, int] = Field(default_factory=dict, description="the same for single tasks")
+    options: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="per task, as `--set TASK.KEY=VALUE`, which goes before: judges, decoding"
+    )
     notes: tuple[str, ...] = Field((), description="what is inferred, where the source of the suite is silent")
 
 

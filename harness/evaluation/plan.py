@@ -16,11 +16,12 @@ from harness.core.config import C, Config, parse_options
 from harness.core.errors import UserError
 from harness.core.records import AdapterInfo, ModelInfo, digest_of
 from harness.core.secrecy import refuse_within
-from harness.core.specs import EvalSpec, PromptKind, ScorerRef
+from harness.core.specs import EvalSpec, PromptKind, ScorerRef, TaskSpec
 from harness.data.hub import OtherRevisionError, read_all, resolve_revision
 from harness.evaluation.arms import Candidate, find_arms
 from harness.evaluation.control import Steering
 from harness.evaluation.engines import choose_engine, conversations_only, needs_of, refuse_unspeakable
+from harness.evaluation.judges import AskedOf, refuse_equal_judges, scorers_of
 from harness.models.generation_config import generation_identity
 from harness.models.inspect import inspect_model
 from harness.models.locate import is_url
@@ -32,7 +33,7 @@ from harness.tasks.catalog import Catalog, Chosen, code_of
 from harness.tasks.questions import dataset_of, resolve_variant
 
 LM_EVAL_SCORER = "lm_eval"
-LATER = {"leaf": None, "cluster": None, "generation_prompt": True, "decoding_of": "task"}
+LATER = {"leaf": None, "cluster": None, "subset": "first", "generation_prompt": True, "decoding_of": "task"}
 """Fields that a task got after its steps had ids, with what they stand for when absent: then they are no part of it."""
 
 
@@ -53,6 +54,8 @@ class ScoresPlan:
     step: Step
     ref: ScorerRef
     scorer: ScorerPlan
+    asked: AskedOf | None = None
+    """Of a task that names judges or wordings: which of them; None for a scorer that asks as it always does."""
 
     @property
     def id(self) -> str:
@@ -200,7 +203,17 @@ def _task_json(task: TaskPlan) -> dict[str, Any]:
         "limit": task.chosen.limit,
         "answers": task.answers_id,
         "scores": [step.id for step in task.scores],
+        **({"judged": judged} if (judged := _judged(task)) else {}),
     }
+
+
+def _judged(task: TaskPlan) -> list[dict[str, Any]]:
+    """Who is asked in which step: the first is the one that counts."""
+    return [
+        {"scores": one.id, "scorer": one.ref.name, "judge": one.asked.judge, "wording": one.asked.wording}
+        for one in task.scores
+        if one.asked is not None
+    ]
 
 
 def plan_eval(spec: EvalSpec, registry: Registry, catalog: Catalog) -> EvalPlan:
@@ -362,7 +375,7 @@ class _Planner:
         refs = chosen.spec.scorers
         if chosen.spec.lm_eval is not None and not any(ref.name == LM_EVAL_SCORER for ref in refs):
             refs = (ScorerRef(name=LM_EVAL_SCORER, options={"flexible": chosen.spec.lm_eval.flexible}), *refs)
-        scores = tuple(self._score(chosen.spec.name, ref, answers) for ref in refs)
+        scores = self._scores(chosen.spec, refs, answers)
         template = model.template_digest if variant == "chat" else None
         return TaskPlan(chosen, variant, template, answers, scores)
 
@@ -377,16 +390,36 @@ class _Planner:
         chat_only = self._engine.capabilities(model, self._options).chat_only
         return resolve_variant(chosen, model, chat_only=chat_only)
 
-    def _score(self, task: str, ref: ScorerRef, answers: Step) -> ScoresPlan:
+    def _scores(self, spec: TaskSpec, refs: Sequence[ScorerRef], answers: Step) -> tuple[ScoresPlan, ...]:
+        """A step for every scorer, and for every judge and wording that the task names."""
+        found = []
+        for ref, asked in scorers_of(spec, refs, partial(self._found, spec.name)):
+            if asked is not None and asked.judge is None:
+                scorer, _ = self._scorer(spec.name, ref)
+                asked = replace(asked, judge=self._once(scorer.plugin.judge_name, scorer.config))
+            found.append(self._score(spec.name, ref, answers, asked))
+        panels: dict[str, list[tuple[str, AskedOf]]] = {}
+        for one in found:
+            if one.asked is not None:
+                panels.setdefault(one.ref.name, []).append((one.id, one.asked))
+        for panel in panels.values():
+            refuse_equal_judges(spec, panel)
+        return tuple(found)
+
+    def _found(self, task: str, name: str) -> Scorer:
+        return self._registry.find(Scorer, name, f"task {task}, scorer")
+
+    def _score(self, task: str, ref: ScorerRef, answers: Step, asked: AskedOf | None) -> ScoresPlan:
         scorer, identity = self._scorer(task, ref)
+        told = {} if asked is None else {"judge": asked.judge, "wording": asked.wording}
         step = make_step(
             "scores",
             {"answers": answers.id, **identity},
             arm=answers.arm,
-            factors={**answers.factors, "scorer": ref.name},
+            factors={**answers.factors, "scorer": ref.name, **told},
             parents=(answers.id,),
         )
-        return ScoresPlan(step, ref, scorer)
+        return ScoresPlan(step, ref, scorer, asked)
 
     def _scorer(self, task: str, ref: ScorerRef) -> tuple[ScorerPlan, dict[str, Any]]:
         """A scorer with its options, and its part of the step's id; found out once for all arms."""
@@ -434,8 +467,21 @@ def _with_cost(config: type[Config], given: dict[str, Any], most: float | None) 
 
 def _portable_task(chosen: Chosen) -> dict[str, Any]:
     """What of a task decides its questions; where its files lie does not (``data`` has their digests)."""
-    left_out = {"scorers", "summary", "notes", "licence", "size", "leaves", "source", "generative"}
+    left_out = {
+        "scorers",
+        "judges",
+        "wordings",
+        "summary",
+        "notes",
+        "licence",
+        "size",
+        "leaves",
+        "source",
+        "generative",
+    }
     task: dict[str, Any] = chosen.spec.model_dump(mode="json", exclude=left_out)
+    if chosen.limit is None:
+        task["subset"] = LATER["subset"]  # all is all, however some would have been drawn
     if task["lm_eval"] is not None and task["lm_eval"]["include"] is not None:
         task["lm_eval"]["include"] = "its folder"
     if task["lm_eval"] is not None:

@@ -85,8 +85,8 @@ def _answers(plan: dict[str, Any]) -> list[list[Any]]:
     return list(arms.values())
 
 
-def _scores(plan: dict[str, Any]) -> list[list[str]]:
-    return [task["scores"] for task in plan.get("tasks", [])]
+def _scores(plan: dict[str, Any]) -> list[list[Any]]:
+    return [[task["scores"], task.get("judged")] for task in plan.get("tasks", [])]
 
 
 def _holds_steps_of(root: Path, plan: EvalPlan) -> bool:

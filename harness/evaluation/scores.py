@@ -163,6 +163,7 @@ class Scoring:
             "answers": unit.id,
             "answers_folder": self.run.folder(unit).path.name,
             "requests": self.run.store.requests(asked.digest).name,
+            **({"judge": step.asked.judge, "wording": step.asked.wording} if step.asked is not None else {}),
         }
 
     def _context(
@@ -170,6 +171,12 @@ class Scoring:
     ) -> RowContext:
         """What all rows of a step say, after it was scored."""
         arm, task, label = unit.arm, unit.task, session.label()
+        said = step.asked
+        if said is not None:
+            label = said.judge if said.first_wording else f"{said.judge}+{said.wording}"
+        asked_as = (
+            f"asked of judge {said.judge}, in wording {said.wording}" if said is not None and said.wording else None
+        )
         lent = f"asked in the chat template of {arm.template_of}, as the base has none"
         folded = f"{arm.label} was folded into the base, as the engine cannot serve it: {arm.folded}"
         return RowContext(
@@ -187,6 +194,7 @@ class Scoring:
                 *task.chosen.spec.notes,
                 *asked.notes,
                 *session.notes(),
+                *((asked_as,) if asked_as is not None else ()),
                 *((lent,) if arm.template_of is not None else ()),
                 *((folded,) if arm.folded is not None else ()),
                 *((arm.said_control,) if arm.said_control is not None else ()),

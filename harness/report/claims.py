@@ -18,7 +18,7 @@ from harness.core.errors import UserError
 from harness.core.stats import MIN_SEEDS, CrossedDifference, Design, crossed_contrast, holm
 from harness.core.text import number, visible
 from harness.report.board.cells import POWER, Folded, few_seeds, whole_of
-from harness.report.board.model import BoardRow, ClaimResult, Column
+from harness.report.board.model import BoardRow, ClaimResult, Column, JudgePanel
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -170,8 +170,13 @@ def evaluate_claims(
     columns: Sequence[Column],
     cells: Mapping[str, Mapping[str, Folded]],
     designs: Mapping[str, Design],
+    panels: Sequence[JudgePanel] = (),
 ) -> list[ClaimResult]:
     """Decide claims over the rows of a board, with Holm's correction over those that can be tested.
+
+    Where a task has several judges or wordings, a claim is decided under each of them, the others in its family as they
+    are. One that is not decided alike under all is "undecided (judge)"; so is one that cannot be held against a judge
+    who was to be asked. A claim that names a judge (`dangerous_qa@JUDGE`) is about that judge alone.
 
     Args:
         claims: of its studies.
@@ -179,11 +184,62 @@ def evaluate_claims(
         columns: of the board.
         cells: column -> row -> scores.
         designs: column -> how its samples hang together.
+        panels: judges and wordings.
     """
-    tested = [_Tested(claim, rows, columns, cells, designs) for claim in claims]
+    others = {one.column for panel in panels for one in panel.askers} - {one.column for one in panels}
+    shown = [one for one in columns if one.key not in others]
+
+    def test(claim: ClaimSpec, column: Column | None = None) -> _Tested:
+        some = (column,) if column is not None else columns if "@" in claim.task else shown
+        return _Tested(claim, rows, some, cells, designs, chosen=column)
+
+    tested = [test(claim) for claim in claims]
+    results = _decided(tested)
+    by_key = {column.key: column for column in columns}
+    for place, one in enumerate(tested):
+        if "@" in one.claim.task:
+            continue
+        if one.column is None:
+            headless = next((some for some in panels if some.column is None and _is_about(one.claim, some)), None)
+            if headless is not None:
+                told = {"status": "undecided (judge)", "why": "; ".join(headless.remarks)}
+                results[place] = results[place].model_copy(update=told)
+            continue
+        panel = next((some for some in panels if some.column == one.column.key), None)
+        if panel is None:
+            continue
+        under: dict[str, str] = {}
+        for asker in panel.askers:
+            if asker.column == panel.column:
+                under[asker.name] = results[place].status
+            elif asker.column is None:
+                under[asker.name] = "no numbers"
+            else:
+                other = test(one.claim, by_key[asker.column])
+                alike = other.made_of == one.made_of
+                family = [*tested[:place], other, *tested[place + 1 :]]
+                under[asker.name] = _decided(family)[place].status if alike else "not all numbers"
+        results[place] = _under_judges(results[place], under)
+    return results
+
+
+def _is_about(claim: ClaimSpec, panel: JudgePanel) -> bool:
+    return claim.task.partition(":")[0] == panel.task and claim.metric in (None, panel.metric)
+
+
+def _decided(tested: Sequence[_Tested]) -> list[ClaimResult]:
     adjusted = holm([one.p_value for one in tested])
     size = sum(one.p_value is not None for one in tested)
     return [one.result(p, size) for one, p in zip(tested, adjusted, strict=True)]
+
+
+def _under_judges(one: ClaimResult, under: Mapping[str, str]) -> ClaimResult:
+    """The claim as decided by all judges; undecided where they are not of one mind, or where one is not known."""
+    told = one.model_copy(update={"by_judge": dict(under)})
+    if len(set(under.values())) < 2 or not {"supported", "contradicted"} & set(under.values()):
+        return told
+    said = ", ".join(f"{status} under {name}" for name, status in under.items())
+    return told.model_copy(update={"status": "undecided (judge)", "why": f"{said}; {one.why}"})
 
 
 class _Tested:
@@ -196,10 +252,13 @@ class _Tested:
         columns: Sequence[Column],
         cells: Mapping[str, Mapping[str, Folded]],
         designs: Mapping[str, Design],
+        chosen: Column | None = None,
     ) -> None:
         self.claim, self.why = claim, ""
         self.found: CrossedDifference | None = None
-        self.column = self._column(columns)
+        self.column = chosen or self._column(columns)
+        self.made_of: dict[str, list[str]] = {}
+        """Rows that the contrast is made of, each with the names of its seeds."""
         self.sides: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
         self.resolved = True
         if self.column is None:
@@ -208,9 +267,9 @@ class _Tested:
         keys = {row.name: row.key for row in rows if row.key in at}
         withheld = [row.name for row in rows if row.key in at and at[row.key].withheld is not None]
         arms: list[_Arm] = [(row.name, _factors(row)) for row in rows if row.key in at and row.name not in withheld]
-        chosen = [[one for one in arms if _is_meant(side, *one)] for side in (claim.a, claim.b)]
-        empty = [word for word, some in zip("ab", chosen, strict=True) if not some]
-        groups = _matched(claim, *chosen) if not empty else {}
+        meant = [[one for one in arms if _is_meant(side, *one)] for side in (claim.a, claim.b)]
+        empty = [word for word, some in zip("ab", meant, strict=True) if not some]
+        groups = _matched(claim, *meant) if not empty else {}
         if not groups:
             sides = " and ".join(empty)
             self.why = f"side {sides} has no row with numbers" if empty else "no row of side a has a counterpart in b"
@@ -226,6 +285,7 @@ class _Tested:
         if set(names[0]) & set(names[1]):
             self.why = f"{sorted(set(names[0]) & set(names[1]))[0]} is on both sides"
             return
+        self.made_of = {key: at[key].names for key in weights}
         chosen_cells = [(at[key], weight) for key, weight in weights.items()]
         contrast = [(one.seeds, weight) for one, weight in chosen_cells]
         self.found = crossed_contrast(contrast, designs[self.column.key], whole=whole_of(self.column))

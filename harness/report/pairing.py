@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness.core.errors import UserError
-from harness.core.records import Metric, Row
+from harness.core.records import Metric, Row, digest_of
 from harness.core.text import clip, task_label, visible
 from harness.report.external.open import open_any
 from harness.report.read import RunResult, StepResult, TaskResult
@@ -145,19 +145,32 @@ def match_tasks(
     return sorted(pairs, key=lambda pair: order[id(pair[0])]), left, right
 
 
-def _sides(task: TaskResult) -> dict[tuple[str, str], Side]:
-    sides = {}
+def _sides(task: TaskResult) -> list[tuple[tuple[str, str, str], Side]]:
+    """Each metric with its scorer's name, its own, and what of the scorer is in its id."""
+    sides = []
     for step in task.scores:
         rows = {row.metric: row for row in step.rows if row.leaf is None}
+        exactly = digest_of(step.identity.get("scorer"))
         for metric in step.metrics:
-            sides[str(step.info.get("scorer")), metric.name] = Side(task, step, metric, rows.get(metric.name))
+            side = Side(task, step, metric, rows.get(metric.name))
+            sides.append(((str(step.info.get("scorer")), metric.name, exactly), side))
     return sides
 
 
 def match_metrics(a: TaskResult, b: TaskResult) -> list[tuple[Side, Side]]:
-    """The metrics that both tasks have from a scorer of the same name, in the order of ``a``."""
+    """The metrics that both tasks have from a scorer of the same name, in the order of ``a``.
+
+    One scorer may ask several judges: those that are the same go together, and others only where there is no choice.
+    """
     left, right = _sides(a), _sides(b)
-    return [(side, right[key]) for key, side in left.items() if key in right]
+    found: dict[int, tuple[Side, Side]] = {}
+    for parts in (3, 2):
+        for place, (key, side) in enumerate(left):
+            mine = [one for one, _ in left if one[:parts] == key[:parts]]
+            like = [other for one, other in right if one[:parts] == key[:parts]]
+            if place not in found and len(mine) == 1 and len(like) == 1:
+                found[place] = side, like[0]
+    return [found[place] for place in sorted(found)]
 
 
 def obstacle(a: Side, b: Side, *, allow_prompt_mismatch: bool = False) -> str | None:

@@ -49,6 +49,11 @@ def _together(plans: list[Mapping[str, Any]], index: Mapping[str, Any]) -> dict[
             **task,
             "answers": ids.get(task["answers"], task["answers"]),
             "scores": [ids.get(key, key) for key in task["scores"]],
+            **(
+                {"judged": [{**one, "scores": ids.get(one["scores"], one["scores"])} for one in task["judged"]]}
+                if "judged" in task
+                else {}
+            ),
         }
         for plan in plans
         for task in plan["tasks"]

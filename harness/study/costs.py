@@ -155,11 +155,15 @@ class Line:
     rss_bytes: int = 0
     disk_bytes: int = 0
     usd: float = 0.0
+    calls: int = 0
+    """Of judges, each of which is paid for."""
     sources: Counter[str] = field(default_factory=Counter)
     """From what the time of how many steps is known: records, size, nothing."""
     devices: set[str] = field(default_factory=set)
     """Of the records."""
     assumed: dict[str, None] = field(default_factory=dict)
+    uncounted: int = 0
+    """Steps that call a judge nobody knows how often."""
     unpriced: int = 0
     """Steps that call a judge whose prices nobody states."""
 
@@ -180,6 +184,7 @@ class Line:
             "rss_bytes": self.rss_bytes or None,
             "disk_bytes": self.disk_bytes or None,
             "judge_usd": self.usd if not self.unpriced else None,
+            "judge_calls": self.calls if not self.uncounted else None,
             "from": dict(self.sources),
             "devices": sorted(self.devices),
             "assumed": list(self.assumed),
@@ -203,11 +208,13 @@ class StudyCosts:
         lines = [line.to_json() for line in self.lines]
         hours = [line["gpu_hours"] for line in lines]
         usd = [line["judge_usd"] for line in lines]
+        calls = [line["judge_calls"] for line in lines]
         return {
             "card": {**self.card.__dict__, "utilisation": UTILISATION} if self.card is not None else None,
             "gpu_hours": sum(hours) if None not in hours else None,
             "gpu_hours_known": sum(one for one in hours if one is not None),
             "judge_usd": sum(usd) if None not in usd else None,
+            "judge_calls": sum(calls) if None not in calls else None,
             "merged_peak_bytes": self.merged_peak_bytes,
             "kept_bytes": self.kept_bytes,
             "lines": lines,
@@ -269,6 +276,8 @@ def _estimated(some: Sequence[Costs], by_size: Estimate) -> Estimate:
         return by_size
     judges = [one.judge for one in some if one.judge is not None]
     usd = [judge.usd for judge in judges if judge.usd is not None]
+    # A step whose questions another had put already called nobody: by its size it would.
+    calls = max([judge.calls for judge in judges], default=0) or by_size.calls
     return Estimate(
         source="records",
         seconds=statistics.median(one.all_seconds for one in some),
@@ -277,6 +286,7 @@ def _estimated(some: Sequence[Costs], by_size: Estimate) -> Estimate:
         rss_bytes=max(one.rss_bytes or 0 for one in some),
         disk_bytes=round(statistics.median(one.disk_bytes or 0 for one in some)),
         usd=statistics.median(usd) if usd else (0.0 if not judges else None),
+        calls=calls,
         device=some[0].device or "CPU",
     )
 
@@ -290,6 +300,8 @@ def _add(line: Line, one: Estimate) -> None:
     line.disk_bytes += one.disk_bytes or 0
     line.usd += one.usd or 0.0
     line.unpriced += one.usd is None
+    line.calls += one.calls or 0
+    line.uncounted += one.calls is None
     line.assumed |= dict.fromkeys(one.assumed)
     if one.device is not None:
         line.devices.add(one.device)

@@ -39,6 +39,8 @@ class Estimate:
     rss_bytes: int | None = None
     disk_bytes: int | None = None
     usd: float | None = 0.0
+    calls: int | None = 0
+    """Of a judge: one for each answer, retries not counted."""
     device: str | None = None
     assumed: tuple[str, ...] = ()
 
@@ -171,12 +173,12 @@ class Sized:
         samples, said = samples_of(task.chosen.spec, task.chosen.limit)
         if not judge.priced or samples is None:
             why = "no prices are stated (price_input, price_output)" if not judge.priced else "its size is not stated"
-            return Estimate(usd=None, assumed=(f"judge of {task.name}: {why}",))
+            return Estimate(usd=None, calls=samples, assumed=(f"judge of {task.name}: {why}",))
         prompt = PROMPT_TOKENS + 2 * task.chosen.spec.decoding.max_new_tokens
         usd = judge.price(samples * prompt, samples * judge.max_new_tokens)
         capped = f"; at most max_cost={judge.max_cost:g} USD over the whole run" if judge.max_cost is not None else ""
         told = f"judge of {task.name}: one question of {prompt} tokens a sample, replies as long as they may be{capped}"
-        return Estimate(usd=usd, assumed=(told, *said))
+        return Estimate(usd=usd, calls=samples, assumed=(told, *said))
 
     def checkpoint_bytes(self, promise: Promise) -> int:
         """Size of the file that a merge leaves (bytes)."""

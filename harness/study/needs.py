@@ -16,6 +16,7 @@ from harness.core.errors import UserError
 from harness.data.expression import at_revisions, parse_expression
 from harness.data.hub import resolve_revision
 from harness.data.selection import open_part
+from harness.evaluation.judges import scorers_of
 from harness.study.arms import arms_of
 from harness.study.spec import Read
 from harness.tasks.catalog import Catalog, Chosen, load_catalog
@@ -129,11 +130,16 @@ def _tasks(found: Needs, chosen: Iterable[Chosen], revisions: Mapping[str, str],
         else:
             dataset, job = dataset_of(spec, registry, one)
             _rows(found, dataset, job, name, revisions)
-        for ref in spec.scorers:
-            scorer = registry.find(Scorer, ref.name, f"{name}, scorer")
+        find = partial(_scorer, registry, f"{name}, scorer")
+        for ref, _ in scorers_of(spec, spec.scorers, find):
+            scorer = find(ref.name)
             config = parse_options(scorer.Config, ref.options, f"{name}, scorer {ref.name}")
             for files in scorer.hub_files(config):
                 found.add(files, f"scorer {ref.name}")
+
+
+def _scorer(registry: Registry, where: str, name: str) -> Scorer:
+    return registry.find(Scorer, name, where)
 
 
 def _rows(found: Needs, dataset: Dataset, job: DatasetJob, reader: str, revisions: Mapping[str, str]) -> None:

@@ -88,8 +88,8 @@ class Catalog:
             entry = Entry(parse(TaskSpec, load_yaml(file)), file, owner)
         elif isinstance(peek.get("task"), str) or "group" in peek:
             entry = _lm_eval_entry(file, peek, owner)
-        elif {"dataset_path", "output_type", "include", "study"} & set(peek):
-            return None  # a part of other files, or what `harness study` reads
+        elif {"dataset_path", "output_type", "include", "study", "wordings"} & set(peek):
+            return None  # a part of other files, what `harness study` reads, or what judges are asked
         else:
             raise UserError(
                 str(file),
@@ -161,6 +161,7 @@ class Catalog:
             UserError: unknown names; options for a task that does not run.
         """
         limits: dict[str, int | None] = dict.fromkeys(tasks, limit)
+        over: dict[str, dict[str, Any]] = {}
         asked: dict[str, str] = {}
         if suite is not None or not tasks:
             spec = self.suite(suite or "quick", "--suite")
@@ -168,7 +169,13 @@ class Catalog:
                 runs = self._in_conversation(name) if conversations else name
                 if runs != name and runs not in limits:
                     asked[runs] = name
+                if name in spec.options and runs not in limits:
+                    over[self.task(runs, "--suite")[0].spec.name] = spec.options[name]
                 limits.setdefault(runs, limit if limit is not None else spec.limits.get(name, spec.limit))
+            if strange := set(spec.options) - set(spec.tasks):
+                what = f"{sorted(strange)[0]!r} is no task of the suite"
+                raise UserError(f"suite {spec.suite}, options", what, f"Its tasks: {', '.join(spec.tasks)}.")
+        options = laid_over(over, dict(options))
         chosen = [
             _standing_in(self._apply(*self.task(name, "--task"), own, options), asked.get(name))
             for name, own in limits.items()

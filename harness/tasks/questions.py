@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from harness.models import prompts
 from harness.models.generation_config import decoding_of_model
 from harness.steps.journal import read_rows
 from harness.tasks.catalog import Chosen
+from harness.tasks.draw import drawn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -218,26 +219,42 @@ def _open_native(
         decoding = spec.decoding.model_copy(update={"max_new_tokens": most})
         spec = spec.model_copy(update={"decoding": decoding})
     samples: list[Sample] = []
-    seen: set[str] = set()
-    counts: Counter[str | None] = Counter()
-    for row in plugin.rows(job):
-        if spec.leaf is None and chosen.limit is not None and len(samples) >= chosen.limit:
-            break
-        if row.id in seen:
-            raise StepError(spec.name, f"the data set yields the id {row.id!r} twice")
-        seen.add(row.id)
-        place = chosen.entry.file or f"task {spec.name}"
-        leaf = prompts.render(spec.leaf, row.data, f"{place}, leaf, row {row.id}").strip() if spec.leaf else ""
-        counts[leaf] += 1
-        # As for lm-eval's groups: the limit holds for each leaf task.
-        if chosen.limit is not None and counts[leaf] > chosen.limit:
-            continue
+    place = chosen.entry.file or f"task {spec.name}"
+    for row, leaf in _limited(chosen, plugin.rows(job), f"{place}, leaf", seed):
         sample = _native_sample(spec, row, f"{place}, template, row {row.id}", variant, model, tokenizer)
         cluster = (
             prompts.render(spec.cluster, row.data, f"{place}, cluster, row {row.id}").strip() if spec.cluster else ""
         )
         samples.append(replace(sample, leaf=leaf or None, cluster=cluster or None))
     return Questions(samples, job.dropped, tuple(job.notes))
+
+
+def _limited(chosen: Chosen, rows: Iterable[DatasetRow], where: str, seed: int) -> Iterator[tuple[DatasetRow, str]]:
+    """Rows with their leaf task; as for lm-eval's groups, the limit holds for each leaf task."""
+    spec, limit = chosen.spec, chosen.limit
+    seen: set[str] = set()
+    leaves: dict[str, list[str]] = {}
+    counts: Counter[str] = Counter()
+    taken = 0
+    draws = limit is not None and spec.subset == "seeded"
+    order: list[tuple[DatasetRow, str]] = []
+    for row in rows:
+        if spec.leaf is None and limit is not None and taken >= limit and not draws:
+            return
+        if row.id in seen:
+            raise StepError(spec.name, f"the data set yields the id {row.id!r} twice")
+        seen.add(row.id)
+        leaf = prompts.render(spec.leaf, row.data, f"{where}, row {row.id}").strip() if spec.leaf else ""
+        counts[leaf] += 1
+        if draws:
+            leaves.setdefault(leaf, []).append(row.id)
+            order.append((row, leaf))
+        elif limit is None or counts[leaf] <= limit:
+            taken += 1
+            yield row, leaf
+    if limit is not None and draws:
+        kept = {some[n] for leaf, some in leaves.items() for n in drawn(len(some), limit, leaf, seed)}
+        yield from ((row, leaf) for row, leaf in order if row.id in kept)
 
 
 def _native_sample(

@@ -17,8 +17,8 @@ from harness.testing import tiny_adapter, tiny_model
 
 ALLOWED = (
     "Allowed keys: limit, scorer, name, version, summary, source, licence, size, leaves, notes, needs, prompt, "
-    "system, template, target, leaf, cluster, generation_prompt, decoding_of, decoding, dataset, "
-    "lm_eval, generative, scorers."
+    "system, template, target, leaf, cluster, subset, generation_prompt, decoding_of, decoding, dataset, "
+    "lm_eval, generative, scorers, judges, wordings."
 )
 Refused = Callable[..., str]
 
@@ -245,6 +245,9 @@ def test_options(refused: Refused) -> None:
     says(refused("--set", "engine=vllm"), what, fix)
     what = "--set sums.limmit: unknown key 'limmit'"
     says(refused("--set", "sums.limmit=3"), what, f"Did you mean 'limit'? {ALLOWED}")
+    what = "task sums, judges: no judge is asked by its scorer exact_match"
+    fix = "Leave it out, or take a task whose scorer asks one: dangerous_qa, harmful_qa, alpaca_eval2."
+    says(refused("--set", "sums.judges=[refusal]"), what, fix)
     what = "task sums, scorer exact_match, stripp: unknown key 'stripp'"
     fix = "Did you mean 'strip'? Allowed keys: strip, ignore_case, ignore_punctuation."
     says(refused("--set", "sums.scorer.stripp=true"), what, fix)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,13 +12,18 @@ import pytest
 from harness.core.costs import Costs, JudgeCosts
 from harness.core.errors import UserError
 from harness.core.records import StepRecord
+from harness.core.specs import TaskSpec
+from harness.steps.step import make_step
 from harness.study.card import CARDS, GIB, UTILISATION, Card, card_named, card_of, is_like, parse_memory
 from harness.study.costs import Records, refuse_what_cannot_fit, study_costs
-from harness.study.estimate import sized
+from harness.study.estimate import Sized, sized
 from harness.study.plan import StudyPlan, plan_study
 from harness.study.sizes import NF4_BYTES, ModelSize, measure
 from harness.study.status import StepState
+from harness_plugins.scorers.attack.together import Attack
 from tests.study.conftest import Write
+
+ASKED = {"name": "t", "size": 200, "dataset": {"name": "jsonl"}, "scorers": [{"name": "attack"}]}
 
 # Two layers of width 4: a query of 4 x 4 and a gate of 4 x 8 in each; a vocabulary of 10 on both sides; 20 in vectors.
 SMALL = ModelSize(
@@ -141,8 +147,25 @@ def test_money_without_prices_is_not_nothing(planned: StudyPlan) -> None:
     paid = study_costs(planned, [state(done, Costs(seconds=1, judge=JudgeCosts(calls=6, usd=0.5)))]).to_json()
     (scores,) = [line for line in paid["lines"] if line["kind"] == "scores"]
     assert scores["judge_usd"] == pytest.approx(0.5 * scores["to_do"])
+    assert scores["judge_calls"] == 6 * scores["to_do"]
     unknown = study_costs(planned, [state(done, Costs(seconds=1, judge=JudgeCosts(calls=6, usd=None)))]).to_json()
     assert unknown["judge_usd"] is None
+
+
+def test_each_judge_and_wording_is_counted(planned: StudyPlan) -> None:
+    """200 samples each: 200 calls of a judge, at 0.01 USD for the most that its reply may be, and none of the rules."""
+    task: Any = SimpleNamespace(name="t", chosen=SimpleNamespace(spec=TaskSpec.model_validate(ASKED), limit=None))
+
+    def told(judge: str, **options: Any) -> tuple[int | None, float | None]:
+        config = Attack.Config.model_validate({"judges": [judge], judge: options})
+        step = make_step("scores", {"judge": judge}, arm="a")
+        scores: Any = SimpleNamespace(scorer=SimpleNamespace(config=config), ref=SimpleNamespace(name="attack"))
+        found = Sized(planned, None, scored={step.id: (scores, task)}).estimate(step)
+        return found.calls, found.usd
+
+    assert told("llm", model="http://j/v1", max_new_tokens=100, price_output=100.0) == (200, pytest.approx(200 * 0.01))
+    assert told("llm", model="http://j/v1") == (200, None)
+    assert told("refusal") == (0, 0.0)
 
 
 def test_merged_checkpoints_at_their_peak(planned: StudyPlan, tiny: Path) -> None:

@@ -192,6 +192,14 @@ def test_what_the_paper_suite_reads() -> None:
     assert found["me/judge"].revision == "v1"
     assert "tatsu-lab/alpaca_eval" in found
     assert HubFiles("cais/mmlu", "dataset") in needs.files
+    # Every judge of a task that names several, once.
+    asked = ["me/one", {"model": "me/two", "revision": "v2"}, "refusal"]
+    judges = {"dangerous_qa": {"judges": asked, "wordings": 2}}
+    needs = needs_of_tasks(["dangerous_qa"], None, registry, load_catalog(registry), options=judges, revisions={})
+    assert [(one.repo, one.revision) for one in needs.files if one.kind == "model"] == [
+        ("me/one", None),
+        ("me/two", "v2"),
+    ]
     # Another commit of a data set, where the user says so.
     commit = "a" * 40
     needs = needs_of_tasks(

@@ -87,6 +87,20 @@ def test_options_are_laid_over_key_by_key(catalog: Catalog) -> None:
     assert catalog.tasks["one"].spec.decoding.max_new_tokens == 8
 
 
+def test_a_suite_has_options_and_the_users_go_before(catalog: Catalog, tmp_path: Path) -> None:
+    def choose(suite: str, **options: object) -> list[int]:
+        file = tmp_path / "tasks" / "both.yml"
+        file.write_text(f"suite: both\ntasks: [one, two]\noptions: {suite}\n", encoding="utf-8")
+        found = Catalog()
+        found.add_folder(tmp_path / "tasks", "me")
+        return [one.spec.decoding.max_new_tokens for one in found.choose([], "both", None, options)]
+
+    assert choose("{two: {decoding: {max_new_tokens: 5}}}") == [8, 5]
+    assert choose("{two: {decoding: {max_new_tokens: 5}}}", two={"decoding": {"max_new_tokens": 6}}) == [8, 6]
+    with pytest.raises(UserError, match="suite both, options: 'tow' is no task of the suite\n  Its tasks: one, two"):
+        choose("{tow: {limit: 5}}")
+
+
 def test_scorers_by_name_where_there_are_several(tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text(TASK.format(name="t") + "- name: includes\n", encoding="utf-8")
     catalog = Catalog()

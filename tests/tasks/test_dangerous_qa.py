@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -18,9 +19,12 @@ from typing import Any
 import pytest
 
 import harness_tasks
+from harness.report.board.build import build_board
 from harness.report.read import open_run
 from harness.steps.journal import read_rows
 from harness.tasks.catalog import Catalog
+from harness_plugins.judges.judge import with_judge
+from harness_plugins.scorers.attack.question import attack_wordings
 
 TESTS = Path(__file__).parent.parent
 sys.path.insert(0, str(TESTS))
@@ -312,3 +316,158 @@ def test_a_real_model_on_the_real_questions(cli: Any, monkeypatch: pytest.Monkey
     ]
     shares = [row["mean"] for row in report["rows"] if row["metric"] == "100-ASR"]
     assert [100 - 100 * row["mean"] for row in rows] == pytest.approx(shares)
+
+
+# ----------------------------------------------------------------------------------------- several judges and wordings
+
+
+def panel(url: str, *names: str, **more: Any) -> list[str]:
+    """Judges of one server, by the names that it knows them by."""
+    quick = {"backoff": 0.001, "max_wait": 0.01, "http_retries": 1, "retries": 1, **more}
+    judges = [{"model": url, "served_model": name, **quick} for name in names]
+    return [f"dangerous_qa.judges={json.dumps(judges)}"]
+
+
+def number_of(body: dict[str, Any]) -> int:
+    return int(body["messages"][-1]["content"].split("number ")[1].split("?")[0])
+
+
+def test_two_judges_in_two_wordings_over_the_same_answers(cli: Any, tiny: Path, red: Path, judge: Any) -> None:
+    """Of six answers judge a calls two harmful, and three in the other wording; judge b four, and one."""
+    most = {("a", False): 2, ("a", True): 3, ("b", False): 4, ("b", True): 1}
+
+    def say(body: dict[str, Any], attempt: int) -> str:
+        examiner = body["messages"][0]["content"].startswith("You are an examiner")
+        return "[[B]]" if number_of(body) < most[body["model"], examiner] else "[[A]]"
+
+    judge.say, judge.models = say, ("a", "b")
+    command = arguments(tiny, red, "dangerous_qa", *panel(judge.url, "a", "b"), "dangerous_qa.wordings=2")
+    ran = cli(*command)
+    assert ran.code == 0, ran.err
+    rows = json.loads(Path("run/report/report.json").read_text(encoding="utf-8"))["rows"]
+    means = {row["task"]: row["mean"] for row in rows if row["metric"] == "attack_success"}
+    assert means == {
+        "dangerous_qa@a": pytest.approx(2 / 6),
+        "dangerous_qa@a+ours-2": pytest.approx(3 / 6),
+        "dangerous_qa@b": pytest.approx(4 / 6),
+        "dangerous_qa@b+ours-2": pytest.approx(1 / 6),
+    }
+    (task,) = open_run(Path("run")).tasks
+    assert [(one["judge"], one["wording"]) for one in task.info["judged"]] == [
+        *(("a", "ours-1"), ("a", "ours-2"), ("b", "ours-1"), ("b", "ours-2"))
+    ]
+    assert [step.info["wording"] for step in task.scores] == ["ours-1", "ours-2", "ours-1", "ours-2"]
+    assert len(list(Path("run/steps").glob("answers-*"))) == 1
+    assert len(judge.asked) == 4 * 6
+    board = build_board([Path("run")])
+    (column,) = [one.column for one in board.judges if one.metric == "attack_success"]
+    cell = board.rows[0].cells[column or ""]
+    assert cell.spread is not None and cell.mean == pytest.approx(2 / 6)
+    assert (cell.spread.low, cell.spread.low_of, cell.spread.high, cell.spread.high_of) == (
+        *(1 / 6, "b, ours-2"),
+        *(4 / 6, "b, ours-1"),
+    )
+    # The first judge in the first wording is asked as it is without either key: its step is there, and nobody is asked.
+    alone = arguments(tiny, red, "dangerous_qa", *judged_by(judge.url, served_model="a"))
+    assert cli(*alone).code == 0
+    assert len(judge.asked) == 4 * 6
+    assert open_run(Path("run")).tasks[0].scores[0].id == task.scores[0].id
+
+
+def test_rules_are_one_judge_in_however_many_wordings(cli: Any, tiny: Path, red: Path, judge: Any) -> None:
+    judge.say = lambda body, attempt: "[[A]]"
+    asked = panel(judge.url, "a")[0].replace("]", ', "refusal"]')
+    assert (
+        cli(*arguments(tiny, red, "dangerous_qa", asked, "dangerous_qa.wordings=2", "dangerous_qa.limit=2")).code == 0
+    )
+    (task,) = open_run(Path("run")).tasks
+    members = [(one["judge"], one["wording"]) for one in task.info["judged"]]
+    assert members == [("a", "ours-1"), ("a", "ours-2"), ("refusal", None)]
+    assert [step.rows[0].task for step in task.scores][2] == "dangerous_qa@refusal"
+
+
+def test_a_judge_that_cannot_be_read_leaves_no_spread(cli: Any, tiny: Path, red: Path, judge: Any) -> None:
+    judge.say = lambda body, attempt: "[[A]]" if body["model"] == "a" else "harmless, I should say"
+    ran = cli(*arguments(tiny, red, "dangerous_qa", *panel(judge.url, "a", "b")))
+    assert ran.code == 0
+    board = build_board([Path("run")])
+    shown = next(one for one in board.judges if one.metric == "attack_success")
+    cell = board.rows[0].cells[shown.column or ""]
+    assert (cell.mean, cell.spread) == (0.0, None)
+    assert (cell.spread_note or "").startswith("b: withheld: 6 of 6 samples are unscored")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["judges=[refusal, refusal]"], "task dangerous_qa, judges: refusal is named twice"),
+        (["judges=[URL, URL]"], "is named twice\n  Name each judge once"),
+        (["judges=[{name: one, model: URL}, {name: two, model: URL/}]"], "one and two are the same judge, asked in"),
+        (["judges=[{name: x, model: URL, temperature: 1}, {name: x, model: URL}]"], "two judges are called x\n  Give"),
+        (
+            ["judges=[{kind: jury}]"],
+            "judges: kind 'jury' is none\n  Kinds: refusal, classifier, llm",
+        ),
+        (["judges=[{name: x}]"], "names nobody\n  Give {model: URL_OR_MODEL}."),
+        (
+            ["judges=[URL]", "wordings=3"],
+            "wordings: 3 are asked for, and scorer attack has 2\n  Ask",
+        ),
+        (["judges=[URL]", "wordings=0"], "`wordings` is a number from 1 on, or a list of wordings"),
+        (
+            ["judges=[URL]", "wordings=[ours-1, ours-9]"],
+            "unknown wording 'ours-9'\n  Scorer attack has: ours-1, ours-2.",
+        ),
+        (["judges=[URL]", "wordings=[ours-1, ours-1]"], "ours-1 and ours-1 are the same\n  Name each wording once"),
+        (
+            [
+                "judges=[URL]",
+                "wordings=[ours-1, {name: x, labels: {A: harmful, B: not harmful}, template: t}]",
+            ],
+            "x: its labels are {'A': 'harmful', 'B': 'not harmful'}, and verdicts are read as {'A': 'not harmful', ",
+        ),
+        (
+            [
+                "judges=[URL]",
+                'wordings=[{name: x, labels: {A: not harmful, B: harmful}, template: "[[A]]"}]',
+            ],
+            "task dangerous_qa, wordings, x: does not ask for the verdict [[B]]\n  Say in `system` or `template`",
+        ),
+        (["judges=[URL]", "wordings=[{template: x}]"], "has no name\n  Give `name`"),
+        (
+            ["judges=[URL]", "wordings=2", 'scorer.llm.template="{question}{answer}"'],
+            "are asked for, and the scorer has a template of its own\n  Leave them out",
+        ),
+        (
+            ["scorer.judges=[refusal, llm]", "wordings=2"],
+            "asks refusal and llm together\n  Write dangerous_qa",
+        ),
+    ],
+)
+def test_judges_and_wordings_that_would_lie_are_refused(
+    cli: Any, tiny: Path, red: Path, judge: Any, settings: list[str], says: str
+) -> None:
+    given = [f"dangerous_qa.{one.replace('URL', judge.url)}" for one in settings]
+    ran = cli(*arguments(tiny, red, "dangerous_qa", *given))
+    assert ran.code == 2, ran.err
+    assert says in ran.err
+    assert not Path("run").exists()
+
+
+def test_the_first_wording_is_byte_for_byte_what_judges_were_always_asked() -> None:
+    """Digests of both texts as they stood in the code, before they were data."""
+    first, second = attack_wordings()
+    digests = [hashlib.sha256(str(first.options[key]).encode()).hexdigest() for key in ("system", "template")]
+    assert digests == [
+        "f50ed2b13289ec75af64443cdd98106171c3c537216a9f9399756d7251cc3b22",
+        "d7ee201375512804050c5d4070ebf20e50003cb711a30859bcf9edcfeb461dbe",
+    ]
+    assert (first.name, second.name) == ("ours-1", "ours-2")
+    assert first.options["labels"] == second.options["labels"] == {"A": "not harmful", "B": "harmful"}
+
+
+def test_another_judge_takes_nothing_that_belongs_to_the_first() -> None:
+    """Its name on its server, its prices and its key are its own; how replies are drawn is the scorer's."""
+    given = {"model": "http://one/v1", "served_model": "x", "price_input": 1.0, "api_key_env": "ONE", "seed": 3}
+    assert with_judge(given, {"model": "http://two/v1"}) == {"model": "http://two/v1", "seed": 3}
+    assert with_judge(given, {"temperature": 1.0}) == {**given, "temperature": 1.0}

@@ -16,6 +16,10 @@ from harness.core.stats.crossed import (
     crossed_mean as crossed_mean,
     pairwise as pairwise,
 )
+from harness.core.stats.estimated import (
+    Estimated as Estimated,
+    estimated_mean as estimated_mean,
+)
 from harness.core.stats.intervals import (
     Design as Design,
     Interval as Interval,

@@ -17,8 +17,11 @@ from harness.core.stats import Design
 from harness.core.text import portable, task_label, visible
 from harness.core.version import __version__
 from harness.report.board.cells import Folded, fold, judge, rank, seed_cells
+from harness.report.board.estimates import estimate_wholes
 from harness.report.board.gather import ArmRun, Asked, Gathered, Scored, gather
-from harness.report.board.model import Board, BoardRow, Column, SeedRow
+from harness.report.board.judged import Of
+from harness.report.board.model import Board, BoardRow, Column, JudgePanel, SeedRow
+from harness.report.board.panels import judge_panels
 from harness.report.claims import evaluate_claims, read_claims
 from harness.steps.step import unequal
 
@@ -55,6 +58,7 @@ def board_of(found: Gathered, *, title: str | None = None, alpha: float = 0.05) 
     designs: dict[str, Design] = {}
     bases = {row.key: row.base for row in rows}
     shown = {row.key: row.cells for row in rows}
+    by_way: dict[Of, Column] = {}
     for plain, of in _columns(found):
         samples = found.samples[of[0]]
         design = designs[plain.key] = Design(samples.clusters, samples.strata, len(samples.ids))
@@ -68,19 +72,34 @@ def board_of(found: Gathered, *, title: str | None = None, alpha: float = 0.05) 
                         seed.cells[plain.key] = own[arm.name]
         columns.append(rank(judge(plain, design, cells, bases, shown, alpha), design, cells, shown, alpha))
         folded[plain.key] = cells
-    claims = evaluate_claims(read_claims(found.claims, "claims of a study"), rows, columns, folded, designs)
+        by_way[of] = plain
+    estimate_wholes(found, by_way, rows, folded)
+    arms = {key: [arm.key for arm in some] for key, some in members.items()}
+    ids = {digest: samples.ids for digest, samples in found.samples.items()}
+    panels = judge_panels(found.panels.values(), by_way, rows, folded, arms, ids)
+    claims = evaluate_claims(read_claims(found.claims, "claims of a study"), rows, columns, folded, designs, panels)
     names = [source.name for source in found.sources]
     board = Board(
         harness=__version__,
         title=visible(title) if title is not None else " and ".join(dict.fromkeys(names)),
         alpha=alpha,
         sources=tuple(found.sources),
-        columns=tuple(columns),
+        columns=tuple(_first_judges(columns, panels)),
         rows=tuple(rows),
         claims=tuple(claims),
+        judges=tuple(panels),
         notes=tuple(dict.fromkeys(found.notes)),
     )
     return board.model_copy(update={"finding": finding(board)})
+
+
+def _first_judges(columns: Sequence[Column], panels: Sequence[JudgePanel]) -> list[Column]:
+    """The columns, those of further judges and wordings after the one that counts and no longer primary."""
+    others = {
+        one.column for panel in panels if panel.column is not None for one in panel.askers if one.column != panel.column
+    }
+    found = [one.model_copy(update={"primary": False}) if one.key in others else one for one in columns]
+    return sorted(found, key=lambda one: not one.primary)
 
 
 def finding(board: Board) -> str:
@@ -175,11 +194,7 @@ def _seed_row(arm: ArmRun) -> SeedRow:
     )
 
 
-_Of = tuple[str, tuple[str | None, ...], str]
-"""Digest of how it was asked, the templates that it was asked in, and the metric."""
-
-
-def _columns(found: Gathered) -> list[tuple[Column, _Of]]:
+def _columns(found: Gathered) -> list[tuple[Column, Of]]:
     """Every column, primary metrics first in the order in which tasks were met.
 
     Each base has a chat template of its own, so one column may hold several: but never two of one base.
@@ -189,7 +204,7 @@ def _columns(found: Gathered) -> list[tuple[Column, _Of]]:
         for where, scored in arm.scores.items():
             templates = met.setdefault((where.digest, where.metric), {})
             templates.setdefault(where.template, (scored, set()))[1].add(arm.base or arm.key)
-    columns: list[tuple[Column, _Of]] = []
+    columns: list[tuple[Column, Of]] = []
     for (digest, metric), templates in met.items():
         bases = [base for _, some in templates.values() for base in some]
         groups = [tuple(templates)] if len(set(bases)) == len(bases) else [(one,) for one in templates]
@@ -200,7 +215,7 @@ def _columns(found: Gathered) -> list[tuple[Column, _Of]]:
     return _differing(found, columns)
 
 
-def _column(found: Gathered, of: _Of, scored: Scored) -> Column:
+def _column(found: Gathered, of: Of, scored: Scored) -> Column:
     digest, templates, name = of
     row, metric, samples = scored.row, scored.metric, found.samples[digest]
     return Column(
@@ -224,7 +239,7 @@ def _column(found: Gathered, of: _Of, scored: Scored) -> Column:
     )
 
 
-def _differing(found: Gathered, columns: list[tuple[Column, _Of]]) -> list[tuple[Column, _Of]]:
+def _differing(found: Gathered, columns: list[tuple[Column, Of]]) -> list[tuple[Column, Of]]:
     """Columns that are called alike say what sets them apart."""
     named: dict[str, list[int]] = {}
     for place, (column, _) in enumerate(columns):
@@ -242,7 +257,7 @@ def _differing(found: Gathered, columns: list[tuple[Column, _Of]]) -> list[tuple
     return columns
 
 
-def _folded(of: _Of, arms: Sequence[ArmRun]) -> Folded | None:
+def _folded(of: Of, arms: Sequence[ArmRun]) -> Folded | None:
     digest, templates, metric = of
     met = [
         (arm, scored)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from harness.core.errors import CorruptionError
 from harness.core.records import Metric, Row, digest_of
 from harness.core.text import clip, portable, task_label, visible
+from harness.report.board.judged import Panel, judged_of
 from harness.report.board.model import Source
 from harness.report.external.open import open_log
 from harness.report.pairing import base_of
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+STALE = "stale: it scored other answers than those that are there now; run the same command again"
 _ARM = ("model", "adapter", "control", "engine", "dtype", "folded")
 _ASKED = ("task", "variant", "limit", "data", "seed")
 _RECIPE = (
@@ -120,6 +122,8 @@ class Gathered:
     """The same digest -> what it is of, to say what two columns differ in."""
     versions: dict[int, dict[str, list[str]]] = field(default_factory=dict)
     """Place of a source -> versions of harness and libraries."""
+    panels: dict[str, Panel] = field(default_factory=dict)
+    """Judges and wordings of a task that names several, by the digest of how it was asked."""
     claims: list[Any] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -261,9 +265,13 @@ def _add_scores(found: Gathered, arm: ArmRun, run: RunResult) -> None:
             arm.missing.append(f"{label}: failed: {why}")
         if task.unfinished():
             arm.missing.append(f"{label}: not finished")
+        columns: dict[str, str | None] = {}
         for step in task.scores:
-            if step.done:
-                _add_step(found, arm, task, step)
+            if step.done and _is_stale(task, step):
+                arm.missing.append(f"{label}: {STALE}")
+            elif step.done:
+                columns[step.id] = _add_step(found, arm, task, step)
+        _add_panels(found, arm, task, columns)
         for step in task.steps:
             source = step.provenance if step.folder is not None else {}
             for name, version in {"harness": source.get("harness"), **source.get("libraries", {})}.items():
@@ -273,7 +281,45 @@ def _add_scores(found: Gathered, arm: ArmRun, run: RunResult) -> None:
     arm.missing = list(dict.fromkeys(arm.missing))
 
 
-def _add_step(found: Gathered, arm: ArmRun, task: TaskResult, step: StepResult) -> None:
+def _is_stale(task: TaskResult, step: StepResult) -> bool:
+    """Whether a step scored other answers than those that are there now, as far as both records say."""
+    now = task.answers.record.digest if task.answers is not None and task.answers.record is not None else None
+    scored = step.record.made_from.get("answers") if step.record is not None else None
+    return now is not None and scored is not None and now != scored
+
+
+def _add_panels(found: Gathered, arm: ArmRun, task: TaskResult, columns: Mapping[str, str | None]) -> None:
+    """Who was to be asked about the answers of one arm, and where its numbers are or why there are none."""
+    if task.answers is None or not task.answers.done:
+        return  # then no judge has anything to say, and that is told already
+    for scorer, some in judged_of(task.info).items():
+        panel = found.panels.setdefault(digest_of([_how(task), scorer]), Panel(task.name, scorer))
+        steps = {step.id: step for step in task.scores}
+        for one in some:
+            name = (str(one["judge"]), one.get("wording"))
+            digests = panel.columns.setdefault(name, set())
+            column = columns.get(one["scores"])
+            if column is not None:
+                digests.add(column)
+                continue
+            step = steps.get(one["scores"])
+            why = "not finished"
+            if step is not None and step.done:
+                why = STALE
+            elif step is not None and step.record is not None:
+                why = f"failed: {clip(visible(portable(step.record.error or 'no reason recorded')), 200)}"
+            panel.missing[name, arm.key] = why
+
+
+def _how(task: TaskResult) -> dict[str, Any]:
+    """How a task was asked, whoever scores the answers."""
+    answers = task.answers.identity if task.answers is not None else {}
+    how = {name: answers.get(name) for name in _ASKED} if "task" in answers else {"limit": task.info.get("limit")}
+    return how | {"name": task.name, "variant": task.variant, "version": task.info.get("version")}
+
+
+def _add_step(found: Gathered, arm: ArmRun, task: TaskResult, step: StepResult) -> str | None:
+    """Take in the scores of one step; the digest of how they were asked and scored, None where it has no samples."""
     import numpy as np
 
     rows = {row.metric: row for row in step.rows if row.leaf is None}
@@ -283,11 +329,8 @@ def _add_step(found: Gathered, arm: ArmRun, task: TaskResult, step: StepResult) 
         arm.missing.append(
             f"{task_label(task.name, task.variant)}: its log holds no samples, and means alone pair with nothing"
         )
-        return
-    answers = task.answers.identity if task.answers is not None else {}
-    how = {name: answers.get(name) for name in _ASKED} if "task" in answers else {"limit": task.info.get("limit")}
-    how |= {"name": task.name, "variant": task.variant, "version": task.info.get("version")}
-    how |= {"scorer": step.info.get("scorer"), "scorer options": step.identity.get("scorer")}
+        return None
+    how = _how(task) | {"scorer": step.info.get("scorer"), "scorer options": step.identity.get("scorer")}
     how |= {
         "scorer code": step.identity.get("scorer_code"),
         "samples": hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest(),
@@ -323,6 +366,7 @@ def _add_step(found: Gathered, arm: ArmRun, task: TaskResult, step: StepResult) 
             )
         _check_mean(row, metric, values, step)
         arm.scores[where] = Scored(row, metric, task, step, values)
+    return digest
 
 
 def _check_mean(row: Row, metric: Metric, values: NDArray[np.float64], step: StepResult) -> None:

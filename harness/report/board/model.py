@@ -75,6 +75,29 @@ class BaseDifference(Config):
     note: str | None = None
 
 
+class Spread(Config):
+    """What other judges, or other wordings of the question to them, make of the same answers."""
+
+    low: float = Field(description="smallest mean over judges and wordings")
+    high: float = Field(description="largest mean over judges and wordings")
+    n: int = Field(description="judges x wordings")
+    low_of: str
+    high_of: str
+    verdicts: dict[str, str] = Field(
+        default_factory=dict, description="judge and wording -> verdict against the base; empty: all have the same"
+    )
+
+
+class Part(Config):
+    """What a mean is of, where a seeded subset was asked: an estimate of the whole set, or the subset alone."""
+
+    n: int = Field(description="samples of the subset")
+    n_whole: int | None = Field(None, description="samples that the base was asked; None: no more than the subset")
+    plain: float | None = Field(None, description="mean of the subset, where the cell's is an estimate of the whole")
+    whole: bool = Field(False, description="whether the mean is of the whole set itself: the base's own")
+    note: str | None = Field(None, description="why the mean is of the subset alone")
+
+
 class Cell(Config):
     """One number of the board."""
 
@@ -90,6 +113,9 @@ class Cell(Config):
     template: str | None = None
     rank: int | None = Field(None, description="1 + the rows of the column that are better at adjusted p < alpha")
     difference: BaseDifference | None = None
+    part: Part | None = Field(None, description="where a seeded subset was asked; None: all that the column asks")
+    spread: Spread | None = Field(None, description="over judges and wordings, where several were asked of all seeds")
+    spread_note: str | None = Field(None, description="why there is none although several were to be asked")
     steps: tuple[str, ...] = Field((), description="ids of the scores steps, one for each seed")
     note: str | None = None
 
@@ -146,7 +172,7 @@ class ClaimResult(Config):
     metric: str
     direction: str
     margin: float | None = None
-    status: str = Field(description="supported, contradicted or undecided")
+    status: str = Field(description="supported, contradicted, undecided, or undecided (judge)")
     effect: float | None = Field(None, description="side a less side b, in the metric's unit")
     ci95: tuple[float, float] | None = None
     p_value: float | None = None
@@ -156,7 +182,40 @@ class ClaimResult(Config):
     n: int = 0
     rows_a: tuple[str, ...] = ()
     rows_b: tuple[str, ...] = ()
+    by_judge: dict[str, str] = Field(default_factory=dict, description="judge and wording -> status under them")
     why: str = Field("", description="in words, what decided it or what is missing")
+
+
+class Asker(Config):
+    """One judge, asked in one wording."""
+
+    name: str
+    judge: str
+    wording: str | None
+    column: str | None = Field(None, description="key of the column with its numbers; None: there are none")
+
+
+class JudgesAgree(Config):
+    """How far two judges, or two wordings, agree."""
+
+    a: str
+    b: str
+    tau: float | None = Field(None, description="Kendall's tau-b of the rows' means; None: not defined")
+    n_rows: int = 0
+    kappa: float | None = Field(None, description="Cohen's, of 0/1 verdicts on the same answers; None: not defined")
+    n_answers: int = 0
+
+
+class JudgePanel(Config):
+    """One metric of a task under several judges and wordings; the first is the one that counts."""
+
+    task: str
+    metric: str
+    column: str | None = Field(None, description="key of the first one's column; None: it has no numbers")
+    askers: tuple[Asker, ...]
+    agreement: tuple[JudgesAgree, ...] = ()
+    missing: tuple[str, ...] = Field((), description="rows without numbers under a judge, and why")
+    remarks: tuple[str, ...] = ()
 
 
 class Board(Config):
@@ -172,6 +231,7 @@ class Board(Config):
     columns: tuple[Column, ...] = ()
     rows: tuple[BoardRow, ...] = ()
     claims: tuple[ClaimResult, ...] = ()
+    judges: tuple[JudgePanel, ...] = ()
     notes: tuple[str, ...] = ()
 
     def column(self, key: str) -> Column:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from harness.core.text import ARROWS, number, visible
-from harness.report.board.model import Board, BoardRow, Cell, Column
+from harness.report.board.model import Board, BoardRow, Cell, Column, JudgePanel
 from harness.report.compare_text import STYLES, p_text, signed
 from harness.report.text import escape_markdown, figures_table, markdown_table
 
@@ -39,6 +39,7 @@ def board_markdown(board: Board) -> str:
     lines += ["", "Mean, 95 % interval, rank in brackets. ▲ better, ▼ worse than the base after Holm's correction.", ""]
     if board.claims:
         lines += ["## Claims", "", *_claims(board), ""]
+    lines += _judges(board, columns)
     for column in columns:
         lines += _column_lines(board, column)
     notes = [*board.notes, *(f"{row.name}: {note}" for row in board.rows for note in row.notes)]
@@ -60,7 +61,67 @@ def _cell_text(cell: Cell | None) -> str:
     verdict = cell.difference.verdict if cell.difference is not None else ""
     sign = {"better": " ▲", "worse": " ▼"}.get(verdict, "")
     rank = f" ({cell.rank})" if cell.rank is not None else ""
-    return f"{number(cell.mean)} {_ends(cell.ci95)}{rank}{sign}"
+    more = "".join(f" {one}" for one in (part_text(cell), spread_text(cell)) if one)
+    return f"{number(cell.mean)} {_ends(cell.ci95)}{more}{rank}{sign}"
+
+
+def part_text(cell: Cell) -> str:
+    """What a mean is of, where a seeded subset was asked; empty for all else."""
+    part = cell.part
+    if part is None or cell.withheld is not None:
+        return ""
+    if part.whole:
+        return f"whole set, {part.n_whole:,}"
+    return f"subset mean, {part.n:,}" if part.plain is None else f"estimated, {part.n:,} of {part.n_whole:,}"
+
+
+def spread_text(cell: Cell) -> str:
+    """What other judges and wordings make of a number; empty where nobody else was to be asked."""
+    if cell.spread is not None:
+        return f"judges {number(cell.spread.low)} to {number(cell.spread.high)}"
+    return "judges: not all known" if cell.spread_note is not None else ""
+
+
+def _judges(board: Board, columns: Sequence[Column]) -> list[str]:
+    """Every row under every judge and wording, and how far these agree; of the columns that are shown."""
+    keys = {column.key for column in columns}
+    lines: list[str] = []
+    for panel in board.judges:
+        if keys.isdisjoint({panel.column, *(one.column for one in panel.askers)}):
+            continue
+        lines += [f"## Judges of {escape_markdown(panel.task)}, {escape_markdown(panel.metric)}", ""]
+        rows = [
+            (row.name, *cells, spread_of(row, panel)) for row in board.rows if any(cells := panel_cells(row, panel))
+        ]
+        lines += markdown_table(["arm", *(one.name for one in panel.askers), "spread"], rows, words=1)
+        lines += ["", f"The first judge's numbers stand on the board. {SPREAD}", ""]
+        agreement = [
+            (one.a, one.b, number(one.tau), str(one.n_rows), number(one.kappa), f"{one.n_answers:,}")
+            for one in panel.agreement
+        ]
+        heads = ["judge", "other judge", "Kendall's tau of the arms", "arms", "Cohen's kappa", "answers"]
+        lines += [*markdown_table(heads, agreement, words=2), ""]
+        told = [*panel.remarks, *(f"no spread for {one}" for one in panel.missing)]
+        lines += [*[f"* {escape_markdown(one)}" for one in told], *([""] if told else [])]
+    return lines
+
+
+SPREAD = "Spread: the smallest and the largest mean over judges and wordings; it is no interval."
+
+
+def panel_cells(row: BoardRow, panel: JudgePanel) -> list[str]:
+    """The means of a row under every judge and wording; empty texts where there is none."""
+    cells = [row.cells.get(one.column) if one.column is not None else None for one in panel.askers]
+    return ["" if cell is None else "withheld" if cell.withheld is not None else number(cell.mean) for cell in cells]
+
+
+def spread_of(row: BoardRow, panel: JudgePanel) -> str:
+    """The spread of a row over a panel, and where its verdict hangs on the judge."""
+    cell = row.cells.get(panel.column) if panel.column is not None else None
+    if cell is None or cell.spread is None:
+        return "not all known"
+    verdicts = ", ".join(f"{verdict} under {name}" for name, verdict in cell.spread.verdicts.items())
+    return f"{number(cell.spread.low)} to {number(cell.spread.high)}" + (f"; {verdicts}" if verdicts else "")
 
 
 def _ends(ends: tuple[float, float] | None) -> str:
@@ -114,7 +175,8 @@ def _having(board: Board, column: Column) -> list[BoardRow]:
 
 def _row_cells(row: BoardRow, cell: Cell) -> tuple[str, ...]:
     one = cell.difference
-    notes = [cell.note, cell.withheld, one.note if one is not None else None]
+    notes = [cell.note, cell.withheld, one.note if one is not None else None, cell.spread_note]
+    notes += [part_text(cell), cell.part.note if cell.part is not None else None]
     told = "; ".join(dict.fromkeys(note for note in notes if note))
     counts = (str(cell.n_seeds), f"{cell.n:,}", f"{cell.n_unscored:,}", f"{cell.n_truncated:,}")
     mean = "withheld" if cell.withheld is not None else number(cell.mean)
@@ -129,7 +191,8 @@ CSV_FIELDS = (
     *("arm", "kind", "base", "task", "variant", "metric", "unit", "column", "primary", "seeds", "n", "n_unscored"),
     *("n_truncated", "mean", "stderr", "low", "high", "rank", "verdict", "difference", "difference_low"),
     *("difference_high", "p_value", "p_adjusted", "adjusted_low", "adjusted_high", "test", "detectable"),
-    *("detectable_adjusted", "withheld", "note"),
+    *("detectable_adjusted", "withheld", "note", "judges_low", "judges_high", "judges"),
+    *("n_subset", "n_whole", "subset_mean"),
 )
 
 
@@ -158,7 +221,12 @@ def _csv_cells(row: BoardRow, column: Column, cell: Cell) -> Iterable[object]:
     else:
         yield from (one.verdict, one.difference, *(one.ci95 or (None, None)), one.p_value, one.p_adjusted)
         yield from (*(one.ci_adjusted or (None, None)), one.test, one.detectable, one.detectable_adjusted)
-    yield from (cell.withheld, "; ".join(note for note in (cell.note, one.note if one is not None else None) if note))
+    notes = (cell.note, one.note if one is not None else None, cell.spread_note)
+    yield from (cell.withheld, "; ".join(note for note in notes if note))
+    spread = cell.spread
+    yield from (None, None, None) if spread is None else (spread.low, spread.high, spread.n)
+    part = cell.part
+    yield from (None, None, None) if part is None else (part.n, part.n_whole, part.plain)
 
 
 def _plain(value: object) -> object:
@@ -203,6 +271,10 @@ def board_latex(board: Board) -> str:
     return latex_table(caption, heads, rows)
 
 
+def _mean_lines(cell: Cell) -> str:
+    return "\n".join(part for part in (number(cell.mean), _ends(cell.ci95), part_text(cell), spread_text(cell)) if part)
+
+
 def board_table(board: Board) -> Table:
     """The board for the terminal: one section for each column, one line for each arm."""
     from rich.text import Text
@@ -217,7 +289,7 @@ def board_table(board: Board) -> Table:
             few = f"{cell.n_seeds} seed{'' if cell.n_seeds == 1 else 's'}"
             table.add_row(
                 Text.assemble(f"  {row.name} ", (few, "dim")),
-                Text("withheld" if cell.withheld is not None else f"{number(cell.mean)}\n{_ends(cell.ci95)}"),
+                Text("withheld" if cell.withheld is not None else _mean_lines(cell)),
                 Text(f"{cell.n:,}"),
                 Text("" if cell.rank is None else str(cell.rank)),
                 Text("" if one is None else f"{signed(one.difference)}\n{_ends(one.ci_adjusted)}"),

@@ -132,11 +132,12 @@ class _Arm:
         }
 
     def _numbers(self, found: dict[str, Any], task: TaskResult, name: str, leaf: str | None) -> None:
-        rows = [row for step in task.scores for row in step.rows if row.leaf == leaf]
+        by_step = [(step, row) for step in task.scores for row in step.rows if row.leaf == leaf]
+        rows = [row for _, row in by_step]
         numbers: dict[str, Any] = {"name": name, "alias": name}
         counts = {row.n + row.n_unscored for row in rows}
         numbers["sample_len"] = max(counts, default=0)
-        for row, kept in _with_filters(rows):
+        for row, kept in _with_filters(by_step):
             shown = row.mean is not None and row.withheld is None
             numbers[f"{row.metric},{kept}"] = row.mean if shown else "N/A"
             numbers[f"{row.metric}_stderr,{kept}"] = row.stderr if shown and row.stderr is not None else "N/A"
@@ -201,12 +202,18 @@ def _leaves(task: TaskResult) -> list[str]:
     return list(dict.fromkeys(row.leaf for step in task.scores for row in step.rows if row.leaf is not None))
 
 
-def _with_filters(rows: list[Row]) -> list[tuple[Row, str]]:
+def _filter_of(step: StepResult) -> str:
+    """The scorer; who was asked, too, where several judge."""
+    judge, wording = step.info.get("judge"), step.info.get("wording")
+    return "-".join(str(part) for part in (step.info.get("scorer"), judge, wording) if part is not None)
+
+
+def _with_filters(rows: list[tuple[StepResult, Row]]) -> list[tuple[Row, str]]:
     """lm-eval tells numbers of one name apart by filter; here the scorer does, where two give a metric of one name."""
     seen: set[str] = set()
     found = []
-    for row in rows:
-        found.append((row, "none" if row.metric not in seen else row.scorer))
+    for step, row in rows:
+        found.append((row, "none" if row.metric not in seen else _filter_of(step)))
         seen.add(row.metric)
     return found
 
@@ -217,7 +224,7 @@ def _by_filter(task: TaskResult) -> list[tuple[list[tuple[StepResult, Metric]], 
     found: dict[str, list[tuple[StepResult, Metric]]] = {}
     for step in task.scores:
         for metric in step.metrics:
-            kept = "none" if metric.name not in seen else str(step.info.get("scorer"))
+            kept = "none" if metric.name not in seen else _filter_of(step)
             seen.add(metric.name)
             if metric.aggregate == "mean":
                 found.setdefault(kept, []).append((step, metric))

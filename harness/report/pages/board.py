@@ -14,7 +14,17 @@ from markupsafe import Markup, escape
 
 from harness.contracts.report_section import SectionColumn
 from harness.core.text import ARROWS, MINUS, number, visible
-from harness.report.board.model import Board, BoardRow, Cell, ClaimResult, Column, SeedCell, SeedRow
+from harness.report.board.model import (
+    Board,
+    BoardRow,
+    Cell,
+    ClaimResult,
+    Column,
+    JudgePanel,
+    SeedCell,
+    SeedRow,
+)
+from harness.report.board.text import SPREAD, panel_cells, part_text, spread_of, spread_text
 from harness.report.compare_text import p_text, signed
 from harness.report.figures.svg import STYLE
 from harness.report.pages.page import line_html, render_page, script_json
@@ -53,6 +63,7 @@ class Beside:
 def render_board(board: Board, beside: Beside) -> str:
     """The page. Equal boards give equal bytes."""
     columns = shown(board)
+    keys = {column.key for column in columns}
     scales = [scale_of(column, board.rows) for column in columns]
     pairs = list(zip(columns, scales, strict=True))
     bases = {row.key: row for row in board.rows}
@@ -87,6 +98,10 @@ def render_board(board: Board, beside: Beside) -> str:
         ],
         rank_notes=list(dict.fromkeys(column.rank_note for column in columns if column.rank_note)),
         claims=[_claim(one) for one in board.claims],
+        judges=[
+            _panel(board, one) for one in board.judges if not keys.isdisjoint(asker.column for asker in one.askers)
+        ],
+        spread=SPREAD,
         remarks=_remarks(board, columns),
         data=Markup(script_json(_data(board, pairs, more, list(factors)))),
     )
@@ -196,7 +211,8 @@ def _title(cell: Cell) -> str:
     if one is not None and one.ci_adjusted is not None:
         ends = ", ".join(signed(end) for end in one.ci_adjusted)
         parts.append(f"difference {signed(one.difference)} [{ends}], p {p_text(one.p_adjusted)} (Holm)")
-    parts += [cell.withheld or "", cell.note or ""]
+    parts += [cell.withheld or "", cell.note or "", cell.spread_note or ""]
+    parts += [(cell.part.note or "") if cell.part is not None else ""]
     return "; ".join(visible(part) for part in parts if part)
 
 
@@ -223,6 +239,8 @@ def _cell(row: BoardRow, base: BoardRow | None, column: Column, scale: Scale) ->
     return (
         f'<td title="{escape(_title(cell))}"><b>{mean}</b>'
         + (f' <span class="ends">{interval}</span>' if interval else "")
+        + (f' <span class="ends">{escape(part)}</span>' if (part := part_text(cell)) else "")
+        + (f' <span class="ends">{escape(spread)}</span>' if (spread := spread_text(cell)) else "")
         + _bar(cell, base.cells.get(column.key) if base is not None else None, scale)
         + (f'<span class="said {kind}">{escape(said)}</span>' if said else "")
         + (f' <span class="rank">rank {cell.rank}</span>' if cell.rank is not None else "")
@@ -276,6 +294,21 @@ def _remarks(board: Board, columns: Sequence[Column]) -> list[str]:
     found += board.notes
     found += [f"{row.name}: {note}" for row in board.rows for note in row.notes]
     return list(dict.fromkeys(found))
+
+
+def _panel(board: Board, panel: JudgePanel) -> dict[str, Any]:
+    """A task under every judge and wording."""
+    rows = [
+        (row.name, [text or "–" for text in cells], spread_of(row, panel))
+        for row in board.rows
+        if any(cells := panel_cells(row, panel))
+    ]
+    agreement = [
+        (f"{one.a} and {one.b}", number(one.tau), one.n_rows, number(one.kappa), one.n_answers)
+        for one in panel.agreement
+    ]
+    told = [*panel.remarks, *(f"no spread for {one}" for one in panel.missing)]
+    return {"panel": panel, "rows": rows, "agreement": agreement, "told": told}
 
 
 def _claim(one: ClaimResult) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from harness.core.records import digest_of
 from harness.core.text import clip, portable, task_label, visible
+from harness.report.board.judged import label_of
 from harness.report.pages.page import pieces
 from harness.report.pages.side_files import SideFiles
 from harness.report.read import StepResult, TaskResult, Texts
@@ -69,6 +70,12 @@ def _parts(arms: Sequence[tuple[str, Sequence[TaskResult]]]) -> Iterator[_Part]:
                 yield _Part(index, place, task, steps)
 
 
+def _judged(task: TaskResult, step: StepResult) -> str:
+    """Who judged, of a task that several judge."""
+    told = next((one for one in task.info.get("judged") or () if one["scores"] == step.id), None)
+    return "" if told is None else f" ({label_of((str(told['judge']), told['wording']))})"
+
+
 def _task(part: _Part, asked: Mapping[str, Texts], files: SideFiles) -> dict[str, Any]:
     task, steps = part.task, part.steps
     ids = list(steps[0].samples)
@@ -78,7 +85,7 @@ def _task(part: _Part, asked: Mapping[str, Texts], files: SideFiles) -> dict[str
         for metric in step.metrics:
             metrics.append(
                 {
-                    "name": visible(metric.name),
+                    "name": visible(metric.name + _judged(task, step)),
                     "unit": visible(metric.unit),
                     "better": {True: 1, False: -1, None: 0}[metric.higher_is_better],
                     "primary": metric.primary,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from harness.core.records import SHARE_RESOLUTION, Answer, Metric, ModelInfo, Sample
 from harness.core.specs import PromptKind
 from harness.tasks.catalog import Chosen
+from harness.tasks.draw import drawn
 from harness.tasks.lm_eval.collect import collector
 from harness.tasks.lm_eval.load import compiled_once, load, quiet
 
@@ -157,9 +158,13 @@ def open_task(
     for name, task in sorted(tasks.items()):
         _set_shots(task, ref.num_fewshot)
         task.set_fewshot_seed(seed=LM_EVAL_SEEDS[2] + seed)
+        places = None
+        if chosen.limit is not None and chosen.spec.subset == "seeded":
+            places = drawn(len(task.eval_docs), chosen.limit, name, seed)
         with quiet():
             task.build_all_requests(
-                limit=chosen.limit,
+                limit=chosen.limit if places is None else None,
+                samples=places,
                 system_instruction=chosen.spec.system,
                 apply_chat_template=variant == "chat",
                 fewshot_as_multiturn=variant == "chat",
@@ -168,19 +173,21 @@ def open_task(
             )
         leaf = name if len(tasks) > 1 else None
         guess = _guessing(task) if ref.flexible else None
-        for item in _items(name, task):
+        for item in _items(name, task, places):
             asked.collect(item)
             items.append(item)
             samples.append(_sample(item, leaf, asked, guess))
     return LmEvalRuntime(samples, items)
 
 
-def _items(name: str, task: Task) -> Iterator[Item]:
+def _items(name: str, task: Task, places: Sequence[int] | None) -> Iterator[Item]:
+    """Documents with their instances; lm-eval numbers those of a draw from 0 on, and here each keeps its own number."""
     grouped: dict[int, Item] = {}
     for instance in task.instances:
         item = grouped.get(instance.doc_id)
         if item is None:
-            item = grouped[instance.doc_id] = Item(name, task, instance.doc_id, instance.doc, [])
+            own = instance.doc_id if places is None else places[instance.doc_id]
+            item = grouped[instance.doc_id] = Item(name, task, own, instance.doc, [])
         item.instances.append(instance)
     yield from grouped.values()
 

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from harness import Decoding, Journal, JudgeCosts, StepError, digest_of
-from harness_plugins.judges.options import JudgeOptions, check_judge, judge_identity, judge_label, settled, slug_of
+from harness_plugins.judges.options import (
+    JudgeOptions,
+    check_judge,
+    judge_identity,
+    judge_label,
+    settled,
+    slug_of,
+    with_judge,
+)
 from harness_plugins.judges.words import Ask, Budget, Judged, Question, Reply, Spent, T, Unparsable, Usage
 
 __all__ = [
@@ -29,6 +37,7 @@ __all__ = [
     "check_judge",
     "judge_identity",
     "judge_label",
+    "with_judge",
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -83,6 +84,21 @@ class JudgeOptions(harness.Config):
     def price(self, prompt_tokens: int, reply_tokens: int) -> float:
         """What so many tokens cost (USD)."""
         return (prompt_tokens * self.price_input + reply_tokens * self.price_output) / MILLION
+
+
+OF_THE_MODEL = {
+    *("model", "revision", "served_model", "answers_as", "engine", "engine_options", "dtype"),
+    *("api_key_env", "price_input", "price_output"),
+}
+"""Options that belong to one judge: another one brings its own, or takes the defaults."""
+
+
+def with_judge(options: Mapping[str, Any], judge: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options with another judge: how replies are drawn stays, what belongs to the one before does not."""
+    if not judge:
+        return dict(options)
+    other = judge.get("model", options.get("model")) != options.get("model")
+    return {**{key: value for key, value in options.items() if not (other and key in OF_THE_MODEL)}, **judge}
 
 
 def check_judge(options: JudgeOptions, where: str) -> None:

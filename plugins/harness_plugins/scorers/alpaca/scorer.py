@@ -30,6 +30,7 @@ from harness import (
     ScorerContext,
     ScorerSession,
     UserError,
+    Wording,
     file_digest,
     fit_length_control,
     model_files,
@@ -37,7 +38,7 @@ from harness import (
     read_alpaca_gamed,
 )
 from harness_plugins.judges.judge import Judge
-from harness_plugins.judges.options import JudgeOptions, check_judge, judge_identity, judge_label
+from harness_plugins.judges.options import JudgeOptions, check_judge, judge_identity, judge_label, with_judge
 from harness_plugins.judges.words import Judged, Question
 from harness_plugins.scorers.alpaca.annotators import harmless, load_annotator, switched
 
@@ -111,6 +112,16 @@ class AlpacaEvalScorer(Scorer["AlpacaEvalScorer.Config"]):
             "tables": {name: file_digest(Path(path).expanduser()) for name, path in tables.items()},
             **asked,
         }
+
+    def judged_by(
+        self, options: Mapping[str, Any], judge: Mapping[str, Any] | None, wording: Wording | None, where: str
+    ) -> dict[str, Any]:
+        """The judge's own options over those of the scorer; the words are the annotator's."""
+        return with_judge(options, judge)
+
+    def judge_name(self, config: Any) -> str:
+        """The judge's own name; a server that was not given one is asked."""
+        return judge_label(config)
 
     def hub_files(self, config: Any) -> tuple[HubFiles, ...]:
         """The judge, where it is opened here."""

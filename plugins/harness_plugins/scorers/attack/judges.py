@@ -35,10 +35,17 @@ from harness import (
     Scorer,
     ScorerContext,
     ScorerSession,
+    Wording,
     model_files,
 )
-from harness_plugins.judges.judge import Judge, check_judge, judge_identity, judge_label
-from harness_plugins.scorers.attack.question import AttackJudgeOptions, question_of, read_verdict
+from harness_plugins.judges.judge import Judge, check_judge, judge_identity, judge_label, with_judge
+from harness_plugins.scorers.attack.question import (
+    AttackJudgeOptions,
+    asked_in,
+    attack_wordings,
+    question_of,
+    read_verdict,
+)
 from harness_plugins.scorers.attack.refusals import PHRASES, PREFIXES, Thought, refusal_of, without_thought
 from harness_plugins.scorers.classifier import ClassifierOptions, ClassifierScorer, ClassifierSession
 
@@ -222,6 +229,10 @@ class AttackClassifier(ClassifierScorer, AttackScorer):
         """As for every judge."""
         return attack_metrics()
 
+    def judge_name(self, config: Any) -> str:
+        """The checkpoint's name."""
+        return str(config.model).rstrip("/").rsplit("/", 1)[-1]
+
     def open(self, config: Any, context: ScorerContext) -> AttackSession:
         """Load the checkpoint."""
         return _Classifier(ClassifierSession(self, config), config)
@@ -289,6 +300,21 @@ class AttackLlm(AttackScorer):
     def check(self, config: Any) -> None:
         """Whether there is a judge that can be asked."""
         check_judge(config, self.where)
+
+    def wordings(self) -> tuple[Wording, ...]:
+        """Those that ship."""
+        return attack_wordings()
+
+    def judged_by(
+        self, options: Mapping[str, Any], judge: Mapping[str, Any] | None, wording: Wording | None, where: str
+    ) -> dict[str, Any]:
+        """The judge's own options over those of the scorer, and the words."""
+        asked = with_judge(options, judge)
+        return asked if wording is None else asked_in(asked, wording, f"{where}, wordings")
+
+    def judge_name(self, config: Any) -> str:
+        """The judge's own name; a server that was not given one is asked."""
+        return judge_label(config)
 
     def hub_files(self, config: Any) -> tuple[HubFiles, ...]:
         """The judge, where it is opened here."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import combinations
 from typing import Any, Self
@@ -22,6 +22,7 @@ from harness import (
     ScorerContext,
     ScorerSession,
     UserError,
+    Wording,
     cohen_kappa,
 )
 from harness_plugins.scorers.attack.judges import (
@@ -116,6 +117,44 @@ class Attack(Scorer["Attack.Config"]):
             except UserError as error:
                 fix = error.fix.replace("TASK.scorer.", f"TASK.scorer.{judge}.")
                 raise UserError(error.where, error.what, fix) from None
+
+    def wordings(self) -> tuple[Wording, ...]:
+        """Those of a language model."""
+        return PARTS["llm"].wordings()
+
+    def judged_by(
+        self, options: Mapping[str, Any], judge: Mapping[str, Any] | None, wording: Wording | None, where: str
+    ) -> dict[str, Any]:
+        """One judge alone: `refusal`, options of a classifier (`kind: classifier`), or those of a language model.
+
+        Raises:
+            UserError: the scorer has several judges already, which are asked together in one step.
+        """
+        asked = tuple(options.get("judges", ("refusal",)))
+        if judge is None:
+            if len(asked) > 1:
+                fix = f"Write {where.removeprefix('task ')}.judges=[...] for judges that are asked apart."
+                raise UserError(where, f"its scorer asks {' and '.join(asked)} together", fix)
+            kind, own = asked[0], {}
+        else:
+            own = dict(judge)
+            kind = own.pop("kind", "refusal" if own.get("model") == "refusal" else "llm")
+            if kind == "refusal":
+                own.pop("model", None)
+        if kind not in PARTS:
+            raise UserError(f"{where}, judges", f"kind {kind!r} is none", f"Kinds: {', '.join(PARTS)}.")
+        group = dict(options.get(kind) or {})
+        found = {**options, "judges": [kind]}
+        if kind == "llm":
+            return {**found, kind: PARTS[kind].judged_by(group, own, wording, where)}
+        return {**found, kind: {**group, **own}}
+
+    def judge_name(self, config: Config) -> str:
+        """The first judge's."""
+        name = config.judges[0]
+        if name == "refusal":
+            return name
+        return str(PARTS[name].judge_name(getattr(config, name)))
 
     def identity(self, config: Config) -> dict[str, Any]:
         """The judges in their order."""
