@@ -81,6 +81,10 @@ def align(
             help="One alignment per cell of a grid (the method's own, over rank and alpha); best by held-out rows.",
         ),
     ] = None,
+    tracker: Annotated[
+        list[str] | None,
+        typer.Option(help="Told of the curves, live: tensorboard, wandb, mlflow, trackio (repeatable); all stay here."),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the folder holds and start over.")] = False,
     plugin: PluginFiles = None,
     allow_pickle: AllowPickle = False,
@@ -118,8 +122,10 @@ def align(
     }
     with for_terminal() as reporter:
         if search is not None:
+            if tracker:
+                raise UserError("--tracker", "follows one training, and --search makes many", "Leave one of them out.")
             return _search(search, (method, base, dataset), out, {**common, "reporter": reporter})
-        made = run(method, base, dataset, out=out, reporter=reporter, **common)
+        made = run(method, base, dataset, out=out, reporter=reporter, trackers=tracker or (), **common)
     print(visible(str(made.folder)))
     return ExitCode.DONE
 

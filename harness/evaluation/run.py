@@ -15,6 +15,7 @@ from harness.core.errors import HarnessError, StepError
 from harness.core.progress import Reporter
 from harness.core.records import Row, digest_of
 from harness.core.specs import EvalSpec, ModelSpec
+from harness.report.notebook import rows_html
 from harness.evaluation.ask import Answered
 from harness.evaluation.load import remove_scratch
 from harness.evaluation.parity_run import second_plan
@@ -52,6 +53,11 @@ class Evaluation:
         import pandas as pd
 
         return pd.DataFrame([row.model_dump(mode="json") for row in self.rows])
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: every number with its interval and n; of what failed the names of the steps."""
+        notes = [f"failed: {', '.join(sorted(self.failures))}"] if self.failures else []
+        return rows_html(self.plan.model.name, self.rows, notes)
 
 
 def evaluate(

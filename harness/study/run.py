@@ -19,6 +19,7 @@ from harness.study.plan import Planner, Promise, StudyPlan
 from harness.study.reuse import stores_of
 from harness.study.searched import choose_recipes
 from harness.study.status import read_plan
+from harness.study.tracked import track_scores, tracking_in
 from harness.study.turns import in_turn, is_model, merged_models
 
 
@@ -101,6 +102,7 @@ def run_study(
                 break
         found = carry_out(plan)
         plan.registry.announce("study_finished", run=out)
+        track_scores(out, tracking_in(out, plan), reporter)
         return found
 
 
