@@ -16,6 +16,8 @@ def scalars(folder: Path) -> dict[tuple[str, int], float]:
         while place < len(data):
             (length,) = struct.unpack_from("<Q", data, place)
             event = Event.FromString(data[place + 12 : place + 12 + length])
-            found |= {(one.tag, event.step): one.simple_value for one in event.summary.value if not one.HasField("tensor")}
+            found |= {
+                (one.tag, event.step): one.simple_value for one in event.summary.value if not one.HasField("tensor")
+            }
             place += 16 + length
     return found

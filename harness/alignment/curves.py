@@ -54,9 +54,7 @@ class Curves(TrainerCallback):
             self._callback = _callback_of(self._name, self._opened)
             self._callback.on_train_begin(*self._copies(args, state, control))
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         with self._apart():
             if self._callback is not None:
                 self._callback.on_log(*self._copies(args, state, control), logs=dict(logs or {}))

@@ -336,11 +336,17 @@ def test_the_paper_s_tables_pair_lora_and_qlora(tmp_path: Path) -> None:
     line = f"  - {{table: Table 1, arm: {arm}, values: {{quiz: 25}}}}\n"
     for text, message in (
         (head + line.replace("llama", "lama"), r"none of its 1 numbers is of an arm.*base: lama.*\n  Name bases"),
-        (head + line.replace("quiz: 25", "quizz: 1"), r"theirs\.yaml:4, .*'quizz' has no unit\n  Name it under `units`"),
+        (
+            head + line.replace("quiz: 25", "quizz: 1"),
+            r"theirs\.yaml:4, .*'quizz' has no unit\n  Name it under `units`",
+        ),
         (head + line.replace("25", "high"), r"theirs\.yaml:4, numbers\.0\.values\.quiz: .*high"),
         (head + line.replace("25", ".nan"), r"theirs\.yaml:4, numbers\.0\.values\.quiz: "),
         (head.replace("percent", "logit") + line, r"is in logit, and quiz:raw acc in proportion\n  Mend `units`"),
-        (head + line + line.replace("25", "27"), r"theirs\.yaml:5, .* is 0\.27 here and 0\.25 in Table 1\n  Keep the one"),
+        (
+            head + line + line.replace("25", "27"),
+            r"theirs\.yaml:5, .* is 0\.27 here and 0\.25 in Table 1\n  Keep the one",
+        ),
         ("numbers: []", r"theirs\.yaml"),
     ):
         (tmp_path / "theirs.yaml").write_text(text)

@@ -30,7 +30,9 @@ def test_a_merge_is_known_by_its_inputs() -> None:
     rows = [BoardRow(key="b", name="mistral", kind="base", base_name="mistral", factors={"method": "base"})]
     for method, data in itertools.product(("sft", "dpo"), ("bt-harmless", "bt-helpful")):
         factors = {"method": method, "data": data, "adapter": "qlora", "base": "mistral"}
-        rows.append(BoardRow(key=method + data, name=f"{method}-{data}", kind="align", base_name="mistral", factors=factors))
+        rows.append(
+            BoardRow(key=method + data, name=f"{method}-{data}", kind="align", base_name="mistral", factors=factors)
+        )
     merge = {"method": "slerp", "inputs": "bt-harmless+bt-helpful", "base": "mistral"}
     for method in ("sft", "dpo"):
         parents = (f"{method}-bt-helpful", f"{method}-bt-harmless")
@@ -42,8 +44,24 @@ def test_a_merge_is_known_by_its_inputs() -> None:
     rows.append(BoardRow(key="few", name="few", kind="align", base_name="mistral", factors=few))
     common = {"variant": "raw", "scorer": "x", "primary": True}
     columns = (
-        Column(key="r", label="r", task="real_toxicity", metric="toxicity_reward", unit="logit", higher_is_better=True, **common),
-        Column(key="a", label="a", task="alpaca_eval_paper@j", metric="win", unit="proportion", higher_is_better=True, **common),
+        Column(
+            key="r",
+            label="r",
+            task="real_toxicity",
+            metric="toxicity_reward",
+            unit="logit",
+            higher_is_better=True,
+            **common,
+        ),
+        Column(
+            key="a",
+            label="a",
+            task="alpaca_eval_paper@j",
+            metric="win",
+            unit="proportion",
+            higher_is_better=True,
+            **common,
+        ),
         Column(key="m", label="m", task="mmlu@0", metric="acc", unit="proportion", higher_is_better=True, **common),
     )
     matched = match_published(Path("paper"), Board(harness="0", title="t", rows=tuple(rows), columns=columns))

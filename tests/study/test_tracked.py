@@ -31,7 +31,11 @@ class Heard(Reporter):
 
 
 def test_scores_are_told_once_and_no_step_moves(
-    small: dict[str, Any], small_run: Path, copied: Callable[[Path], Path], write: Write, monkeypatch: pytest.MonkeyPatch
+    small: dict[str, Any],
+    small_run: Path,
+    copied: Callable[[Path], Path],
+    write: Write,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = copied(small_run)
     before = records(run)
@@ -74,7 +78,10 @@ def test_scores_are_told_once_and_no_step_moves(
 
 def test_a_tracker_that_is_not_there_is_an_error_of_the_plan(small: dict[str, Any], write: Write) -> None:
     for name, message in (
-        ("wandb", r"study\.yaml:\d+, trackers: tracker 'wandb' is not installed\n  pip install wandb, or leave it out\."),
+        (
+            "wandb",
+            r"study\.yaml:\d+, trackers: tracker 'wandb' is not installed\n  pip install wandb, or leave it out\.",
+        ),
         ("wandbe", r"study\.yaml:\d+, trackers: unknown tracker 'wandbe'\n  Did you mean 'wandb'\?"),
     ):
         with pytest.raises(UserError, match=message):

@@ -11,7 +11,6 @@ import io
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -75,8 +74,7 @@ class Matched:
 
 def shipped() -> dict[str, Path]:
     """Files of published numbers that come with the package, by name."""
-    folder = Path(find_spec("harness_tasks").submodule_search_locations[0]) / "published"  # type: ignore[union-attr, index]
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(Path(__file__).with_name("assets").glob("*.yaml"))}
 
 
 def match_published(file: Path, board: Board) -> Matched:
