@@ -15,7 +15,6 @@ from harness.core.errors import HarnessError, StepError
 from harness.core.progress import Reporter
 from harness.core.records import Row, digest_of
 from harness.core.specs import EvalSpec, ModelSpec
-from harness.report.notebook import rows_html
 from harness.evaluation.ask import Answered
 from harness.evaluation.load import remove_scratch
 from harness.evaluation.parity_run import second_plan
@@ -24,6 +23,7 @@ from harness.evaluation.resume import SCORES_FILE, check_folder, claim
 from harness.evaluation.session import EvalSession, Unit
 from harness.evaluation.take import other_run, take_steps
 from harness.evaluation.worker import EvalWorker, jobs_of, unfinished
+from harness.report.notebook import rows_html
 from harness.steps.execute import Execute, Execution, open_pool
 from harness.steps.files import read_json, slug
 from harness.steps.orders import error_of

@@ -1,4 +1,4 @@
-"""What a study tells its trackers: the curves of its trainings as they are logged, and the final scores of every arm once."""
+"""What a study tells its trackers: curves of its trainings as they are logged, and final scores of every arm once."""
 
 from __future__ import annotations
 

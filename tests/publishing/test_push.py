@@ -61,7 +61,7 @@ def test_an_arm_goes_with_its_files_and_what_was_measured(cli: Any, run: Path) -
 
 
 def test_the_card_is_read_as_the_hub_reads_it(cli: Any, run: Path) -> None:
-    """By its own library, which refuses a model-index that is none; base, data and licence are what was asked or recorded."""
+    """By its own library, which refuses a model-index that is none."""
     from huggingface_hub import ModelCard
 
     (merged,) = run.glob("steps/merge-merged-*")
@@ -80,7 +80,7 @@ def test_the_card_is_read_as_the_hub_reads_it(cli: Any, run: Path) -> None:
     (scores,) = run.glob(f"steps/scores-*{ARM}*/artifact/scores.json")
     assert result.metric_value == json.loads(scores.read_text())["rows"][0]["mean"]
 
-    # A merge names the data of what it was made from; its weights were let go, so as an adapter of a merge would.
+    # A merge names the data of what it was made from.
     records_of = merged / "artifact"
     assert datasets_of(records_of, json.loads((records_of / "lineage.json").read_text()), None, load_plugins()) == (
         ["them/sft-0", "them/dpo-0"],
@@ -101,7 +101,7 @@ def test_the_card_is_read_as_the_hub_reads_it(cli: Any, run: Path) -> None:
 def test_metadata_that_the_hub_would_not_read_is_refused(run: Path, broken: str) -> None:
     card = adapter(run) / "README.md"
     card.write_text(card.read_text().replace("library_name: peft", broken))
-    with pytest.raises(CorruptionError, match="README.md: no model card"):
+    with pytest.raises(CorruptionError, match=r"README\.md: no model card"):
         published_card(adapter(run), base_model="them/base", datasets=[], licence=None, results=None)
 
 

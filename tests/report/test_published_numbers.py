@@ -14,7 +14,7 @@ from harness.report.board.published import Published, match_published, shipped
 def test_what_is_shipped_is_what_the_tables_hold() -> None:
     """Table 2 has 2 originals and 4 mixtures of 3 numbers; 3 has 5 merges of 2 bases; 4 and 5 have 32 and 16 arms."""
     found = parse(Published, load_yaml(shipped()["paper"]))
-    counts = Counter({table: 0 for table in ("Table 2", "Table 3", "Table 4", "Table 5")})
+    counts = Counter(dict.fromkeys(("Table 2", "Table 3", "Table 4", "Table 5"), 0))
     for one in found.numbers:
         counts[one.table] += len(one.values)
     assert counts == {"Table 2": 6 * 3, "Table 3": 10 * 3, "Table 4": 32 * 4, "Table 5": 16 * 4}

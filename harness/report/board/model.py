@@ -129,7 +129,7 @@ class BoardRow(Config):
     key: str
     name: str
     kind: str = Field(
-        description="base, align, checkpoint, merge or adapter, as a study says; external: of a log; else arm"
+        description="base, align, checkpoint, merge, adapter, as a study says; external: a log's; else arm"
     )
     base: str | None = Field(None, description="key of its base's row; None: it is one, or the base was not evaluated")
     base_name: str | None = None

@@ -55,14 +55,17 @@ def test_what_was_asked_otherwise_is_another_column(logs: Path, what: str) -> No
     """Ids alone say nothing: they are the same numbers in every log."""
     if what == "prompt":
         for task in _with_samples(logs / B):
-            other = {"prompt_hash": "0" * 64}
-            rewrite(logs / B, task, lambda lines: [line | other if line["doc_id"] == 0 else line for line in lines])
+            rewrite(logs / B, task, _another_prompt)
     board = build_board([logs / A, logs / (B if what == "prompt" else what)])
     first, second = ({board.column(key).task for key in row.cells} for row in board.rows)
     assert first & second
     assert not set(board.rows[0].cells) & set(board.rows[1].cells)
     again = [column for column in board.columns if column.task in first & second]
     assert all(column.differs and column.rank_n is None for column in again)
+
+
+def _another_prompt(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [line | ({"prompt_hash": "0" * 64} if line["doc_id"] == 0 else {}) for line in lines]
 
 
 def _with_samples(folder: Path) -> list[str]:
