@@ -72,7 +72,7 @@ class Curves(TrainerCallback):
     def _copies(self, args: Any, state: Any, control: Any) -> tuple[Any, Any, Any]:
         told = copy.copy(args)
         # No folder of this machine is told to anybody.
-        told.output_dir, told.run_name, told.project = self._run, self._run, self._tracking.project
+        told.output_dir, told.run_name, told.project = "", self._run, self._tracking.project
         return told, copy.deepcopy(state), copy.copy(control)
 
     @contextlib.contextmanager

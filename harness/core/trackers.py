@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -88,8 +89,19 @@ class TrackedRun(ABC):
     writer: Any = None
     """What transformers' callback of this tracker writes with, where it takes one."""
 
-    @abstractmethod
     def log(self, values: Mapping[str, float]) -> None:
+        """Write numbers by name, in which only letters, digits, ``_-./`` are left: some trackers take no others.
+
+        Raises:
+            ValueError: two names are one then.
+        """
+        plain = {re.sub(r"[^A-Za-z0-9_\-./]", "_", name): value for name, value in values.items()}
+        if len(plain) != len(values):
+            raise ValueError(f"of {len(values)} names {len(plain)} are left once `@`, `:` and the like are replaced")
+        self._write(plain)
+
+    @abstractmethod
+    def _write(self, values: Mapping[str, float]) -> None:
         """Write numbers by name."""
 
     @abstractmethod
@@ -122,9 +134,12 @@ class _TensorBoard(TrackedRun):
     def __init__(self, tracking: Tracking, run: str, kind: str) -> None:
         lighter = find_spec("tensorboardX") is not None
         module = importlib.import_module("tensorboardX" if lighter else "torch.utils.tensorboard")
-        self.writer = module.SummaryWriter(str(tracking.folder / "tensorboard" / _file_name(run)))
+        # Files are named by the second, and one of the same second would be written over.
+        suffix = f".{kind}-{time.time_ns():x}"
+        folder = tracking.folder / "tensorboard" / _file_name(run)
+        self.writer = module.SummaryWriter(str(folder), filename_suffix=suffix)
 
-    def log(self, values: Mapping[str, float]) -> None:
+    def _write(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, 0)
 
@@ -144,7 +159,7 @@ class _Wandb(TrackedRun):
         told = {"project": tracking.project, "name": run, "group": run, "job_type": kind, "mode": mode}
         self._run = wandb.init(**told, dir=str(tracking.folder), settings=settings)
 
-    def log(self, values: Mapping[str, float]) -> None:
+    def _write(self, values: Mapping[str, float]) -> None:
         self._run.log(dict(values))
         self._run.summary.update(dict(values))
 
@@ -163,12 +178,8 @@ class _MLflow(TrackedRun):
         mlflow.set_experiment(tracking.project)
         mlflow.start_run(run_name=run if kind == "train" else f"{run} {kind}", tags={"arm": run, "kind": kind})
 
-    def log(self, values: Mapping[str, float]) -> None:
-        # What MLflow does not take in a name, as transformers' callback replaces it.
-        plain = {re.sub(r"[^0-9A-Za-z_\-. :/]", "_", name): value for name, value in values.items()}
-        if len(plain) != len(values):
-            raise RuntimeError("two names are one once what MLflow does not take in them is replaced")
-        self._mlflow.log_metrics(plain)
+    def _write(self, values: Mapping[str, float]) -> None:
+        self._mlflow.log_metrics(dict(values))
 
     def close(self) -> None:
         self._mlflow.end_run()
@@ -186,7 +197,7 @@ class _Trackio(TrackedRun):
         if kind != "train":
             trackio.init(project=tracking.project, name=f"{run} {kind}", resume="allow", embed=False)
 
-    def log(self, values: Mapping[str, float]) -> None:
+    def _write(self, values: Mapping[str, float]) -> None:
         self._trackio.log(dict(values))
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ import torch
 from harness.alignment.run import Alignment
 from harness.core.errors import UserError
 from harness.core.progress import Reporter
+from harness.core.trackers import Tracking, open_run
 from tests.event_files import scalars
 
 WEIGHTS = "adapter_model.safetensors"
@@ -79,6 +80,16 @@ def test_a_tracker_that_fails_is_named_and_left_out(
     ]
     assert len(calls) == 1
     assert [line["step"] for line in made.history if "loss" in line] == [1, 2]
+
+
+def test_runs_of_one_second_do_not_write_over_each_other(tmp_path: Path) -> None:
+    for number in range(4):
+        run = open_run("tensorboard", Tracking(("tensorboard",), tmp_path, "study"), "arm", "scores")
+        run.log({f"mmlu@{number}": number})
+        run.close()
+    assert scalars(tmp_path / "tensorboard" / "arm") == {(f"mmlu_{number}", 0): number for number in range(4)}
+    with pytest.raises(ValueError, match="of 2 names 1 are left"):
+        run.log({"mmlu@0": 1.0, "mmlu:0": 2.0})
 
 
 def test_what_is_not_there_is_said_before_anything_runs(

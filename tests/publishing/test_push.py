@@ -15,6 +15,7 @@ from harness.contracts.registry import load_plugins
 from harness.core.errors import CorruptionError
 from harness.publishing.card import published_card
 from harness.publishing.push import Parcel, datasets_of, pack_arm, send
+from harness.steps.files import read_json, write_json
 from tests.study.conftest import (  # noqa: F401 - fixtures here, too
     copied,
     material,
@@ -67,10 +68,10 @@ def test_the_card_is_read_as_the_hub_reads_it(cli: Any, run: Path) -> None:
     (merged,) = run.glob("steps/merge-merged-*")
     for step in [*run.glob("steps/align-*"), merged]:
         # As if the pairs were of the hub.
-        told = json.loads((step / "step.json").read_text())
+        told = read_json(step / "step.json")
         for number, part in enumerate(told["identity"].get("data", {}).get("parts", ())):
             part["dataset"] = {"name": "jsonl", "options": {"path": f"them/{told['arm'].split('-')[0]}-{number}"}}
-        (step / "step.json").write_text(json.dumps(told))
+        write_json(step / "step.json", told)
     told = pack_arm(adapter(run), results=run, base_model="them/base", licence="mit").card
     data = ModelCard(told).data
     assert (data.base_model, data.base_model_relation, data.license) == ("them/base", "adapter", "mit")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -75,3 +76,11 @@ def test_a_merge_is_known_by_its_inputs() -> None:
     assert not {"lost", "few"} & {name for name, _ in found}
     # 2 of the original; 3 of each of 4 arms; 2 of each merge, as Table 3 has BBH of this base, and no MMLU.
     assert len(found) == 2 + 3 * 4 + 2 * 2 and matched.without == 240 - len(found)
+
+
+def test_the_page_s_example_is_a_file(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "publishing.md").read_text(encoding="utf-8")
+    (example,) = [block for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "numbers:" in block]
+    (tmp_path / "theirs.yaml").write_text(example, encoding="utf-8")
+    found = parse(Published, load_yaml(tmp_path / "theirs.yaml"))
+    assert "invented" in found.source and [len(one.values) for one in found.numbers] == [1, 2, 1]

@@ -63,7 +63,7 @@ def test_scores_are_told_once_and_no_step_moves(
     folders = {folder.name: scalars(folder) for folder in (run / "trackers" / "tensorboard").iterdir()}
     assert folders.keys() == rows.keys() and len(rows) == 4
     for arm, row in rows.items():
-        name = f"scores/sums:{row['variant']}/{row['metric']}"
+        name = f"scores/sums_{row['variant']}/{row['metric']}"
         low, high = row["ci95"]
         expected = {name: row["mean"], f"{name}/n": 6, f"{name}/low": low, f"{name}/high": high}
         assert folders[arm] == {(key, 0): np.float32(value) for key, value in expected.items()}
