@@ -54,7 +54,7 @@ def _sizes(svg: str) -> list[str]:
         (
             "find_spec",
             lambda _: None,
-            "--png: needs resvg-py, which is not installed\n  pip install 'harness-align[png]'",
+            "--png: needs resvg-py, which is not installed\n  pip install 'harness-align",
         ),
         ("importlib", None, "--png: finds no font on this machine, so that figures would have no words\n  Install one"),
     ],
