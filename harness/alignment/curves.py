@@ -66,7 +66,7 @@ class Curves(TrainerCallback):
         """End the run; what failed is ended too, as far as it can be."""
         opened, self._opened, self._callback = self._opened, None, None
         if opened is not None:
-            with self._apart(again=True):
+            with self._apart():
                 opened.close()
 
     def _copies(self, args: Any, state: Any, control: Any) -> tuple[Any, Any, Any]:
@@ -76,10 +76,8 @@ class Curves(TrainerCallback):
         return told, copy.deepcopy(state), copy.copy(control)
 
     @contextlib.contextmanager
-    def _apart(self, *, again: bool = False) -> Iterator[None]:
+    def _apart(self) -> Iterator[None]:
         """Run what a tracker does with the random state kept, and name its failure once."""
-        if self._failed and not again:
-            self._callback = None
         before = random.getstate(), np.random.get_state(), torch.get_rng_state()
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         try:
