@@ -99,5 +99,5 @@ def _callback_of(name: str, opened: TrackedRun) -> Any:
     """transformers' callback for `report_to`, which finds the run that is open."""
     from transformers.integrations import integration_utils
 
-    (cls,) = integration_utils.get_reporting_integration_callbacks([name])
+    (cls,) = integration_utils.get_reporting_integration_callbacks([name])  # type: ignore[no-untyped-call]
     return cls(opened.writer) if opened.writer is not None else cls()

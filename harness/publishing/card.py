@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from yaml import YAMLError
 
 from harness.core.errors import CorruptionError, UserError
 from harness.core.records import Row
@@ -87,7 +88,7 @@ def published_card(
     """
     try:
         card = ModelCard.load(folder / "README.md")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, YAMLError) as error:
         raise CorruptionError(f"{folder / 'README.md'}: no model card ({error}); make the folder again") from None
     own = card.data.to_dict()
     data = ModelCardData(
@@ -113,11 +114,10 @@ def published_card(
     try:
         # As the hub's own library reads it; what it cannot read it would drop without a word.
         again = ModelCard(made).data
-    except ValueError as error:
-        raise CorruptionError(
-            f"{folder / 'README.md'}: its metadata is none ({error}); make the folder again"
-        ) from None
-    if again.to_dict() != data.to_dict():
+    except (ValueError, YAMLError) as error:
+        what = f"its metadata is none ({error})"
+        raise CorruptionError(f"{folder / 'README.md'}: {what}; make the folder again") from None
+    if again.to_dict() != data.to_dict():  # type: ignore[no-untyped-call]
         raise CorruptionError(f"{folder / 'README.md'}: its metadata is read back as other; make the folder again")
     return made
 

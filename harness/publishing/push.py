@@ -183,7 +183,7 @@ def datasets_of(
                 continue
             inner = made.get(digest)
             more = read_json(inner / "artifact" / LINEAGE) if inner is not None else {}
-            waiting.append((str(one["name"]), inner, more))
+            waiting.append((f"{one['name']} ({digest[:12]})", inner, more))
     return list(found), list(unknown)
 
 
