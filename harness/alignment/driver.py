@@ -133,7 +133,11 @@ def optimizer_name(cuda: bool) -> str:
 
 
 def drive(
-    trainer: Driven, progress: Progress, batches: Sequence[Sequence[str]], heldout: Sequence[str] = ()
+    trainer: Driven,
+    progress: Progress,
+    batches: Sequence[Sequence[str]],
+    heldout: Sequence[str] = (),
+    curves: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, Any]]:
     """Train to the end, from the last complete checkpoint if there is one, and measure held-out rows.
 
@@ -142,6 +146,7 @@ def drive(
         progress: callbacks.
         batches: row ids of every optimiser step, for messages.
         heldout: ids of the held-out rows.
+        curves: callbacks that hand on what is logged.
 
     Returns:
         per held-out row its id and values (see :mod:`harness.alignment.heldout`).
@@ -153,7 +158,8 @@ def drive(
     trainer.harness_batches, trainer.harness_heldout = batches, heldout
     # The harness shows progress itself.
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Callback(progress))
+    for callback in (_Callback(progress), *curves):
+        trainer.add_callback(callback)
     if trainer.args.process_index:
         # Every process draws its own dropout; one that goes on takes its state from the checkpoint.
         torch.manual_seed(trainer.args.seed + trainer.args.process_index)

@@ -13,6 +13,7 @@ from harness.core.errors import Requeue, UserError
 from harness.core.progress import Reporter
 from harness.core.records import AdapterInfo
 from harness.core.specs import AlignSpec
+from harness.core.trackers import tracking_of
 from harness.steps.folder import StepFolder
 
 
@@ -56,7 +57,9 @@ def _train(payload: dict[str, Any], reporter: Reporter) -> None:
         )
     kind = StepFolder if rank.first else MuteStep
     work = kind(Path(payload["folder"]), plan.id, "align", Path(payload["out"]))
-    share = RankShare(rank, payload["stage"], payload["earlier"] and Path(payload["earlier"]), payload["micro"])
+    tracking = tracking_of(payload["tracking"])
+    earlier = Path(payload["earlier"]) if payload["earlier"] else None
+    share = RankShare(rank, payload["stage"], earlier, payload["micro"], tracking)
     train_in_rank(plan, registry, reporter if rank.first else Reporter(), work, share)
     import torch.distributed
 

@@ -40,6 +40,7 @@ from harness.core.progress import Reporter
 from harness.core.records import StepRecord
 from harness.core.specs import AlignSpec, ModelSpec
 from harness.core.stats import Summary
+from harness.core.trackers import FOLDER, Tracking, check_trackers
 from harness.data.token_cache import Prepared
 from harness.models.artifact import read_artifact
 from harness.steps.alone import Alone
@@ -77,6 +78,7 @@ def align(
     fresh: bool = False,
     registry: Registry | None = None,
     reporter: Reporter | None = None,
+    trackers: Sequence[str] = (),
     **settings: Any,
 ) -> Alignment:
     """Align one model: what `harness align` does.
@@ -89,6 +91,8 @@ def align(
         fresh: delete what the folder holds of an earlier alignment first.
         registry: from ``load_plugins``; all installed plugins by default.
         reporter: says what is going on; silent by default.
+        trackers: told of the training curves as they are logged (tensorboard, wandb, mlflow, trackio); they write into
+            ``step/trackers`` of the folder.
         **settings: further fields of ``AlignSpec``: adapter, start, template, samples, checkpoints, seed, options.
 
     Raises:
@@ -98,14 +102,21 @@ def align(
     model_spec = model if isinstance(model, ModelSpec) else ModelSpec(model=str(model))
     fields = {"method": method, "model": model_spec, "dataset": dataset, **settings}
     spec = parse_options(AlignSpec, fields, "harness align")
+    check_trackers(trackers, "--tracker")
     registry = registry or load_plugins()
     plan = plan_align(spec, registry)
     folder = Path(out) if out is not None else Path("runs") / f"{slug(plan.arm)}-{plan.id[:8]}"
-    return run_align(plan, registry, folder, fresh=fresh, reporter=reporter)
+    return run_align(plan, registry, folder, fresh=fresh, reporter=reporter, trackers=trackers)
 
 
 def run_align(
-    plan: AlignPlan, registry: Registry, out: Path, *, fresh: bool = False, reporter: Reporter | None = None
+    plan: AlignPlan,
+    registry: Registry,
+    out: Path,
+    *,
+    fresh: bool = False,
+    reporter: Reporter | None = None,
+    trackers: Sequence[str] = (),
 ) -> Alignment:
     """Carry out a plan in a folder; an interrupted one goes on from its last checkpoint."""
     reporter = reporter or Reporter()
@@ -121,8 +132,10 @@ def run_align(
             tidy(work)
             return _load(out, plan, work)
         begun_before = (work.path / STEP).exists()
+        folder = (work.path / FOLDER).absolute()
+        tracking = Tracking(tuple(trackers), folder, "harness-align") if trackers else None
         try:
-            return carry_out_align(plan, registry, Runner(registry, reporter), work)
+            return carry_out_align(plan, registry, Runner(registry, reporter), work, tracking=tracking)
         except UserError:
             if not has_checkpoint(work) and not begun_before and work.path.exists():
                 # What is refused leaves nothing behind, so that the corrected command finds the folder as this one did.
@@ -131,7 +144,13 @@ def run_align(
 
 
 def carry_out_align(
-    plan: AlignPlan, registry: Registry, runner: Runner, work: StepFolder, *, bases: Bases | None = None
+    plan: AlignPlan,
+    registry: Registry,
+    runner: Runner,
+    work: StepFolder,
+    *,
+    bases: Bases | None = None,
+    tracking: Tracking | None = None,
 ) -> Alignment:
     """Carry out a plan from where its folder stands, and say what is kept when that is cut short.
 
@@ -142,6 +161,7 @@ def carry_out_align(
         work: the folder of the record, and that of the adapter: within each other or apart. The caller has locked it,
             and knows that the step has not ended well.
         bases: where the base is opened, and may stay open for the next alignment; let go by default.
+        tracking: trackers that are told what is logged.
 
     Raises:
         UserError: a mistake of the user's.
@@ -153,7 +173,7 @@ def carry_out_align(
         work.reopen("it had failed")
     try:
         with runner.recorded(plan.step, work), writing(work.artifact):
-            return _Run(plan, registry, runner, work, bases or Bases()).carry_out()
+            return _Run(plan, registry, runner, work, bases or Bases(), tracking).carry_out()
     except UserError:
         if has_checkpoint(work):
             note("the last checkpoint is kept: the same command goes on from there")
@@ -175,8 +195,16 @@ def _load(out: Path, plan: AlignPlan, work: StepFolder) -> Alignment:
 class _Run:
     """One pass over an alignment in this process."""
 
-    def __init__(self, plan: AlignPlan, registry: Registry, runner: Runner, work: StepFolder, bases: Bases) -> None:
-        self.bases = bases
+    def __init__(
+        self,
+        plan: AlignPlan,
+        registry: Registry,
+        runner: Runner,
+        work: StepFolder,
+        bases: Bases,
+        tracking: Tracking | None,
+    ) -> None:
+        self.bases, self.tracking = bases, tracking
         self.plan, self.registry, self.runner, self.reporter = plan, registry, runner, runner.reporter
         self.work, self.out = work, work.artifact
         self.tokenizer = open_tokenizer_of(plan)
@@ -285,6 +313,7 @@ class _Run:
         training = StageTraining(
             plan, stage, self.registry, self.reporter, tokenizer, work, stopping, earlier, bases=self.bases
         )
+        training.tracking = self.tracking
         try:
             measured, micro = training.run(data)
         finally:

@@ -24,6 +24,7 @@ from harness.contracts.aligner import TrainerCall, TrainingJob
 from harness.contracts.registry import Registry
 from harness.core.errors import StepError
 from harness.core.progress import Reporter
+from harness.core.trackers import Tracking, tracking_json
 from harness.data.token_cache import Prepared
 from harness.steps.files import read_json, write_json, writing
 from harness.steps.folder import PROVENANCE, StepFolder
@@ -57,6 +58,8 @@ class StageTraining:
     """Names of the weights and buffers that the method has added to the model."""
     bases: Bases = field(default_factory=Bases)
     """Where its base is opened, and held against what it was."""
+    tracking: Tracking | None = None
+    """Trackers that its log is handed on to."""
 
     def run(self, data: Prepared) -> tuple[list[dict[str, Any]], int]:
         """Train; when memory runs out, with half the micro batch from the last checkpoint on.
@@ -119,6 +122,7 @@ class StageTraining:
             "stage": plan.stages.index(self.stage),
             "earlier": str(self.earlier) if self.earlier is not None else None,
             "micro": micro,
+            "tracking": tracking_json(self.tracking),
         }
 
         def started(children: Children) -> None:
@@ -143,6 +147,7 @@ class StageTraining:
         import datasets
 
         from harness.alignment import driven, driver
+        from harness.alignment.curves import tracked
 
         plan, recipe, train, held = self.plan, self.stage.recipe, data.train, data.heldout
         model, cuda, bf16 = self.open_model()
@@ -192,7 +197,8 @@ class StageTraining:
         self.stopping.watch(progress)
         if self.rank.first:
             self._record_engine(call, trainer, micro)
-        measured = driver.drive(trainer, progress, ids, [row["id"] for row in held_rows])
+        with tracked(self.tracking if self.rank.first else None, self._title, self.reporter.note) as curves:
+            measured = driver.drive(trainer, progress, ids, [row["id"] for row in held_rows], curves)
         if self.rank.first:
             if measured:
                 write_rows(self.work.path / HELDOUT, measured)
@@ -292,6 +298,7 @@ class RankShare:
     """Weights that the stage before has left."""
     micro: int
     """Rows per forward pass."""
+    tracking: Tracking | None = None
 
 
 def train_in_rank(plan: AlignPlan, registry: Registry, reporter: Reporter, work: StepFolder, share: RankShare) -> None:
@@ -307,6 +314,7 @@ def train_in_rank(plan: AlignPlan, registry: Registry, reporter: Reporter, work:
     stage, stopping = plan.stages[share.stage], Stopping(reporter.note)
     tokenizer = open_tokenizer_of(plan)
     training = StageTraining(plan, stage, registry, reporter, tokenizer, work, stopping, share.earlier, share.rank)
+    training.tracking = share.tracking
     data = prepare_rows(plan, stage, registry, tokenizer)
     with stopping.handled(), writing(work.path):
         training.train(data, share.micro)

@@ -84,6 +84,10 @@ def align(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="With --search: try again the cells that failed.")
     ] = False,
+    tracker: Annotated[
+        list[str] | None,
+        typer.Option(help="Told of the curves, live: tensorboard, wandb, mlflow, trackio (repeatable); all stay here."),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the folder holds and start over.")] = False,
     plugin: PluginFiles = None,
     allow_pickle: AllowPickle = False,
@@ -121,9 +125,11 @@ def align(
     }
     with for_terminal() as reporter:
         if search is not None:
+            if tracker:
+                raise UserError("--tracker", "follows one training, and --search makes many", "Leave one of them out.")
             asked = {**common, "retry_failed": retry_failed, "reporter": reporter}
             return _search(search, (method, base, dataset), out, asked)
-        made = run(method, base, dataset, out=out, reporter=reporter, **common)
+        made = run(method, base, dataset, out=out, reporter=reporter, trackers=tracker or (), **common)
     print(visible(str(made.folder)))
     return ExitCode.DONE
 

@@ -163,13 +163,14 @@ def report(
     title: Annotated[str | None, typer.Option(help="Title of the board; by default the runs' names.")] = None,
     layout: Annotated[str | None, typer.Option(help="Also the tables in a layout: paper (arXiv 2406.04879).")] = None,
     published: Annotated[
-        Path | None, typer.Option(help="YAML of published numbers for the layout: ARM: {TASK: NUMBER}.")
+        Path | None, typer.Option(help="Published numbers beside ours: a YAML file, or `paper` (arXiv 2406.04879).")
     ] = None,
     alpha: Annotated[float, typer.Option(help="Level of the board's tests, Holm-adjusted over a column.")] = 0.05,
     samples: Annotated[
         bool | None,
         typer.Option("--samples/--no-samples", help="All samples beside the page; by default up to 100,000."),
     ] = None,
+    png: Annotated[bool, typer.Option("--png", help="Figures as PNG beside their SVG (extra `png`).")] = False,
     plugin: PluginFiles = None,
 ) -> None:
     """Rebuild reports from the records and print them: a page with the board, figures and samples, JSON, CSV, LaTeX."""
@@ -179,12 +180,12 @@ def report(
     from harness.report.build import write_all
     from harness.report.external.open import is_foreign
 
-    logs = [one for one in run if is_foreign(one)]
-    for index, one in enumerate(logs, start=1):
-        for place, found in write_all(one, out / str(index) if out is not None and len(run) > 1 else out).items():
+    if len(run) == 1 and is_foreign(run[0]):
+        given = {"--title": title, "--layout": layout, "--published": published, "--png": png or None}
+        if (option := next((name for name, value in given.items() if value is not None), None)) is not None:
+            raise UserError(option, "is of a board, and a log alone has none", "Give runs beside it, and --out DIR.")
+        for place, found in write_all(run[0], out).items():
             print_report(found, place / "report.html")
-    run = [one for one in run if one not in logs]
-    if not run:
         return
     if len(run) > 1 and out is None:
         fix = "Give the folder of their board with --out DIR."
@@ -203,6 +204,7 @@ def report(
         alpha=alpha,
         samples=samples,
         sections=[section for _, section in registry.of_kind(ReportSection)],
+        png=png,
     )
     if len(run) > 1 or len(board.rows) > 1:
         from rich.console import Console

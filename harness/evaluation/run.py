@@ -23,6 +23,7 @@ from harness.evaluation.resume import SCORES_FILE, check_folder, claim
 from harness.evaluation.session import EvalSession, Unit
 from harness.evaluation.take import other_run, take_steps
 from harness.evaluation.worker import EvalWorker, jobs_of, unfinished
+from harness.report.notebook import rows_html
 from harness.steps.execute import Execute, Execution, open_pool
 from harness.steps.files import read_json, slug
 from harness.steps.orders import error_of
@@ -52,6 +53,11 @@ class Evaluation:
         import pandas as pd
 
         return pd.DataFrame([row.model_dump(mode="json") for row in self.rows])
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: every number with its interval and n; of what failed the names of the steps."""
+        notes = [f"failed: {', '.join(sorted(self.failures))}"] if self.failures else []
+        return rows_html(self.plan.model.name, self.rows, notes)
 
 
 def evaluate(

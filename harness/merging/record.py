@@ -13,7 +13,7 @@ from harness.merging.inputs import lineage_entry
 from harness.merging.plan import MergePlan
 from harness.merging.tensor_plan import TensorRecipe
 from harness.merging.threads import Clock
-from harness.models.card import opening
+from harness.models.card import head, opening
 from harness.steps.provenance import provenance_record
 
 
@@ -128,11 +128,7 @@ def merge_card(found: Mapping[str, Any]) -> str:
     adapter = found["form"] == "adapter"
     base = found["base"]
     lines = [
-        "---",
-        f"library_name: {'peft' if adapter else 'transformers'}",
-        "tags: [harness, preference-alignment, merge]",
-        "---",
-        "",
+        *head("peft" if adapter else "transformers", ("merge",), base),
         f"# {found['method']} of {', '.join(one['name'] for one in found['inputs'])}",
         "",
         f"Base `{base['name']}` ({base['digest'][:12]})." if base is not None else "Without a base.",

@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+
+def head(library: str, tags: Sequence[str], base: Mapping[str, Any] | None) -> list[str]:
+    """The metadata that every card begins with.
+
+    Args:
+        library: that opens the folder.
+        tags: beside those that all have.
+        base: name and revision; without a revision it was a folder, and is no model of the hub.
+    """
+    told = base is not None and base.get("revision") is not None
+    return [
+        "---",
+        *([f"base_model: {json.dumps(base['name'])}"] if base is not None and told else []),
+        f"library_name: {library}",
+        f"tags: [{', '.join(('harness', 'preference-alignment', *tags))}]",
+        "---",
+        "",
+    ]
 
 
 def opening(adapter: bool, revision: str | None) -> list[str]:
@@ -38,11 +58,7 @@ def model_card(
     identity = step["identity"]
     recipe, adapter = identity["recipe"], identity["adapter"]
     lines = [
-        "---",
-        "library_name: peft" if adapter["name"] != "none" else "library_name: transformers",
-        "tags: [harness, preference-alignment]",
-        "---",
-        "",
+        *head("peft" if adapter["name"] != "none" else "transformers", (), lineage["base"]),
         f"# {step['arm']}",
         "",
         f"Method `{identity['method']}`, adapter `{adapter['name']}`, seed {identity['seed']}, "

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from yaml import YAMLError
 
 from harness.core.errors import CorruptionError, UserError
 from harness.core.records import Row
@@ -67,6 +69,8 @@ def published_card(
     datasets: Sequence[str],
     licence: str | None,
     results: Results | None,
+    relation: str = "adapter",
+    unknown: Sequence[str] = (),
 ) -> str:
     """README.md for the hub: the folder's own card under metadata that the hub reads (``model-index`` included).
 
@@ -76,16 +80,22 @@ def published_card(
         datasets: hub ids of what it was trained on.
         licence: of what is published; None: nothing is said.
         results: of :func:`results_of`.
+        relation: what it is to its base, in the hub's words: adapter, merge, finetune.
+        unknown: names of what it was made from whose data no record here tells.
+
+    Raises:
+        CorruptionError: the folder's card is none, or what is made of it is none that the hub takes.
     """
     try:
         card = ModelCard.load(folder / "README.md")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, YAMLError) as error:
         raise CorruptionError(f"{folder / 'README.md'}: no model card ({error}); make the folder again") from None
     own = card.data.to_dict()
     data = ModelCardData(
         base_model=base_model,
         datasets=list(datasets) or None,
         license=licence,
+        base_model_relation=relation,
         library_name=own.get("library_name"),
         tags=own.get("tags"),
         model_name=folder.name if results is None or not results.rows else _title(card.text),
@@ -98,7 +108,18 @@ def published_card(
         while lines and not lines[-1]:
             lines.pop()
         lines += ["", *_table(results)]
-    return f"---\n{data.to_yaml()}\n---\n" + "\n".join(lines).rstrip() + "\n"
+    if unknown:
+        lines += ["", f"Not on record here: what {visible(', '.join(unknown))} was trained on."]
+    made = f"---\n{data.to_yaml()}\n---\n" + "\n".join(lines).rstrip() + "\n"
+    try:
+        # As the hub's own library reads it; what it cannot read it would drop without a word.
+        again = ModelCard(made).data
+    except (ValueError, YAMLError) as error:
+        what = f"its metadata is none ({error})"
+        raise CorruptionError(f"{folder / 'README.md'}: {what}; make the folder again") from None
+    if again.to_dict() != data.to_dict():  # type: ignore[no-untyped-call]
+        raise CorruptionError(f"{folder / 'README.md'}: its metadata is read back as other; make the folder again")
+    return made
 
 
 def _title(text: str) -> str:
@@ -107,9 +128,10 @@ def _title(text: str) -> str:
 
 def _result(row: Row, task: TaskResult) -> EvalResult:
     source = str(task.info.get("source") or row.task)
+    on_hub = re.match(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?=$|[\s,;])", source)
     return EvalResult(
         task_type="text-generation",
-        dataset_type=row.task.split("@")[0].removeprefix("lm_eval:"),
+        dataset_type=on_hub[0] if on_hub else row.task.split("@")[0].removeprefix("lm_eval:"),
         dataset_name=f"{task_label(row.task, row.variant)}: {source}",
         metric_type=row.metric,
         metric_value=row.mean,

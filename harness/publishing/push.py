@@ -12,7 +12,7 @@ from typing import Any
 from harness.contracts.dataset import Dataset
 from harness.contracts.registry import Registry, load_plugins
 from harness.core.errors import CorruptionError, UserError
-from harness.models.lineage import LINEAGE
+from harness.models.lineage import CONFIG, LINEAGE
 from harness.publishing.card import published_card, results_of
 from harness.report.build import write_all
 from harness.steps.checksums import CHECKSUMS, differences
@@ -106,12 +106,16 @@ def pack_arm(
         for path in sorted(folder.iterdir())
         if path.is_file() and not path.name.startswith(".") and path.name not in (CARD, CHECKSUMS)
     }
+    datasets, unknown = datasets_of(folder, lineage, results, load_plugins())
+    is_adapter = (folder / CONFIG).is_file()
     card = published_card(
         folder,
         base_model=base,
-        datasets=_datasets(folder, load_plugins()),
+        datasets=datasets,
         licence=licence,
         results=results_of(folder, results) if results is not None else None,
+        relation="adapter" if is_adapter else "merge" if lineage.get("inputs") else "finetune",
+        unknown=unknown,
     )
     return _checked(Parcel("model", {**files, CHECKSUMS: folder / CHECKSUMS, CARD: card.encode()}))
 
@@ -137,17 +141,58 @@ def pack_report(run: Path, title: str) -> Parcel:
     return _checked(Parcel("space", files))
 
 
-def _datasets(folder: Path, registry: Registry) -> list[str]:
-    """Hub ids of what an adapter was trained on, as its record has them."""
-    found: list[str] = []
-    for record in (folder / RECORD / "step.json", folder.parent / "step.json"):
-        if record.is_file():
-            data = read_json(record).get("identity", {}).get("data", {})
-            for part in (part["dataset"] for part in data.get("parts", ())):
-                named = part.get("options", {}).get("path") or registry.find(Dataset, part["name"], "data").source
-                if "digest" not in part and _is_id(str(named)):
-                    found.append(str(named))
-    return list(dict.fromkeys(found))
+def datasets_of(
+    folder: Path, lineage: Mapping[str, Any], run: Path | None, registry: Registry
+) -> tuple[list[str], list[str]]:
+    """Hub ids of what it and all that it was made from were trained on, as records have them.
+
+    Args:
+        folder: of the adapter or model.
+        lineage: its lineage.json, which names by digest what it was made from.
+        run: whose records tell of those; and the run that the folder lies in.
+
+    Returns:
+        the ids, and the names of what no record here tells of.
+    """
+    around = folder.resolve().parent.parent
+    runs = {root.resolve() for root in (run, around.parent if around.name == "steps" else None) if root is not None}
+    made = {
+        str(read_json(file).get("digest")): file.parent
+        for root in sorted(runs)
+        for kind in MADE_BY
+        for file in sorted(root.glob(f"steps/{kind}-*/status.json"))
+    }
+    own = next((one for one in (folder / RECORD, folder.parent) if (one / "step.json").is_file()), None)
+    found: dict[str, None] = {}
+    unknown: dict[str, None] = {}
+    waiting: list[tuple[str, Path | None, Mapping[str, Any]]] = [(folder.name, own, lineage)]
+    seen: set[Path] = set()
+    while waiting:
+        name, step, told = waiting.pop(0)
+        if step in seen:
+            continue
+        before = [*told.get("inputs", ()), *told.get("adapters", ())]
+        if step is None:
+            unknown[name] = None
+        else:
+            seen.add(step)
+            found |= dict.fromkeys(_trained_on(step, registry))
+        for one in before:
+            digest = str(one["digest"])
+            if digest == lineage["base"].get("weights"):
+                continue
+            inner = made.get(digest)
+            more = read_json(inner / "artifact" / LINEAGE) if inner is not None else {}
+            waiting.append((f"{one['name']} ({digest[:12]})", inner, more))
+    return list(found), list(unknown)
+
+
+def _trained_on(step: Path, registry: Registry) -> Iterator[str]:
+    data = read_json(step / "step.json").get("identity", {}).get("data", {})
+    for part in (part["dataset"] for part in data.get("parts", ())):
+        named = part.get("options", {}).get("path") or registry.find(Dataset, part["name"], "data").source
+        if "digest" not in part and _is_id(str(named)):
+            yield str(named)
 
 
 def _is_id(text: str) -> bool:

@@ -10,6 +10,7 @@ Layout (``runs/<name>/``)::
     steps/<kind>-<arm>-<id>/        step.json provenance.json log.jsonl artifact/ status.json (last, atomically)
     judge/<name>-<digest>.jsonl.gz  what a judge said, whatever step asked
     report/                         rebuilt from the records at any time
+    trackers/                       what the trackers of a study write, and which of their scores are there
 
 No file holds an absolute path, so a run can be moved or published.
 """
@@ -26,7 +27,7 @@ from harness.steps.lock import FolderLock
 
 RUN = Guard(
     "run",
-    r"\.folded|plan\.json|index\.json|study\.yaml|search\.(json|md)|best|parity\.json|requests|steps|report|judge",
+    r"\.folded|plan\.json|index\.json|study\.yaml|search\.(json|md)|best|parity\.json|requests|steps|report|judge|trackers",
     "plan.json",
 )
 

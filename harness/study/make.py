@@ -33,6 +33,7 @@ from harness.study.arms import Arm
 from harness.study.folder import read_index, write_index
 from harness.study.plan import Planner, Preparation, Promise, StudyPlan
 from harness.study.reuse import stores_of, take
+from harness.study.tracked import tracking_in
 from harness.study.turns import is_model
 
 MODEL = "model.json"
@@ -138,7 +139,8 @@ class Maker:
             if plan.spec.processes > 1:
                 # They open it themselves, and need the room.
                 self.bases.release()
-            carry_out_align(plan, self.plan.registry, self.runner, folder, bases=self.bases)
+            registry, tracking = self.plan.registry, tracking_in(self.store.root, self.plan)
+            carry_out_align(plan, registry, self.runner, folder, bases=self.bases, tracking=tracking)
 
         folder = self._carry_out(arm.name, self._key(promise), plan.step, work, intact_adapter)
         if folder is not None:

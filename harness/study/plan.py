@@ -18,6 +18,7 @@ from harness.core.config import parse_options
 from harness.core.errors import UserError
 from harness.core.records import AdapterInfo, ModelInfo
 from harness.core.specs import EvalSpec, ModelSpec
+from harness.core.trackers import check_trackers
 from harness.evaluation.arms import Candidate
 from harness.evaluation.plan import EvalPlan, plan_arms
 from harness.models.chat_templates import with_template_of
@@ -213,6 +214,7 @@ class Planner:
     def plan(self) -> StudyPlan:
         """Every arm, every evaluation, one graph."""
         self._check_names()
+        check_trackers(self.read.spec.trackers, self.read.where("trackers"))
         promises: dict[str, Promise] = {}
         searches: dict[str, Searched] = {}
         waiting: dict[str, Arm] = {}

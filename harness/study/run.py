@@ -19,6 +19,7 @@ from harness.study.plan import Planner, Promise, StudyPlan
 from harness.study.reuse import stores_of
 from harness.study.searched import choose_recipes, with_failed_cells
 from harness.study.status import read_plan
+from harness.study.tracked import track_scores, tracking_in
 from harness.study.turns import in_turn, is_model, merged_models
 
 
@@ -112,6 +113,7 @@ def run_study(
         found = carry_out(plan.of_arms(plan.promises.keys() - tried))
         found = Study(out, plan, {**failures, **found.failures})
         plan.registry.announce("study_finished", run=out)
+        track_scores(out, tracking_in(out, plan), reporter)
         return found
 
 

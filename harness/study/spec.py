@@ -189,6 +189,9 @@ class StudySpec(Config):
     )
     resources: ResourcesBlock | None = Field(None, description="the GPU that it is planned for, and what workers take")
     reuse: Names = Field((), description="run folders: what has ended there is taken over")
+    trackers: Names = Field(
+        (), description="tensorboard, wandb, mlflow, trackio: told of curves, live, and of final scores; moves no step"
+    )
 
 
 def is_study(file: Path) -> bool:

@@ -57,7 +57,7 @@ def align(alone: Path, tiny: Path, pairs: Path) -> Callable[..., Alignment]:
         plugins: Sequence[Path] = (),
         **given: Any,
     ) -> Alignment:
-        fields = AlignSpec.model_fields.keys() | {"fresh", "reporter"}
+        fields = AlignSpec.model_fields.keys() | {"fresh", "reporter", "trackers"}
         settings = {key: given.pop(key) for key in list(given) if key in fields}
         options = {**TINY_STEPS, **given}
         if "lora" in options:

@@ -11,7 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from harness.publishing.push import Parcel, pack_arm, send
+from harness.contracts.registry import load_plugins
+from harness.core.errors import CorruptionError
+from harness.publishing.card import published_card
+from harness.publishing.push import Parcel, datasets_of, pack_arm, send
+from harness.steps.files import read_json, write_json
 from tests.study.conftest import (  # noqa: F401 - fixtures here, too
     copied,
     material,
@@ -55,6 +59,53 @@ def test_an_arm_goes_with_its_files_and_what_was_measured(cli: Any, run: Path) -
     assert f"n = {rows[0]['n']}" in model["results"][0]["metrics"][0]["name"]
     assert f"`{rows[0]['step'][:12]}`" in found["card"]
     assert "Not measured here" not in found["card"]
+
+
+def test_the_card_is_read_as_the_hub_reads_it(cli: Any, run: Path) -> None:
+    """By its own library, which refuses a model-index that is none."""
+    from huggingface_hub import ModelCard
+
+    (merged,) = run.glob("steps/merge-merged-*")
+    for step in [*run.glob("steps/align-*"), merged]:
+        # As if the pairs were of the hub.
+        told = read_json(step / "step.json")
+        for number, part in enumerate(told["identity"].get("data", {}).get("parts", ())):
+            part["dataset"] = {"name": "jsonl", "options": {"path": f"them/{told['arm'].split('-')[0]}-{number}"}}
+        write_json(step / "step.json", told)
+    told = pack_arm(adapter(run), results=run, base_model="them/base", licence="mit").card
+    data = ModelCard(told).data
+    assert (data.base_model, data.base_model_relation, data.license) == ("them/base", "adapter", "mit")
+    assert data.datasets == ["them/dpo-0"]
+    (result,) = data.eval_results
+    assert "95 % interval" in result.metric_name and "n = 6" in result.metric_name
+    (scores,) = run.glob(f"steps/scores-*{ARM}*/artifact/scores.json")
+    assert result.metric_value == json.loads(scores.read_text())["rows"][0]["mean"]
+
+    # A merge names the data of what it was made from.
+    records_of = merged / "artifact"
+    assert datasets_of(records_of, json.loads((records_of / "lineage.json").read_text()), None, load_plugins()) == (
+        ["them/sft-0", "them/dpo-0"],
+        [],
+    )
+    (sft,) = run.glob("steps/align-sft-*")
+    digest = read_json(sft / "status.json")["digest"]
+    shutil.rmtree(sft)
+    assert datasets_of(records_of, json.loads((records_of / "lineage.json").read_text()), None, load_plugins()) == (
+        ["them/dpo-0"],
+        [f"artifact ({digest[:12]})"],
+    )
+    card = published_card(
+        adapter(run), base_model="them/base", datasets=[], licence=None, results=None, unknown=["a", "b\u202e"]
+    )
+    assert card.endswith("Not on record here: what a, b⟨U+202E⟩ was trained on.\n")
+
+
+@pytest.mark.parametrize("broken", ["model-index: [{name: x}]", "tags: {"])
+def test_metadata_that_the_hub_would_not_read_is_refused(run: Path, broken: str) -> None:
+    card = adapter(run) / "README.md"
+    card.write_text(card.read_text().replace("library_name: peft", broken))
+    with pytest.raises(CorruptionError, match=r"README\.md: no model card"):
+        published_card(adapter(run), base_model="them/base", datasets=[], licence=None, results=None)
 
 
 def test_results_are_found_by_content_and_not_by_name(run: Path) -> None:

@@ -314,7 +314,12 @@ def test_a_run_without_a_base_and_one_of_an_older_version(tmp_path: Path) -> Non
 def test_the_paper_s_tables_pair_lora_and_qlora(tmp_path: Path) -> None:
     families = [family(0.5, data="bt-safe", adapter=adapter) for adapter in ("lora", "qlora")]
     run = study(tmp_path / "run", *families, family(0.2, data="hh-safe", adapter="qlora"))
-    (tmp_path / "theirs.yaml").write_text("dpo-bt-safe-qlora-llama: {quiz: 0.25}\n")
+    arm = "{base: llama, method: dpo, data: bt-safe, adapter: qlora}"
+    head = "source: Somebody | 2024\nunits: {quiz: percent}\nnumbers:\n"
+    (tmp_path / "theirs.yaml").write_text(
+        f"{head}  - {{table: Table 1, arm: {arm}, values: {{quiz: 25}}}}\n"
+        f"  - {{table: Table 2, arm: {arm.replace('llama', 'other')}, values: {{quiz: 26}}}}\n"
+    )
     write_board([run], tmp_path / "out", layout="paper", published=tmp_path / "theirs.yaml")
     lines = (tmp_path / "out" / "tables" / "paper.md").read_text().splitlines()
     pairs = lines[lines.index("## LoRA and QLoRA on the same data") + 2 :][:5]
@@ -323,12 +328,28 @@ def test_the_paper_s_tables_pair_lora_and_qlora(tmp_path: Path) -> None:
     assert pairs[3].split(" | ")[1] == "bt-safe" and pairs[3].endswith("/ 0.250 |") and pairs[3].count("±") == 2
     assert not (tmp_path / "out" / "tables" / "paper-merges.tex").exists()
     assert any("56,168" in line for line in lines)
+    told = (tmp_path / "out" / "tables" / "published.md").read_text()
+    assert "Somebody \\| 2024" in told and "* 1 published numbers have no arm or task here." in told
+    (row,) = [line.split(" | ") for line in told.splitlines() if line.startswith("| dpo-bt-safe-qlora-llama")]
+    # 25 per cent, beside a mean of ours and its interval.
+    assert (row[3], row[7], row[9]) == ("3", "0.250", "Table 1 |") and row[8] in ("yes", "no")
+    line = f"  - {{table: Table 1, arm: {arm}, values: {{quiz: 25}}}}\n"
     for text, message in (
-        ("dpo-bt-safe-qlora-lama: {quiz: 1}", r"theirs\.yaml:1, .*no row is called.*\n.*Did you mean"),
-        ("llama: {quizz: 1}", r"no column has the task 'quizz'\n  Tasks: quiz"),
-        ("llama: {quiz: high}", r"'high' is no number\n  Give it in the metric's unit"),
+        (head + line.replace("llama", "lama"), r"none of its 1 numbers is of an arm.*base: lama.*\n  Name bases"),
+        (
+            head + line.replace("quiz: 25", "quizz: 1"),
+            r"theirs\.yaml:4, .*'quizz' has no unit\n  Name it under `units`",
+        ),
+        (head + line.replace("25", "high"), r"theirs\.yaml:4, numbers\.0\.values\.quiz: .*high"),
+        (head + line.replace("25", ".nan"), r"theirs\.yaml:4, numbers\.0\.values\.quiz: "),
+        (head.replace("percent", "logit") + line, r"is in logit, and quiz:raw acc in proportion\n  Mend `units`"),
+        (
+            head + line + line.replace("25", "27"),
+            r"theirs\.yaml:5, .* is 0\.27 here and 0\.25 in Table 1\n  Keep the one",
+        ),
+        ("numbers: []", r"theirs\.yaml"),
     ):
-        (tmp_path / "theirs.yaml").write_text(text + "\n")
+        (tmp_path / "theirs.yaml").write_text(text)
         with pytest.raises(UserError, match=message):
             write_board([run], tmp_path / "out", layout="paper", published=tmp_path / "theirs.yaml")
 
@@ -343,7 +364,8 @@ def test_the_command_line(cli: Any, tmp_path: Path) -> None:
     for arguments, message in (
         ((one, two), "--out: 2 runs have no report folder in common"),
         ((one, "--layout", "nature"), "--layout: 'nature' is none"),
-        ((one, "--published", "x.yaml"), "--published: is shown in a layout, and none is asked for"),
+        ((one, "--published", "x.yaml"), "--published: there is no file x.yaml"),
+        ((one, "--published", "papr"), "--published: unknown published file 'papr'"),
         ((one, "--alpha", "5"), "alpha: is the level of a test, and 5 is none"),
     ):
         ran = cli("report", *arguments)

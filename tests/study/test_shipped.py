@@ -6,11 +6,14 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from harness.core.config import load_yaml, parse
+from harness.report.board.published import Published, shipped
 from harness.study.needs import needs_of_study
 from harness.study.plan import StudyPlan, plan_study
 from harness.study.spec import find_study, read_study
@@ -64,7 +67,7 @@ def test_the_paper_has_310_arms(plan: Any) -> None:
     found = plan("paper")
     arms = [arm for arm in found.arms if arm.kind != "base"]
     assert len(arms) == 310
-    mixtures = [arm for arm in arms if arm.factors.get("data") == "hh-mixture"]
+    mixtures = [arm for arm in arms if arm.factors.get("data") == "bt-mixture"]
     trained = Counter(arm.factors["adapter"] for arm in arms if arm.kind == "align" and arm not in mixtures)
     assert trained == {"qlora": 160, "lora": 80}
     assert len(mixtures) == 20
@@ -73,7 +76,7 @@ def test_the_paper_has_310_arms(plan: Any) -> None:
     # Slerp of SFT and of DPO; DARE-TIES of SFT, of DPO, and of all four; each in five seeds.
     assert merges == {
         (method, base): count
-        for base in ("llama", "mistral")
+        for base in ("mistral", "mistral-instruct")
         for method, count in (("slerp", 2 * 5), ("dare_ties", 3 * 5))
     }
     # Each merge joins arms of its own base and seed.
@@ -82,6 +85,18 @@ def test_the_paper_has_310_arms(plan: Any) -> None:
         for parent in arm.parents:
             assert by_name[parent].base == arm.base
             assert by_name[parent].factors["seed"] == arm.factors["seed"]
+    # Every number that the paper prints is of arms of this study, five seeds of each and one base.
+    told = parse(Published, load_yaml(shipped()["paper"]))
+    counts = Counter(_without_seed(arm.factors, [by_name[one].factors for one in arm.parents]) for arm in found.arms)
+    for one in told.numbers:
+        inputs = [{**given, "base": one.arm["base"]} for given in one.inputs]
+        assert counts[_without_seed(one.arm, inputs)] == (1 if one.arm["method"] == "base" else 5), one
+
+
+def _without_seed(factors: Mapping[str, Any], inputs: Sequence[Mapping[str, Any]]) -> frozenset[Any]:
+    """What an arm is, to be held against a published one."""
+    own = {key: value for key, value in factors.items() if key not in ("seed", "inputs") and value is not None}
+    return frozenset({*own.items(), *(_without_seed(one, ()) for one in inputs)})
 
 
 def test_the_papers_recipes_are_its_table_6(plan: Any) -> None:

@@ -23,6 +23,7 @@ from harness.merging.publish import FOLD, FOLDED, Made, publish
 from harness.merging.sources import MergeModel, open_checkpoint
 from harness.merging.threads import Clock, TensorWork, carry_out, default_workers
 from harness.merging.write import SHARD_SIZE, Shards, TensorShape, check_disk, target_dtype, write_small_files
+from harness.models.card import head
 from harness.models.chat_templates import read_chat_template
 from harness.models.files import LineageFile, read_checked
 from harness.models.lineage import LINEAGE
@@ -325,11 +326,7 @@ def fold_card(found: Mapping[str, Any]) -> str:
     """README.md of a folded model."""
     base, adapter = found["base"], found["adapter"]
     lines = [
-        "---",
-        "library_name: transformers",
-        "tags: [harness, preference-alignment]",
-        "---",
-        "",
+        *head("transformers", (), base),
         f"# {adapter['name']}, folded",
         "",
         f"Base `{base['name']}` (weights {base['digest'][:12]}) and adapter `{adapter['name']}` "

@@ -17,7 +17,7 @@ from harness.core.records import Metric, Row, digest_of
 from harness.core.text import clip, portable, task_label, visible
 from harness.report.board.judged import Panel, judged_of
 from harness.report.board.model import Source
-from harness.report.external.open import open_log
+from harness.report.external.open import open_log, source
 from harness.report.pairing import base_of
 from harness.report.read import RunResult, StepFolders, StepResult, TaskResult, read_step
 from harness.report.study import INDEX, open_runs
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 STALE = "stale: it scored other answers than those that are there now; run the same command again"
 _ARM = ("model", "adapter", "control", "engine", "dtype", "folded")
 _ASKED = ("task", "variant", "limit", "data", "seed")
+EXTERNAL = "external"
+"""Kind of an arm that another program evaluated."""
 _RECIPE = (
     "method",
     "adapter",
@@ -200,7 +202,7 @@ def _add_run(found: Gathered, run: RunResult, study: _Study | None) -> None:
         # Of a run without its base the base is that of its adapters, if another run has it.
         implied = digest_of({**identity, "adapter": None, "control": None, "folded": None}) if identity else None
         of_base = None if one is base else base_key or (implied if implied != key else None)
-        name = one.label or _model_name(one)
+        name = one.label or _model_name(one) if (program := source(one)) is None else f"{one.name} ({program})"
         arm = found.arms.get(key)
         if arm is not None and number in arm.sources and arm.name != name:
             # Two arms of one run that came out alike are still two; which of them a further run has, its name says.
@@ -220,6 +222,9 @@ def _add_run(found: Gathered, run: RunResult, study: _Study | None) -> None:
 
 def _describe(arm: ArmRun, run: RunResult, study: _Study | None, is_base: bool) -> None:
     """A study says more of an arm than an evaluation; the first that does is believed."""
+    if (program := source(run)) is not None:
+        arm.kind, arm.name, arm.factors = EXTERNAL, f"{run.name} ({program})", {"made by": program}
+        return
     told = study.arms.get(run.label or _model_name(run)) if study is not None else None
     if told is not None and (not arm.factors or arm.kind == "arm"):
         assert study is not None
@@ -252,6 +257,9 @@ def _arm_key(run: RunResult, study: _Study | None) -> str:
     identity = _identity(run)
     if identity:
         return digest_of(identity)
+    if (program := source(run)) is not None:
+        # Of a log there is no more than what it says, each of which is in the ids of its steps.
+        return digest_of([program, run.name, [step.id for task in run.tasks for step in task.scores]])
     # Records of no known identity, or none yet: one run's are never another's.
     return digest_of([[[task.info.get("answers"), task.info.get("scores")] for task in run.tasks], run.label])
 
@@ -335,6 +343,12 @@ def _add_step(found: Gathered, arm: ArmRun, task: TaskResult, step: StepResult) 
         "scorer code": step.identity.get("scorer_code"),
         "samples": hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest(),
     }
+    if "asked" in task.info:
+        # Another program's log: its ids are mere numbers, and what they stand for is known by digests alone.
+        questions = task.info.get("questions") or {}
+        unknown = None if questions.keys() >= set(ids) else step.id
+        how |= {"program": step.info.get("scorer"), "asked": task.info["asked"], "questions unknown": unknown}
+        how["questions"] = digest_of(sorted((str(key), value) for key, value in questions.items()))
     judged = {row.task for row in rows.values()}
     digest = digest_of({**how, "judged": sorted(judged)})
     known = found.samples.get(digest)

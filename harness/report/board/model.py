@@ -8,7 +8,9 @@ from pydantic import Field
 
 from harness.core.config import Config
 from harness.core.records import SCHEMA_VERSION
+from harness.core.text import ARROWS, MINUS, number
 from harness.report.model import Verdict
+from harness.report.notebook import ends_text, table_html
 
 
 class Source(Config):
@@ -152,7 +154,9 @@ class BoardRow(Config):
 
     key: str
     name: str
-    kind: str = Field(description="base, align, checkpoint, merge or adapter, as a study says; arm elsewhere")
+    kind: str = Field(
+        description="base, align, checkpoint, merge, adapter, as a study says; external: a log's; else arm"
+    )
     base: str | None = Field(None, description="key of its base's row; None: it is one, or the base was not evaluated")
     base_name: str | None = None
     factors: dict[str, Any] = Field(default_factory=dict, description="without the seed")
@@ -234,6 +238,27 @@ class Board(Config):
     judges: tuple[JudgePanel, ...] = ()
     notes: tuple[str, ...] = ()
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: arms by primary metrics, each mean with its interval, n and verdict."""
+        columns = [column for column in self.columns if column.primary] or list(self.columns)
+        heads = ["arm", "seeds", *(f"{one.shown} {ARROWS[one.higher_is_better]}".rstrip() for one in columns)]
+        rows = [
+            [row.name, str(len(row.seeds)), *(_told(row.cells.get(column.key)) for column in columns)]
+            for row in self.rows
+        ]
+        return table_html(self.title, heads, rows, [self.finding] if self.finding else [])
+
     def column(self, key: str) -> Column:
         """The column of a key."""
         return next(one for one in self.columns if one.key == key)
+
+
+def _told(cell: Cell | None) -> str:
+    """A cell in words, as a notebook shows it."""
+    if cell is None:
+        return "–"
+    if cell.withheld is not None:
+        return f"withheld (n {cell.n:,})"
+    ends = f" [{ends_text(cell.ci95)}]" if cell.ci95 is not None else ""
+    verdict = f", {cell.difference.verdict}" if cell.difference is not None else ""
+    return f"{number(cell.mean, minus=MINUS)}{ends}, n {cell.n:,}{verdict}"

@@ -1,19 +1,16 @@
 """The tables of arXiv 2406.04879 from a board: LoRA and QLoRA in pairs, merges beside their inputs, data by data.
 
-Its published numbers stand beside ours where they are given (`--published FILE`), arm by arm and task by task; none are
-shipped. A number of ours and one of the paper's are of the same arm only where base, data, method and adapter are.
+Its published numbers stand beside ours where they are asked for (`--published paper`), arm by arm and task by task.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from harness.core.config import load_yaml
-from harness.core.errors import UserError, nearest
 from harness.core.text import number
 from harness.report.board.model import Board, BoardRow, Cell, Column
+from harness.report.board.published import Matched
 from harness.report.board.text import latex_table, shown_columns
 from harness.report.text import escape_markdown, markdown_table
 
@@ -24,59 +21,35 @@ NOTES = (
     "Red-Instruct appears in the paper's figures alone, so no number of its stands beside ours.",
     "Which of its choices are ours is said in the study's file: shots, decoding, merge weights, the mixtures' shares.",
 )
-Published = Mapping[str, Mapping[str, float]]
 _Row = tuple[str, ...]
 
 
-def read_published(file: Path, board: Board) -> Published:
-    """Published numbers: arm (a row of the board, without its seed) -> task -> value, in the metric's unit.
-
-    Raises:
-        UserError: with file and line: an arm or task that the board does not have, or what is no number.
-    """
-    located = load_yaml(file)
-    if not isinstance(located.data, dict):
-        raise UserError(str(file), "holds no mapping", "Write ARM: {TASK: NUMBER}.")
-    names, tasks = [row.name for row in board.rows], [column.task for column in board.columns]
-    for arm, values in located.data.items():
-        if arm not in names:
-            near = nearest(str(arm), names)
-            fix = f"Did you mean {near[0]!r}?" if near else "board.md names the rows."
-            raise UserError(located.where((arm,)), f"no row is called {arm!r}", fix)
-        for task, value in (values if isinstance(values, dict) else {"": None}).items():
-            where = located.where((arm, task)) if task else located.where((arm,))
-            if task not in tasks:
-                raise UserError(where, f"no column has the task {task!r}", f"Tasks: {', '.join(dict.fromkeys(tasks))}.")
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise UserError(where, f"{value!r} is no number", "Give it in the metric's unit.")
-    return {str(arm): dict(values) for arm, values in located.data.items()}
-
-
-def paper_tables(board: Board, published: Published | None = None) -> dict[str, str]:
+def paper_tables(board: Board, published: Matched | None = None) -> dict[str, str]:
     """File name -> content: each table as LaTeX, and all of them in `tables/paper.md`."""
     columns = [column for column in shown_columns(board) if not column.differs]
     files: dict[str, str] = {}
     lines = [f"# {escape_markdown(board.title)}: the tables of arXiv 2406.04879", ""]
-    given = published or {}
     for name, caption, make in _TABLES:
-        heads, rows = make(board, columns, given)
+        heads, rows = make(board, columns, published)
         if not any(len(row) > 1 for row in rows):
             continue
         files[f"tables/paper-{name}.tex"] = latex_table(caption, heads, rows, words=2)
         body = [row if len(row) > 1 else (row[0], *[""] * (len(heads) - 1)) for row in rows]
         lines += [f"## {caption}", "", *markdown_table(heads, body, words=2), ""]
-    told = "Ours / published." if given else "No published numbers were given (--published FILE), so ours stand alone."
+    told = "No published numbers were given (--published paper), so ours stand alone."
+    if published is not None:
+        told = f"Ours / published ({escape_markdown(published.published.source)})."
     lines += [told, "", *[f"* {note}" for note in NOTES], ""]
     files["tables/paper.md"] = "\n".join(lines)
     return files
 
 
-def _mean(row: BoardRow | None, column: Column, published: Published) -> str:
+def _mean(row: BoardRow | None, column: Column, published: Matched | None) -> str:
     """Mean and half width of its interval; after a stroke the published value of the same arm."""
     if row is None:
         return "–"
     cell = row.cells.get(column.key)
-    theirs = published.get(row.name, {}).get(column.task)
+    theirs = published.value(row, column) if published is not None else None
     return _ours(cell) + (f" / {number(theirs)}" if theirs is not None else "")
 
 
@@ -97,7 +70,7 @@ def _label(row: BoardRow) -> tuple[str, str]:
     return str(row.factors.get("method", row.kind)).upper(), str(row.factors.get("data", row.factors.get("inputs", "")))
 
 
-def _adapters(board: Board, columns: Sequence[Column], published: Published) -> tuple[list[str], list[_Row]]:
+def _adapters(board: Board, columns: Sequence[Column], published: Matched | None) -> tuple[list[str], list[_Row]]:
     """Arms that were trained with LoRA and with QLoRA, one line for both."""
     heads = ["Method", "Data", *[f"{column.task} {kind}" for column in columns for kind in ("LoRA", "QLoRA")]]
     rows: list[_Row] = []
@@ -114,7 +87,7 @@ def _adapters(board: Board, columns: Sequence[Column], published: Published) -> 
     return heads, rows
 
 
-def _merges(board: Board, columns: Sequence[Column], published: Published) -> tuple[list[str], list[_Row]]:
+def _merges(board: Board, columns: Sequence[Column], published: Matched | None) -> tuple[list[str], list[_Row]]:
     """Merges, each after the arms that it was made from."""
     named = {row.name: row for row in board.rows}
     rows: list[_Row] = []
@@ -126,10 +99,10 @@ def _merges(board: Board, columns: Sequence[Column], published: Published) -> tu
     return ["Method", "Data or inputs", *[column.task for column in columns]], rows
 
 
-def _data(part: str) -> Callable[[Board, Sequence[Column], Published], tuple[list[str], list[_Row]]]:
+def _data(part: str) -> Callable[[Board, Sequence[Column], Matched | None], tuple[list[str], list[_Row]]]:
     """Each base and the arms of one data set, in QLoRA where there are both."""
 
-    def make(board: Board, columns: Sequence[Column], published: Published) -> tuple[list[str], list[_Row]]:
+    def make(board: Board, columns: Sequence[Column], published: Matched | None) -> tuple[list[str], list[_Row]]:
         rows: list[_Row] = []
         trained = [row for row in board.rows if row.kind == "align" and row.factors.get("adapter") == "qlora"]
         chosen = [row for row in trained if str(row.factors.get("data", "")).startswith(part)]

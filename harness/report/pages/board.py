@@ -166,6 +166,8 @@ def _head(row: BoardRow, several: Collection[str], link: str) -> Markup:
     parts = [Markup('<span class="arm">{}</span>').format(linked)]
     if row.kind == "base":
         parts.append(Markup('<span class="tag">base</span>'))
+    if row.kind == "external":
+        parts.append(Markup('<span class="tag">made elsewhere</span>'))
     if told:
         parts.append(Markup('<span class="factors">{}</span>').format(told))
     if len(row.seeds) > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from harness.report.board.gather import ArmRun, Gathered
 from harness.report.board.model import Board, BoardRow
 from harness.report.facts import task_report
 from harness.report.figures.of_board import figures_of
+from harness.report.figures.png import png_drawer
+from harness.report.figures.svg import Canvas
 from harness.report.pages.arm import MadeSteps, render_arm
 from harness.report.pages.board import Beside, render_board
 from harness.report.pages.page import render_page, script_json
@@ -39,6 +41,7 @@ def write_pages(
     *,
     samples: bool | None = None,
     sections: Sequence[ReportSection] = (),
+    png: bool = False,
 ) -> Path:
     """Write the pages of a board into a folder; returns report.html.
 
@@ -48,20 +51,23 @@ def write_pages(
         out: folder; pages, figures and samples of an earlier report in it are deleted, files of others never.
         samples: write all samples, or none; None: where there are at most `MOST_SAMPLES`.
         sections: what plugins add.
+        png: write every figure as PNG, too.
 
     Raises:
+        UserError: PNG is asked for, and what draws it is not there.
         CorruptionError: a record is damaged.
     """
+    draw = png_drawer() if png else None
     files = Pages(out)
     names = _file_names(board.rows)
     hours = _write_arms(board, found, names, files)
     figures = figures_of(board, hours)
     for figure in figures:
-        files.write(f"{FIGURES}/{figure.name}.svg", figure.canvas.file())
+        _write_figure(files, figure.name, figure.canvas, draw)
     added = added_by(sections, board)
     for one in added:
         for number, canvas in enumerate(one.figures, start=1):
-            files.write(f"{FIGURES}/{slug(one.name)}-{number}.svg", canvas.file())
+            _write_figure(files, f"{slug(one.name)}-{number}", canvas, draw)
     told = _write_samples(board, found, files, samples)
     beside = Beside(
         date=_date(found),
@@ -78,6 +84,13 @@ def write_pages(
     write_bytes(out / PAGE, render_board(board, beside).encode())
     files.finish()
     return out / PAGE
+
+
+def _write_figure(files: Pages, name: str, canvas: Canvas, draw: Callable[[bytes], bytes] | None) -> None:
+    svg = canvas.file()
+    files.write(f"{FIGURES}/{name}.svg", svg)
+    if draw is not None:
+        files.write(f"{FIGURES}/{name}.png", draw(svg))
 
 
 def _file_names(rows: Iterable[BoardRow]) -> dict[str, str]:
