@@ -33,8 +33,8 @@ BEST = "best"
 BASE, START = "base", "start"
 HEAD = """\
 # Written by `harness align --search`. Its folder is a study's: `harness study status`, and `study steps` and
-# `study step` with this file, work on it. Copy it to go on from it: other arms, seeds, an evaluation (in which
-# templates are to agree: take `allow_template_mismatch` out).
+# `study step` with this file, work on it. Copy it to go on from it with other arms and seeds; before anything is
+# asked of them, take `allow_template_mismatch` out: templates are to agree then.
 """
 
 
