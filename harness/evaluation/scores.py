@@ -28,6 +28,7 @@ from harness.steps.folder import StepFolder
 from harness.steps.journal import rows_digest, write_rows
 from harness.steps.provenance import file_digest
 from harness.steps.runner import Ended, is_fatal
+from harness.tasks.catalog import Chosen
 from harness.tasks.questions import Questions
 
 
@@ -195,11 +196,20 @@ class Scoring:
                 *asked.notes,
                 *session.notes(),
                 *((asked_as,) if asked_as is not None else ()),
+                *((_subset(task.chosen, self.run.plan.spec.seed),) if _draws(task.chosen) else ()),
                 *((lent,) if arm.template_of is not None else ()),
                 *((folded,) if arm.folded is not None else ()),
                 *((arm.said_control,) if arm.said_control is not None else ()),
             ),
         )
+
+
+def _draws(chosen: Chosen) -> bool:
+    return chosen.limit is not None and chosen.spec.subset == "seeded"
+
+
+def _subset(chosen: Chosen, seed: int) -> str:
+    return f"of a seeded subset: at most {chosen.limit} samples of each leaf task, drawn by seed {seed}"
 
 
 def _paid(session: ScorerSession, name: str) -> JudgeCosts | None:

@@ -70,6 +70,9 @@ def test_the_same_questions_as_in_the_whole(alone: Path, tiny: Path) -> None:
 
     whole, part, other = run("whole"), run("part", limit=3), run("other", limit=3, seed=1)
     assert list(part["t_draw"]) == [f"t_draw:{place}" for place in drawn(12, 3, "t_draw", 0)]
+    notes = [task.scores[0].rows[0].notes for name in ("part", "whole") for task in open_run(alone / name).tasks]
+    said = "of a seeded subset: at most 3 samples of each leaf task, drawn by seed 0"
+    assert [said in one for one in notes] == [True, True, False, False]
     leaves = {leaf: [row["key"] for row in rows if row["kind"] == leaf] for leaf in "ab"}
     wanted = {leaves[leaf][place] for leaf in "ab" for place in drawn(6, 3, leaf, 0)}
     assert list(part["ours"]) == [row["key"] for row in rows if row["key"] in wanted]
