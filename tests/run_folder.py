@@ -86,7 +86,8 @@ class RunFolder:
             seconds = {"load": 1.5, "compute": 2.25}
             files = {"scores.json": file_digest(scores.artifact / "scores.json")}
             ended = StepRecord(id=scores_id, kind="scores", status="done", digest=rows_digest(scored), seconds=seconds)
-            scores.finish(ended.model_copy(update={"files": files}))
+            made_from = {"answers": rows_digest(answered)}
+            scores.finish(ended.model_copy(update={"files": files, "made_from": made_from}))
         elif state == "failed":
             error = "the scorer's model /data/models/judge is gone"
             scores.finish(StepRecord(id=scores_id, kind="scores", status="failed", error=error))
