@@ -13,9 +13,9 @@ from harness.core.records import Metric
 from harness.core.stats import WinShare, outcome, share_at_equal_length, share_at_matched_length, win_share
 from harness.core.text import visible
 from harness.report.model import AtEqualLength, WinRate
+from harness.report.outputs import answers_digest
 from harness.report.pairing import Side, asked_differently, obstacle
-from harness.report.read import StepResult, Texts, stream_rows
-from harness.steps.journal import rows_digest
+from harness.report.read import StepResult, Texts
 
 UNITS = ("logit", "reward")
 """Units of what reward models return."""
@@ -109,23 +109,16 @@ def _scored_texts(step: StepResult, ids: Sequence[str]) -> dict[str, Texts]:
     texts = step.texts(ids)
     if not texts:
         return {}
-    folder = str(step.info.get("answers_folder", ""))
+    folder = step.root / "steps" / str(step.info.get("answers_folder", ""))
     expected = step.record.made_from.get("answers") if step.record is not None else None
-    if expected is not None and _answers_digest(step) != expected:
-        where = f"{step.root / 'steps' / folder}: its answers are not those that {step.info.get('scorer')} scored"
-        raise CorruptionError(f"{where}; run the same `harness eval` command again")
+    file = folder / "artifact" / "answers.jsonl.gz"
+    if expected is not None and answers_digest(file, step.requests_file) != expected:
+        where = f"{folder}: its answers are not those that {step.info.get('scorer')} scored"
+        raise CorruptionError(f"{where}; run the same command again")
     missing = [key for key in ids if key not in texts or any(one.error is not None for one in texts[key].outputs)]
     if missing:
-        raise CorruptionError(f"{step.root / 'steps' / folder}: sample {missing[0]!r} has a score and no answer")
+        raise CorruptionError(f"{folder}: sample {missing[0]!r} has a score and no answer")
     return texts
-
-
-def _answers_digest(step: StepResult) -> str:
-    """Digest of all answers to a step's questions, in their order, as the record of answers has it."""
-    path = step.root / "steps" / str(step.info.get("answers_folder", "")) / "artifact" / "answers.jsonl.gz"
-    stored = {(row["item"], int(row["index"])): row for row in stream_rows(path)}
-    order = [(row["id"], index) for row in stream_rows(step.requests_file) for index in range(len(row["requests"]))]
-    return rows_digest([stored[key] for key in order if key in stored])
 
 
 def _truncated(step: StepResult, ids: Sequence[str]) -> int:

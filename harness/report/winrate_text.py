@@ -88,6 +88,10 @@ def _both(one: WinRate) -> tuple[AtEqualLength, AtEqualLength]:
     return one.matched, one.fitted
 
 
+def _share(share: float | None, ends: tuple[float, float] | None) -> str:
+    return "withheld" if share is None else f"{number(share)} {_ends(ends)}".rstrip()
+
+
 def _at(at: AtEqualLength, one: WinRate) -> tuple[str | tuple[str, str], ...]:
     count = f"n {at.n:,}" if at is one.matched else ""
     if at.share is None:

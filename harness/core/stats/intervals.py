@@ -49,7 +49,8 @@ def is_binary(values: Iterable[float | None]) -> bool:
 def wilson(successes: float, n: int, *, level: float = 0.95) -> Interval:
     """Score interval for a proportion: Wilson 1927; Newcombe 1998, Statistics in Medicine 17:857, method 3.
 
-    No continuity correction. A tie may be half a success: then it is wider than it need be. Raises ValueError unless 0 <= successes <= n, n >= 1 and 0 < level < 1.
+    No continuity correction. A tie may be half a success: then it is wider than it need be.
+    Raises ValueError unless 0 <= successes <= n, n >= 1 and 0 < level < 1.
     """
     if not 0 <= successes <= n or n < 1:
         raise ValueError(f"wilson: need 0 <= successes <= n and n >= 1, got {successes} of {n}")
