@@ -64,7 +64,8 @@ def compare_runs(
     a = open_ended(run_a)
     if run_b is None:
         report = compare_arms(a, seed=seed, alpha=alpha, allow_prompt_mismatch=allow_prompt_mismatch)
-        paired, lost, notes = _within(a), {}, ()
+        paired, lost = _within(a), {}
+        notes: tuple[str, ...] = ()
     else:
         b = open_ended(run_b)
         check_sources(a, b)

@@ -275,6 +275,7 @@ def found(records: list[dict[str, Any]]) -> list[str]:
         key: one["fitted"].share - one["share"].mean for key, one in table.items() if one["fitted"].share is not None
     }
     world, own, other = most = max(moved, key=lambda key: abs(moved[key]))
+    before, after = table[most]["share"].mean, table[most]["fitted"].share
     quiet = max(abs(moves) for key, moves in moved.items() if "dpo" not in key)
     spread = [sum(one["truncated"] for one in record["arms"].values()) for record in records]
     return [
@@ -285,10 +286,10 @@ def found(records: list[dict[str, Any]]) -> list[str]:
         "  Nothing here says that the order of the stages helps.",
         f"* MEET against SFT on the chosen answers alone: {told(('sft',))}.",
         "  In this world one need not learn from rude answers to be polite; SFT cannot be asked to be rude as well.",
-        f"* Length moves a win rate most for {own} against {other} in world {world}: {table[most]['share'].mean:.2f} as it",
-        f"  stands, {table[most]['fitted'].share:.2f} at equal length. Where neither is DPO it moves none by more than",
+        f"* Length moves a win rate most for {own} against {other} in world {world}: {before:.2f} as it",
+        f"  stands, {after:.2f} at equal length. Where neither is DPO it moves none by more than",
         f"  {quiet:.3f}: there the win rates are not those of longer answers.",
-        "* DPO differs between worlds more than between seeds: the same steps make it polite in one and rude in the other.",
+        "* DPO differs between worlds more than between seeds: the same steps make it polite in one, rude in another.",
         "  They are four times those of the demo's own study; its rate was not searched.",
         f"* {' and '.join(map(str, spread))} answers in the two worlds spent their token budget of 24 tokens.",
     ]

@@ -131,14 +131,14 @@ def share_at_equal_length(
     _, cluster = np.unique([str(one) for one in clusters] if clusters is not None else range(n), return_inverse=True)
     if why := _unfit(y, d, int(cluster.max()) + 1 if n else 0):
         return WinShare(n, withheld=why)
-    d = d / d.std()
+    d /= d.std()
     start = _fit(y, d, np.ones((1, n)), np.zeros((1, 2)))
     m = int(cluster.max()) + 1
     generator = np.random.Generator(np.random.PCG64(seed))
     found = []
     for first in range(0, draws, step := max(1, _CELLS // n)):
         counts = generator.multinomial(m - 1, np.full(m, 1 / m), size=min(step, draws - first))
-        weights = counts[:, cluster] * (m / (m - 1))
+        weights: Floats = np.asarray(counts[:, cluster] * (m / (m - 1)), dtype=np.float64)
         found.append(_fit(y, d, weights, np.repeat(start, len(weights), axis=0))[:, 0])
     low, high = np.quantile(_sigmoid(np.concatenate(found)), [(1 - level) / 2, (1 + level) / 2])
     share = float(_sigmoid(start[:, 0])[0])
@@ -194,4 +194,5 @@ def _fit(y: Floats, d: Floats, weights: Floats, start: Floats) -> Floats:
 def _sigmoid(x: Any) -> Floats:
     from scipy.special import expit
 
-    return expit(x)  # type: ignore[no-any-return]
+    found: Floats = expit(x)
+    return found
