@@ -562,7 +562,7 @@ def test_a_baseline_that_is_none_is_refused(judge: Any, tmp_path: Path) -> None:
     for more, said in (
         ({"baseline": str(tmp_path / "rum")}, "Did you mean"),
         ({"baseline": str(run), "baseline_arm": "sft"}, "has no arm 'sft'\n  Its arms: base"),
-        ({"baseline": str(run), "baseline_task": "walk"}, "0 tasks of the name walk\n  Name one: talk:raw"),
+        ({"baseline": str(run), "baseline_task": "walk"}, "0 tasks of the name 'walk'\n  Name one: talk:raw"),
         ({"baseline_arm": "sft"}, "is of a run, and none is named"),
     ):
         with pytest.raises(UserError, match=said):
