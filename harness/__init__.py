@@ -190,6 +190,10 @@ if TYPE_CHECKING:
         read_alpaca_difficulties as read_alpaca_difficulties,
         read_alpaca_gamed as read_alpaca_gamed,
     )
+    from harness.judges.lengths import (
+        WinsByLength as WinsByLength,
+        wins_by_length as wins_by_length,
+    )
     from harness.merging.run import (
         Merging as Merging,
         merge as merge,
@@ -220,6 +224,11 @@ if TYPE_CHECKING:
     )
     from harness.report.external.annotations import (
         JudgedPair as JudgedPair,
+    )
+    from harness.report.outputs import (
+        StoredOutput as StoredOutput,
+        StoredOutputs as StoredOutputs,
+        read_outputs as read_outputs,
     )
     from harness.steps.children import (
         WorkerProcess as WorkerProcess,
@@ -291,7 +300,9 @@ _HOME = {
     "harness.judges.alpaca": (
         "LengthControl fit_length_control quiet_alpaca_eval read_alpaca_difficulties read_alpaca_gamed"
     ),
+    "harness.judges.lengths": "WinsByLength wins_by_length",
     "harness.report.external.annotations": "JudgedPair",
+    "harness.report.outputs": "StoredOutput StoredOutputs read_outputs",
     "harness.merging.run": "Merging merge",
     "harness.models.attaching": "attach_adapter",
     "harness.models.conditioning": "AdapterControl control_tokens soft_prompt write_conditioning",

@@ -61,13 +61,15 @@ class RunFolder:
         write_rows(requests, asked)
         answers = self.store.step("answers", self.model, answers_id)
         asking = Step("answers", answers_id, self.model, info.get("config", {}))
-        answers.begin(asking, {"task": name, "decoding": info.pop("decoding", None)}, self.provenance())
+        told = {"task": name, "decoding": info.pop("decoding", None), "requests": requests.name}
+        answers.begin(asking, told, self.provenance())
         journal = Journal(answers.artifact / "answers.jsonl.gz")
         half = len(answered) // 2
         for batch in (answered[:half], answered[half:]):
             journal.append(batch)
         journal.close()
-        answers.finish(StepRecord(id=answers_id, kind="answers", status="done", counts=info.pop("counts", {})))
+        done = StepRecord(id=answers_id, kind="answers", status="done", digest=rows_digest(answered))
+        answers.finish(done.model_copy(update={"counts": info.pop("counts", {})}))
         scores = self.store.step("scores", self.model, scores_id)
         step = {
             "task": name,
@@ -86,7 +88,8 @@ class RunFolder:
             seconds = {"load": 1.5, "compute": 2.25}
             files = {"scores.json": file_digest(scores.artifact / "scores.json")}
             ended = StepRecord(id=scores_id, kind="scores", status="done", digest=rows_digest(scored), seconds=seconds)
-            scores.finish(ended.model_copy(update={"files": files}))
+            made_from = {"answers": rows_digest(answered)}
+            scores.finish(ended.model_copy(update={"files": files, "made_from": made_from}))
         elif state == "failed":
             error = "the scorer's model /data/models/judge is gone"
             scores.finish(StepRecord(id=scores_id, kind="scores", status="failed", error=error))
@@ -120,7 +123,7 @@ class RunFolder:
                     "leaf": sample.get("leaf"),
                     "prompt": sample.get("prompt", "a prompt"),
                     "target": sample.get("target"),
-                    "data": {},
+                    "data": sample.get("data", {}),
                     "requests": [
                         {"digest": digest(f"{key} {k}"), "kind": kind, "prompt_ids": [1, 2], "continuation": text}
                         for k, (text, _) in enumerate(choices)

@@ -243,6 +243,7 @@ def compare(
 ) -> int:
     """Paired differences between two runs, or between the arms and the base of one, with the samples that changed."""
     from harness.report import compare as comparing, compare_text
+    from harness.report.winrate_text import wins_table
 
     if out is not None and not html:
         raise UserError("--out", f"{out} is the folder of a page, and none was asked for", "Give --html, too.")
@@ -261,6 +262,8 @@ def compare(
 
         console = Console()
         console.print(compare_text.comparison_table(result, everything=every))
+        if (wins := wins_table(result, everything=every)) is not None:
+            console.print(wins)
         changed = (
             comparing.changed_samples(
                 run_a, run_b, limit=show, everything=every, allow_prompt_mismatch=allow_prompt_mismatch

@@ -45,6 +45,7 @@ def winrate(
 ) -> int:
     """Win rate, standard error, discrete and length-controlled win rate (percent) of any AlpacaEval annotations."""
     from harness.judges import alpaca
+    from harness.judges.lengths import wins_by_length
     from harness.report.external.annotations import read_annotations
 
     if weights is not None and gamed is not None:
@@ -61,13 +62,14 @@ def winrate(
         return ExitCode.DONE
     read = read_annotations(annotations, model=model, reference=reference, annotator=annotator)
     control = alpaca.length_control(read, weights=weights, difficulty=difficulty, gamed=gamed)
-    rates = alpaca.win_rates(read)
+    rates, by_length = alpaca.win_rates(read), wins_by_length(read.pairs)
     if as_json:
         names = {"model": read.model, "reference": read.reference, "annotator": read.annotator}
         more = {"unscored": dict(read.unscored), **names, "notes": [*read.notes, *_notes(control)]}
-        print_json({**rates, **_controlled(control), **more})
+        print_json({**rates, **_controlled(control), "by_length": by_length.to_json(), **more})
     else:
-        print(visible("\n".join(_winrate_lines(read, rates, control)), lines=True))
+        lines = [*_winrate_lines(read, rates, control), *by_length.lines()]
+        print(visible("\n".join(lines), lines=True))
     return ExitCode.DONE
 
 

@@ -31,6 +31,7 @@ from harness.report.pairing import (
 )
 from harness.report.power import smallest_detectable
 from harness.report.read import RunResult, Texts
+from harness.report.winrate import win_rates
 
 _AtLevel = Callable[[float], tuple[Interval | None, float | None]]
 """The interval at a level, and the smallest difference that a test at it would have shown."""
@@ -62,14 +63,19 @@ def compare_runs(
         raise UserError("alpha", f"is the level of a test, and {alpha:g} is none", "Give a number between 0 and 1.")
     a = open_ended(run_a)
     if run_b is None:
-        return compare_arms(a, seed=seed, alpha=alpha, allow_prompt_mismatch=allow_prompt_mismatch)
-    b = open_ended(run_b)
-    check_sources(a, b)
-    paired, only_a, only_b = pair_arms(a, b)
-    notes = (*check_engines(a, b, allowed=allow_engine_mismatch), *_notes(a, b))
-    report = _compared(paired, (a.name, b.name), seed, alpha, allow_prompt_mismatch)
-    lost = {"only_a": report.only_a + only_a, "only_b": report.only_b + only_b}
-    return report.model_copy(update={**lost, "notes": (*notes, *report.notes)})
+        report = compare_arms(a, seed=seed, alpha=alpha, allow_prompt_mismatch=allow_prompt_mismatch)
+        paired, lost = _within(a), {}
+        notes: tuple[str, ...] = ()
+    else:
+        b = open_ended(run_b)
+        check_sources(a, b)
+        paired, only_a, only_b = pair_arms(a, b)
+        notes = (*check_engines(a, b, allowed=allow_engine_mismatch), *_notes(a, b))
+        report = _compared(paired, (a.name, b.name), seed, alpha, allow_prompt_mismatch)
+        lost = {"only_a": report.only_a + only_a, "only_b": report.only_b + only_b}
+    sides = [(arm, *both) for arm, pair in zip(_arms(paired), paired, strict=True) for both in _matched(*pair)]
+    wins = win_rates(sides, seed=seed, allow_prompt_mismatch=allow_prompt_mismatch)
+    return report.model_copy(update={**lost, "win_rates": wins, "notes": (*notes, *report.notes)})
 
 
 def compare_arms(
@@ -86,8 +92,19 @@ def compare_arms(
         fix = "Give a second run, or evaluate the base too: harness eval --with-base --adapter A --adapter B."
         raise UserError(str(run.root), f"{what}, so there is nothing to compare within it", fix)
     name = others[0].name if len(others) == 1 else f"{len(others)} arms"
-    paired = [(as_asked(base, arm), arm) for arm in others]
-    return _compared(paired, (base.name, name), seed, alpha, allow_prompt_mismatch)
+    return _compared(_within(run), (base.name, name), seed, alpha, allow_prompt_mismatch)
+
+
+def _within(run: RunResult) -> list[tuple[RunResult, RunResult]]:
+    """The base of a run with each of its arms; none where it has no base."""
+    base, others = base_of(run)
+    return [] if base is None else [(as_asked(base, arm), arm) for arm in others]
+
+
+def _matched(a: RunResult, b: RunResult) -> list[tuple[Side, Side]]:
+    """The metrics of two arms that both have, of tasks that both have ended well."""
+    ended = [pair for pair in match_tasks(a, b)[0] if not any(task.failed() for task in pair)]
+    return [sides for pair in ended for sides in match_metrics(*pair)]
 
 
 def _compared(
@@ -163,19 +180,14 @@ def changed_samples(
         UserError: a folder is not a run, or a run has not ended.
     """
     a = open_ended(run_a)
-    if run_b is None:
-        base, others = base_of(a)
-        paired = [(as_asked(base, arm), arm) for arm in others] if base is not None else []
-    else:
-        paired, _, _ = pair_arms(a, open_ended(run_b))
+    paired = _within(a) if run_b is None else pair_arms(a, open_ended(run_b))[0]
     found: list[ChangedSample] = []
-    matched = [(arm, pair) for arm, one in zip(_arms(paired), paired, strict=True) for pair in match_tasks(*one)[0]]
-    for arm, (left_task, right_task) in matched:
-        if (tasks and left_task.name not in tasks) or left_task.failed() or right_task.failed():
-            continue
-        for left, right in match_metrics(left_task, right_task):
+    for arm, one in zip(_arms(paired), paired, strict=True):
+        for left, right in _matched(*one):
             wanted = left.metric.primary or right.metric.primary or everything
-            if wanted and obstacle(left, right, allow_prompt_mismatch=allow_prompt_mismatch) is None:
+            if not wanted or (tasks and left.task.name not in tasks):
+                continue
+            if obstacle(left, right, allow_prompt_mismatch=allow_prompt_mismatch) is None:
                 found += _changes(arm, left, right, limit)
     return found
 

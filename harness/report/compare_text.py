@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from harness.core.text import ARROWS, number, visible
 from harness.report.external.unpaired import TEST as UNPAIRED
 from harness.report.text import digits_apart, escape_markdown, figures_table, markdown_table
+from harness.report.winrate_text import wins_markdown
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -97,6 +98,7 @@ def comparison_markdown(
     ]
     lines += markdown_table((*words, *figures, *counted), rows, words=len(words))
     lines += ["", *[f"* {escape_markdown(line)}" for line in remarks(report, everything=everything)]]
+    lines += wins_markdown(report, everything=everything)
     if changed:
         lines += ["", "## Samples that changed"]
     for one in changed:

@@ -120,6 +120,44 @@ class Difference(Config):
         return arm + visible(f"{self.task} ({self.variant_a} → {self.variant_b})")
 
 
+class AtEqualLength(Config):
+    """A win rate that length has no part in; or why it is withheld."""
+
+    n: int = Field(description="pairs that it is of")
+    share: float | None = None
+    ci95: tuple[float, float] | None = None
+    withheld: str | None = None
+
+
+class WinRate(Config):
+    """How often B has the better reward for one prompt, a tie being half a win, and how long the answers are."""
+
+    arm: str | None = Field(None, description="arm of B, where there are several")
+    task: str
+    variant: str
+    metric: str
+    primary: bool = True
+    n: int = Field(description="prompts whose answers have a reward in both runs")
+    n_unscored: int = Field(0, description="prompts of both runs without a reward in at least one")
+    wins: int = Field(description="of B")
+    ties: int
+    losses: int
+    share: float
+    ci95: tuple[float, float] | None = None
+    method: str = Field("none", description="of the interval: wilson, or wilson_effective where prompts hang together")
+    length_a: float | None = Field(None, description="mean length of the paired answers (characters)")
+    length_b: float | None = None
+    n_truncated_a: int = Field(0, description="paired answers that spent their token budget: as long as was scored")
+    n_truncated_b: int = 0
+    matched: AtEqualLength = Field(description="of the pairs whose lengths differ by 10 % of the longer, or less")
+    fitted: AtEqualLength = Field(description="of a logistic regression on the difference of length, where it is 0")
+
+    @property
+    def label(self) -> str:
+        """Task with its variant, after its arm, where there are several."""
+        return ("" if self.arm is None else f"{visible(self.arm)}, ") + task_label(self.task, self.variant)
+
+
 class ComparisonReport(Config):
     """Every comparison of two runs."""
 
@@ -129,6 +167,7 @@ class ComparisonReport(Config):
     alpha: float
     seed: int
     differences: tuple[Difference, ...] = ()
+    win_rates: tuple[WinRate, ...] = Field((), description="of metrics that are a reward model's")
     only_a: tuple[str, ...] = Field((), description="tasks that only run A has")
     only_b: tuple[str, ...] = ()
     failed: tuple[str, ...] = Field((), description="tasks with a step that failed in either run: not compared")
@@ -149,6 +188,10 @@ class ComparisonReport(Config):
     def shown(self, *, everything: bool = False) -> tuple[Difference, ...]:
         """The primary metrics, or all."""
         return tuple(one for one in self.differences if one.primary or everything)
+
+    def shown_wins(self, *, everything: bool = False) -> tuple[WinRate, ...]:
+        """Win rates by the primary metrics, or by all."""
+        return tuple(one for one in self.win_rates if one.primary or everything)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON: all fields, and the regressions by name."""

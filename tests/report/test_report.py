@@ -19,9 +19,11 @@ from harness.core.errors import CorruptionError, UserError
 from harness.core.records import Metric, StepRecord
 from harness.core.text import clip, number, portable, visible
 from harness.report.build import load_report, terminal_table, write_reports
-from harness.report.read import open_run
+from harness.report.read import StepFolders, open_run, read_step
 from harness.report.text import escape_markdown
 from harness.steps.files import write_json
+from harness.steps.step import Step
+from harness.steps.store import RunStore
 from tests.damage import HARMS
 
 _helper = runpy.run_path(str(Path(__file__).parents[1] / "run_folder.py"))
@@ -300,6 +302,22 @@ def test_a_report_prints_no_number_of_a_damaged_record(cli: Any, run: Path, harm
                 assert (ran.code, ran.out) == (2, ""), (file, command)
                 assert ran.err.startswith(f"error: {file}: ")
         file.write_bytes(before)
+
+
+def test_what_an_earlier_stage_left_lies_beside_the_artefact(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    folder = store.step("align", "arm", "ab" * 32)
+    folder.begin(Step("align", "ab" * 32, "arm", {}), {}, {})
+    file = folder.path / "stages" / "control" / "trained.safetensors"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"weights")
+    named = {"stages/control/trained.safetensors": hashlib.sha256(b"weights").hexdigest()}
+    folder.finish(StepRecord(id="ab" * 32, kind="align", status="done", files=named))
+    assert read_step(StepFolders(tmp_path), "align", "ab" * 32).done
+    for change in (lambda: file.write_bytes(b"others"), file.unlink):
+        change()
+        with pytest.raises(CorruptionError, match=re.escape(f"{file}: does not hold what")):
+            read_step(StepFolders(tmp_path), "align", "ab" * 32)
 
 
 def test_a_changed_mean_is_not_printed_with_the_old_interval(cli: Any, run: Path) -> None:

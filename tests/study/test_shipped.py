@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from harness.study.plan import StudyPlan, plan_study
 from harness.study.spec import find_study, read_study
 from harness.testing import tiny_model
 
-NAMES = ("merge", "paper", "paper-search", "quick", "size-curve")
+NAMES = ("meet", "merge", "paper", "paper-search", "quick", "size-curve")
 
 
 @pytest.fixture
@@ -48,9 +49,10 @@ def plan(alone: Path, classifier: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             for n, (base, given) in enumerate(bases.items())
         }
         asked = read_study(file).spec.evaluation
-        toxicity = f"evaluation.set.real_toxicity.scorer.model={classifier}"
-        asks = asked is not None and "real_toxicity" in asked.tasks
-        return plan_study(file, models=models, changes=(toxicity,) if asks else ())
+        tasks = () if asked is None else asked.tasks
+        scored = [task for task in ("real_toxicity", "summarize_reward") if task in tasks]
+        changes = tuple(f"evaluation.set.{task}.scorer.model={classifier}" for task in scored)
+        return plan_study(file, models=models, changes=changes)
 
     return run
 
@@ -150,6 +152,35 @@ def test_the_plan_shows_the_rows_that_the_paper_counts(cli: Any, plan: Any, clas
 )
 def test_the_others(plan: Any, name: str, kinds: dict[str, int]) -> None:
     assert Counter(arm.kind for arm in plan(name).arms) == kinds
+
+
+def test_meet_has_its_ablation_and_its_scaling_and_trains_all_alike(plan: Any) -> None:
+    """6 arms of MEET and 4 methods beside them on 2 data sets, and 6 of its scaling on one, in 5 seeds."""
+    found = plan("meet")
+    arms = [arm for arm in found.arms if arm.kind == "align"]
+    assert len(arms) == (6 + 4) * 2 * 5 + 6 * 5
+    promised = {arm.name: found.promises[arm.name].align for arm in arms}
+    for name, align in promised.items():
+        assert sum(stage.recipe.steps for stage in align.stages) == 1000, name
+    shapes = {"prompt": set(), "lora": set()}
+    for align in promised.values():
+        if align.aligner.name == "meet":
+            recipe = align.recipe
+            shapes[recipe.control].add(recipe.tokens if recipe.control == "prompt" else recipe.control_rank)
+    assert shapes == {"prompt": {1, 20, 50, 100}, "lora": {1, 4, 16, 64}}
+    (evaluation,) = found.evaluations
+    assert evaluation.engine.name == "transformers"
+    # The template that the arms are trained in is that in which they are asked.
+    asked = {task.variant for arm in evaluation.arms if arm.adapter is not None for task in arm.tasks}
+    assert asked == {"chat"}
+
+
+def test_the_claims_of_meet_have_arms_on_both_sides(plan: Any) -> None:
+    found = plan("meet")
+    names = {arm.name.rpartition("-s")[0] for arm in found.arms if arm.kind == "align"}
+    for claim in found.read.spec.claims:
+        for side in (claim.a, claim.b):
+            assert all(any(fnmatchcase(name, pattern) for name in names) for pattern in side), claim.name
 
 
 def test_planning_imports_nothing_heavy(alone: Path, tiny: Path, sums: Path) -> None:

@@ -41,3 +41,12 @@ from harness.core.stats.paired import (
     mcnemar_exact as mcnemar_exact,
     newcombe_paired as newcombe_paired,
 )
+from harness.core.stats.wins import (
+    LEAST_PAIRS as LEAST_PAIRS,
+    WITHIN as WITHIN,
+    WinShare as WinShare,
+    outcome as outcome,
+    share_at_equal_length as share_at_equal_length,
+    share_at_matched_length as share_at_matched_length,
+    win_share as win_share,
+)

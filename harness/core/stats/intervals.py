@@ -46,10 +46,11 @@ def is_binary(values: Iterable[float | None]) -> bool:
     return bool(scored) and all(value in (0, 1) for value in scored)
 
 
-def wilson(successes: int, n: int, *, level: float = 0.95) -> Interval:
+def wilson(successes: float, n: int, *, level: float = 0.95) -> Interval:
     """Score interval for a proportion: Wilson 1927; Newcombe 1998, Statistics in Medicine 17:857, method 3.
 
-    No continuity correction. Raises ValueError unless 0 <= successes <= n, n >= 1 and 0 < level < 1.
+    No continuity correction. A tie may be half a success: then it is wider than it need be.
+    Raises ValueError unless 0 <= successes <= n, n >= 1 and 0 < level < 1.
     """
     if not 0 <= successes <= n or n < 1:
         raise ValueError(f"wilson: need 0 <= successes <= n and n >= 1, got {successes} of {n}")

@@ -15,6 +15,7 @@ from harness.report.pages.page import render_page, script_json
 from harness.report.pages.samples import gather
 from harness.report.pages.side_files import SideFiles
 from harness.report.read import RunResult
+from harness.report.winrate_text import HEADER, wins_cells, wins_remarks
 from harness.steps.files import write_bytes
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def write_comparison(
     data = {"folder": SAMPLES, "arms": gather([(name, arm.tasks) for name, _, arm in arms], files)}
     files.sweep()
     starts = _starts(arms, b)
+    wins = report.shown_wins(everything=everything)
     page = render_page(
         "samples.html.j2",
         styles=["samples.css"],
@@ -54,6 +56,9 @@ def write_comparison(
         several=any(one.arm is not None for one in report.differences),
         differences=[_row(one, arms, starts) for one in report.shown(everything=everything)],
         remarks=[visible(line) for line in remarks(report, everything=everything)],
+        wins_header=HEADER,
+        wins=[{"task": one.label, "metric": visible(one.metric), "cells": wins_cells(one)} for one in wins],
+        wins_remarks=[visible(line) for line in wins_remarks(wins)],
         data=Markup(script_json({**data, "a": starts[0], "b": starts[1]})),
     )
     write_bytes(folder / PAGE, page.encode())

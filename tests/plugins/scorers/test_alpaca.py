@@ -7,6 +7,8 @@ import importlib
 import json
 import math
 import re
+import runpy
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,9 @@ import pytest
 
 from harness import Answer, Output, Sample, Score, ScoreJob, ScorerContext, ScorerSession, StepError, UserError
 from harness.core.config import parse_options
+from harness.core.errors import CorruptionError
 from harness.judges import alpaca
+from harness.steps.journal import read_rows, write_rows
 from harness.testing import check_scorer
 from harness_plugins.judges.options import judge_label
 from harness_plugins.judges.words import Reply, Unparsable
@@ -475,3 +479,100 @@ def test_mistakes_are_said_before_anything_runs(judge: Any, tmp_path: Path) -> N
     )
     assert "no judge configuration" in says(annotator="gpt5")
     assert not judge.asked
+
+
+# ------------------------------------------------------------------------------------------- another arm's answers
+
+
+def stored_run(root: Path, answers: dict[str, str], *, task: str = "talk", **more: Any) -> Path:
+    """A run that answered so, by the id of the sample; ``more``: of every sample."""
+    RunFolder = runpy.run_path(str(Path(__file__).parents[2] / "run_folder.py"))["RunFolder"]
+    folder = RunFolder(root, model="sft")
+    samples = {
+        key: {"value": 1.0, "answer": text, "data": {"instruction": f"Say something about {key[1:]}."}, **more}
+        for key, text in answers.items()
+    }
+    folder.task(task, samples, [{"n": len(samples)}])
+    return folder.write_plan()
+
+
+def test_answers_are_compared_with_those_of_an_arm(judge: Any, tmp_path: Path) -> None:
+    """The judge prefers what holds `model`: the answers win 0.9 against the arm's, wherever they stand."""
+    run = stored_run(tmp_path / "run", {f"s{k}": f"what the arm says of {k}" for k in range(12)})
+    judge.say = likes("model")
+    one = opened(judge.url, served_model="j", baseline=str(run))
+    samples = [sample(k) for k in range(12)]
+    found = one.score(samples, [answer(k) for k in range(12)], ScoreJob("test", tmp_path))
+    assert [score.values["win_rate"] for score in found] == pytest.approx([0.9] * 12)
+    assert {score.detail["shown_first"] for score in found} == {"answer", "reference"}
+    asked = [text for body in judge.asked for text in shown(body)]
+    assert not any("the reference's words" in text for text in asked)
+    assert sum("what the arm says" in text for text in asked) == 12
+    assert one.label() == "j-against-base"
+    notes = " ".join(one.notes())
+    assert "compared with the answers of arm base to talk:raw" in notes
+    # 17 characters, and 22 with one digit or 23 with two: 22 + 2 / 12.
+    assert "mean length of 12 scored pairs: 17.0 characters of the answers and 22.2 of the reference's" in notes
+    assert "withheld: 12 pairs, and a fit needs 50" in notes
+    exported = json.loads((tmp_path / ANNOTATIONS).read_text())
+    assert {row["generator_1"] for row in exported} == {"base"}
+    one.close()
+
+
+def test_an_arm_against_itself_is_a_draw_and_costs_nothing(judge: Any, tmp_path: Path) -> None:
+    run = stored_run(tmp_path / "run", {"s0": "the model's words"})
+    (found,) = scored(opened(judge.url, served_model="j", baseline=str(run)), [sample(0)], [answer(0)])
+    assert found.values["win_rate"] == 0.5 and not judge.asked
+
+
+def test_what_the_arm_did_not_answer_is_unscored(judge: Any, tmp_path: Path) -> None:
+    judge.say = likes("model")
+    run = stored_run(tmp_path / "run", {"s0": "words", "s1": "words"})
+    other = Sample("s1", (), "x", data={"instruction": "Something else.", "reference": "r"})
+    answers = [answer(0), answer(1), answer(2)]
+    found = scored(opened(judge.url, served_model="j", baseline=str(run)), [sample(0), other, sample(2)], answers)
+    assert [score.values["win_rate"] is None for score in found] == [False, True, True]
+    reasons = [score.reason for score in found[1:]]
+    assert reasons == ["arm base was asked something else under this id", "arm base was not asked this"]
+
+
+def test_the_id_follows_the_answers_of_the_arm_and_not_where_they_lie(judge: Any, tmp_path: Path) -> None:
+    def identity(**more: Any) -> Any:
+        return AlpacaEvalScorer().identity(config(judge.url, served_model="j", **more))
+
+    a, b = (stored_run(tmp_path / name, {"s0": "words"}) for name in "ab")
+    c = stored_run(tmp_path / "c", {"s0": "other words"})
+    assert "baseline" not in identity()
+    assert identity(baseline=str(a)) == identity(baseline=str(b)) != identity(baseline=str(c))
+    assert identity(baseline=str(a)) != identity()
+
+
+def test_answers_that_changed_since_the_plan_are_not_compared_with(judge: Any, tmp_path: Path) -> None:
+    run, scorer = stored_run(tmp_path / "run", {"s0": "words"}), AlpacaEvalScorer()
+    options = config(judge.url, served_model="j", baseline=str(run))
+    scorer.identity(options)
+    shutil.rmtree(run)
+    stored_run(run, {"s0": "other words"})
+    with pytest.raises(UserError, match="have changed since this was planned"):
+        scorer.open(options, ScorerContext())
+
+
+def test_a_baseline_that_is_none_is_refused(judge: Any, tmp_path: Path) -> None:
+    run = stored_run(tmp_path / "run", {"s0": "words"})
+    for more, said in (
+        ({"baseline": str(tmp_path / "rum")}, "Did you mean"),
+        ({"baseline": str(run), "baseline_arm": "sft"}, "has no arm 'sft'\n  Its arms: base"),
+        ({"baseline": str(run), "baseline_task": "walk"}, "0 tasks of the name 'walk'\n  Name one: talk:raw"),
+        ({"baseline_arm": "sft"}, "is of a run, and none is named"),
+    ):
+        with pytest.raises(UserError, match=said):
+            AlpacaEvalScorer().check(config(judge.url, served_model="j", **more))
+    choices = stored_run(tmp_path / "choices", {"s0": ""}, choices=[("yes", -1.0)])
+    with pytest.raises(UserError, match="nothing was generated"):
+        AlpacaEvalScorer().check(config(judge.url, served_model="j", baseline=str(choices)))
+    (file,) = run.glob("steps/answers-*/artifact/answers.jsonl.gz")
+    rows = read_rows(file)
+    rows[0]["output"]["text"] = "edited"
+    write_rows(file, rows)
+    with pytest.raises(CorruptionError, match="does not hold what status"):
+        AlpacaEvalScorer().check(config(judge.url, served_model="j", baseline=str(run)))

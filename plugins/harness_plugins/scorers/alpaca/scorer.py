@@ -29,6 +29,7 @@ from harness import (
     Scorer,
     ScorerContext,
     ScorerSession,
+    StoredOutputs,
     UserError,
     Wording,
     file_digest,
@@ -36,6 +37,8 @@ from harness import (
     model_files,
     read_alpaca_difficulties,
     read_alpaca_gamed,
+    read_outputs,
+    wins_by_length,
 )
 from harness_plugins.judges.judge import Judge
 from harness_plugins.judges.options import JudgeOptions, check_judge, judge_identity, judge_label, with_judge
@@ -68,6 +71,13 @@ class AlpacaOptions(JudgeOptions):
     length_control: bool = Field(False, description="report the length-controlled win rate")
     difficulty: str | None = Field(None, description="published instruction_difficulty.csv: length control needs it")
     gamed: str | None = Field(None, description="published df_gamed.csv: regularises the fit as AlpacaEval 2 does")
+    baseline: str | None = Field(
+        None,
+        description="folder of a run or study: answers are compared with those of one of its arms, instead of the data "
+        "set's reference",
+    )
+    baseline_arm: str | None = Field(None, description="its arm, by name; the base, or the only arm, when absent")
+    baseline_task: str | None = Field(None, description="task that it was asked; its only one when absent")
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,9 @@ class AlpacaEvalScorer(Scorer["AlpacaEvalScorer.Config"]):
     class Config(AlpacaOptions):
         """The judge, how it is asked, and what length control needs."""
 
+    def __init__(self) -> None:
+        self._planned: dict[tuple[str | None, str | None, str | None], str] = {}
+
     def needs(self, config: Config) -> Literal["engine", "endpoint"]:
         """The judge's server, or an engine that opens it here."""
         return config.need
@@ -111,6 +124,7 @@ class AlpacaEvalScorer(Scorer["AlpacaEvalScorer.Config"]):
             "annotator": load_annotator(config.annotator).identity(),
             "tables": {name: file_digest(Path(path).expanduser()) for name, path in tables.items()},
             **asked,
+            **({} if config.baseline is None else {"baseline": self._baseline_digest(config)}),
         }
 
     def judged_by(
@@ -122,6 +136,13 @@ class AlpacaEvalScorer(Scorer["AlpacaEvalScorer.Config"]):
     def judge_name(self, config: Any) -> str:
         """The judge's own name; a server that was not given one is asked."""
         return judge_label(config)
+
+    def _baseline_digest(self, config: Config) -> str:
+        """Digest of the answers that are compared with; the folder may hold others once they are scored."""
+        found = _baseline(config)
+        assert found is not None
+        self._planned[config.baseline, config.baseline_arm, config.baseline_task] = found.digest
+        return found.digest
 
     def hub_files(self, config: Any) -> tuple[HubFiles, ...]:
         """The judge, where it is opened here."""
@@ -139,6 +160,11 @@ class AlpacaEvalScorer(Scorer["AlpacaEvalScorer.Config"]):
             if getattr(config, name) is not None and not config.length_control:
                 where = f"scorer {self.name}, {name}"
                 raise UserError(where, "given without length control", "Set TASK.scorer.length_control=true.")
+        for name in ("baseline_arm", "baseline_task"):
+            if getattr(config, name) is not None and config.baseline is None:
+                what, fix = "is of a run, and none is named", "Set TASK.scorer.baseline to the run's folder."
+                raise UserError(f"scorer {self.name}, {name}", what, fix)
+        _baseline(config)
         if config.difficulty is not None:
             read_alpaca_difficulties(Path(config.difficulty).expanduser())
         if config.gamed is not None:
@@ -150,23 +176,39 @@ class AlpacaEvalScorer(Scorer["AlpacaEvalScorer.Config"]):
 
     def open(self, config: Config, context: ScorerContext) -> ScorerSession:
         """The judge, who is opened or called when the first question is put that nobody has answered yet."""
+        baseline = _baseline(config)
+        planned = self._planned.get((config.baseline, config.baseline_arm, config.baseline_task))
+        if baseline is not None and planned is not None and planned != baseline.digest:
+            what = f"the answers of arm {baseline.arm} in {config.baseline} have changed since this was planned"
+            raise UserError(f"{self._where}, baseline", what, "Run the same command again.")
         judge = Judge(_complete(config), self._where, context.shared, context.open_engine)
-        return AlpacaSession(judge, config, self.metrics(config), context.seed)
+        return AlpacaSession(judge, config, self.metrics(config), context.seed, baseline)
 
 
 class AlpacaSession(ScorerSession):
     """A judge, and the pairs that it compares."""
 
-    def __init__(self, judge: Judge, config: AlpacaOptions, metrics: tuple[Metric, ...], seed: int) -> None:
+    def __init__(
+        self,
+        judge: Judge,
+        config: AlpacaOptions,
+        metrics: tuple[Metric, ...],
+        seed: int,
+        baseline: StoredOutputs | None = None,
+    ) -> None:
+        """``baseline``: the answers that are compared with, in place of the data set's reference."""
         self._judge, self._config, self._metrics, self._seed = judge, config, metrics, seed
+        self._baseline = baseline
+        self._by_length: tuple[str, ...] = ()
         self._annotator = load_annotator(config.annotator)
         self._usage: str | None = None
         self._neutralised = 0
         self._glm: str | None = None
 
     def label(self) -> str:
-        """The judge's short name."""
-        return judge_label(self._judge.options)
+        """The judge's short name, and the arm that is compared with."""
+        name = judge_label(self._judge.options)
+        return name if self._baseline is None else f"{name}-against-{self._baseline.arm}"
 
     def score(self, samples: Sequence[Sample], answers: Sequence[Answer], job: ScoreJob) -> list[Score]:
         """One verdict for each pair that has two outputs.
@@ -191,6 +233,7 @@ class AlpacaSession(ScorerSession):
             for index, (pair, answer) in enumerate(zip(pairs, answers, strict=True))
         ]
         whole = [_as_pair(pair, score) for pair, score in zip(pairs, scores, strict=True)]
+        self._by_length = wins_by_length(whole, seed=self._seed).lines()
         if job.folder is not None and samples:
             self._export(job.folder / ANNOTATIONS, samples, answers, whole)
         return self._controlled(scores, whole, job.task)
@@ -203,7 +246,12 @@ class AlpacaSession(ScorerSession):
 
     def notes(self) -> tuple[str, ...]:
         """Who judged, how, and what it took."""
-        notes = [f"judge {self.label()}, asked as {self._config.annotator} of the alpaca-eval package"]
+        judge = judge_label(self._judge.options)
+        notes = [f"judge {judge}, asked as {self._config.annotator} of the alpaca-eval package", *self._by_length]
+        if self._baseline is not None:
+            notes.append(f"compared with the answers of arm {self._baseline.arm} to {self._baseline.task}")
+            if cut := sum(one.truncated for one in self._baseline.by_id.values()):
+                notes.append(f"{cut} of the answers that were compared with had spent their token budget")
         if self._usage is not None:
             notes.append(f"judging: {self._usage}")
         if self._neutralised:
@@ -226,9 +274,17 @@ class AlpacaSession(ScorerSession):
     def _pair(self, sample: Sample, answer: Answer) -> _Asked | str:
         """What the judge is to see; or why there is nothing to see."""
         config, instruction = self._config, sample.data.get("instruction", sample.prompt)
-        reference = sample.data.get("reference")
         if answer.error is not None:
             return f"no answer: {answer.error}"
+        reference = sample.data.get("reference")
+        if self._baseline is not None:
+            stored = self._baseline.by_id.get(sample.id)
+            if stored is None or stored.instruction != instruction:
+                other = "was not asked this" if stored is None else "was asked something else under this id"
+                return f"arm {self._baseline.arm} {other}"
+            if stored.text is None:
+                return f"arm {self._baseline.arm} has no answer: {stored.reason}"
+            reference = stored.text
         if not isinstance(reference, str):
             return "the reference has no output for this instruction"
         first = config.order == "answer_first"
@@ -290,7 +346,7 @@ class AlpacaSession(ScorerSession):
             {
                 "instruction": sample.data.get("instruction", sample.prompt),
                 "output_1": pair.output_1,
-                "generator_1": sample.data.get("reference_generator") or "reference",
+                "generator_1": self._generator(sample),
                 "output_2": None if answer.error is not None else answer.text,
                 "generator_2": "model",
                 "annotator": f"{self._config.annotator}@{self.label()}",
@@ -302,6 +358,22 @@ class AlpacaSession(ScorerSession):
         text = json.dumps(rows, ensure_ascii=False, indent=1)
         # Lone surrogates of a model's output cannot be written as UTF-8.
         path.write_bytes(text.encode(errors="replace"))
+
+    def _generator(self, sample: Sample) -> str:
+        if self._baseline is not None:
+            return self._baseline.arm
+        return str(sample.data.get("reference_generator") or "reference")
+
+
+def _baseline(config: Any) -> StoredOutputs | None:
+    """The answers of the arm that is named; None where none is.
+
+    Raises:
+        UserError: there is no such run, arm or task.
+    """
+    if config.baseline is None:
+        return None
+    return read_outputs(Path(config.baseline).expanduser(), arm=config.baseline_arm, task=config.baseline_task)
 
 
 def _with(score: Score, controlled: float | None, withheld: str = "") -> Score:
