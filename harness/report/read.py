@@ -391,7 +391,8 @@ def read_step(folders: StepFolders, kind: str, step_id: str) -> StepResult:
         except ValidationError as error:
             raise CorruptionError(f"{status}: damaged ({error.error_count()} problems); run it again") from None
         for name, digest in record.files.items() if record is not None else ():
-            file = folder / "artifact" / name
+            # Weights of an alignment's earlier stages are no part of what it made: they lie beside its record.
+            file = next((one for one in (folder / "artifact" / name, folder / name) if one.is_file()), folder / name)
             if not file.is_file() or digest_of_bytes(file.read_bytes()) != digest:
                 raise CorruptionError(f"{file}: does not hold what status.json recorded; run the same command again")
         return StepResult(root, step_id, folder, info, record)
