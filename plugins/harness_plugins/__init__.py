@@ -16,6 +16,7 @@ def register_aligners() -> Iterator[Aligner]:
     """SFT, DPO, the preference losses that are one function each, and methods that condition a model."""
     from harness_plugins.aligners.conditioned.hindsight import Coh
     from harness_plugins.aligners.conditioned.methods import ControlToken, Meet
+    from harness_plugins.aligners.kto import Kto
     from harness_plugins.aligners.preference import Cdpo, Dpo, Ipo, Orpo
     from harness_plugins.aligners.sft import Sft
 
@@ -24,6 +25,7 @@ def register_aligners() -> Iterator[Aligner]:
     yield Cdpo()
     yield Ipo()
     yield Orpo()
+    yield Kto()
     yield Meet()
     yield ControlToken()
     yield Coh()
