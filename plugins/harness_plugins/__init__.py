@@ -100,6 +100,7 @@ def register_datasets() -> Iterator[Dataset]:
     from harness_plugins.datasets.alpaca import AlpacaEval
     from harness_plugins.datasets.files import HubDataset, JsonlDataset, RealToxicityPrompts
     from harness_plugins.datasets.preferences import BeaverTails, HhRlhf, Summarize
+    from harness_plugins.datasets.rated import BeaverTailsRated
     from harness_plugins.datasets.red_instruct import CategoricalHarmfulQA, DangerousQA, HarmfulQA
     from harness_plugins.datasets.trl import TrlFormats
 
@@ -112,6 +113,7 @@ def register_datasets() -> Iterator[Dataset]:
     yield AlpacaEval()
     yield HhRlhf()
     yield BeaverTails()
+    yield BeaverTailsRated()
     yield Summarize()
     yield TrlFormats()
 

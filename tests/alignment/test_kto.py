@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,21 @@ from harness import UserError
     [
         ({"threshold": 2.0}, "kto: rows: none is 'good' (0 good, "),
         ({"preference": "tone"}, "is not rated for 'tone'; it is rated for: preference"),
-        ({"eval_rows": 1}, "is alone, and the reference point needs prompts with answers of other rows"),
     ],
 )
 def test_rows_that_do_not_do(align: Callable[..., Any], alone: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         align("kto", "out", **options)
     assert message in str(caught.value)
+
+
+def test_one_held_out_row_has_no_other(align: Callable[..., Any], alone: Path) -> None:
+    rows = [{"prompt": f"q {n}", "completion": f"a {n}", "rating": n % 2} for n in range(60)]
+    Path("rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError) as caught:
+        align("kto", "out", data=Path("rated.jsonl"), eval_rows=1)
+    assert "is alone, and the reference point needs prompts with answers of other rows" in str(caught.value)
+    assert "--set eval_rows=N" in caught.value.fix
 
 
 def test_what_is_aligned_goes_on_from_the_reference(align: Callable[..., Any], alone: Path) -> None:

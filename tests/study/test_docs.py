@@ -52,7 +52,7 @@ def test_it_has_every_key(read: spec.Read) -> None:
     for model, key in ((spec.GridBlock, "grid"), (spec.ArmSpec, "arms"), (spec.MergeBlock, "merges")):
         written = {name for block in data[key] for name in block}
         # What is shown with a grid is not shown again.
-        assert missing(model, dict.fromkeys(written)) <= {"from", "samples", "checkpoints", "set"}
+        assert missing(model, dict.fromkeys(written)) <= {"from", "samples", "checkpoints", "control", "set"}
 
 
 def test_rays_options_are_those_of_the_page() -> None:
