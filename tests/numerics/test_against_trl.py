@@ -341,7 +341,8 @@ def test_loss_and_gradients_are_those_of_trls_kto(
     from trl import KTOConfig, KTOTrainer
 
     from harness.alignment.reference import row_scorer
-    from harness_plugins.aligners.kto import Kto, mismatched
+    from harness_plugins.aligners.kto import Kto
+    from harness_plugins.aligners.kto_loss import mismatched
 
     rated = [
         {

@@ -14,7 +14,7 @@ from trl.trainer import add_fused_lm_head
 
 from harness import TrainerCall, TrainingJob, UserError
 from harness_plugins.aligners.conditioned.values import check_spread, values_of
-from harness_plugins.aligners.kto import Kto, kto_losses, mismatched
+from harness_plugins.aligners.kto_loss import Weights, kto_losses, mismatched
 
 IGNORED = -100
 OWN, OTHER = "", "other_"
@@ -49,7 +49,7 @@ def _padded(sequences: list[list[int]], value: int) -> Tensor:
 class KtoTrainer(Trainer):
     """The mean of :func:`kto_losses` over the rows of an optimiser step, whatever the micro batches."""
 
-    def __init__(self, *, config: Kto.Config, **arguments: Any) -> None:
+    def __init__(self, *, config: Weights, **arguments: Any) -> None:
         super().__init__(**arguments)
         # The loss of a micro batch is a mean over its rows: the trainer divides it by their number.
         self.model_accepts_loss_kwargs = False
@@ -133,7 +133,7 @@ class KtoTrainer(Trainer):
         }
 
 
-def trainer_call(job: TrainingJob[Kto.Config], method: str) -> TrainerCall:
+def trainer_call(job: TrainingJob[Any], method: str) -> TrainerCall:
     """The trainer of the stage, not yet built.
 
     Raises:
@@ -160,7 +160,7 @@ def trainer_call(job: TrainingJob[Kto.Config], method: str) -> TrainerCall:
     )
 
 
-def _rows(job: TrainingJob[Kto.Config], given: Any, at_once: int) -> list[dict[str, Any]]:
+def _rows(job: TrainingJob[Any], given: Any, at_once: int) -> list[dict[str, Any]]:
     """Rows with whether they are desirable, and each with the answer of another of the same batch."""
     config = job.config
     preferences = {config.preference: config.values}

@@ -10,7 +10,8 @@ import torch
 
 from harness import Aligner, load_plugins
 from harness.testing import check_aligner
-from harness_plugins.aligners.kto import Kto, kto_losses, mismatched
+from harness_plugins.aligners.kto import Kto
+from harness_plugins.aligners.kto_loss import kto_losses, mismatched
 
 ROWS = [
     {
