@@ -21,7 +21,7 @@ from harness.steps.files import slug
 
 TAKEN = (
     *("id", "prompt_ids", "completion_ids", "labels_mask", "chosen_ids", "rejected_ids"),
-    *("ref_chosen_logps", "ref_rejected_logps"),
+    *("ref_chosen_logps", "ref_rejected_logps", "ref_completion_logps"),
 )
 """Columns of tokenised rows, which no class of rows can have as its own."""
 
@@ -30,13 +30,10 @@ def check_method(aligner: Aligner, recipe: Recipe) -> tuple[Stage, ...]:
     """What an aligner says of itself must be something that can be trained; returns its stages.
 
     Raises:
-        UserError: rows that hold nothing to train on, a reference for rows that are no pairs, or stages that are none.
+        UserError: rows that hold nothing to train on, or stages that are none.
     """
     schema = _trainable(aligner.name, getattr(aligner, "consumes", None))
     name = schema_name(schema)
-    if aligner.needs_reference and form_of(schema) != "pairs":
-        what = f"{aligner.name} needs a reference and consumes {name}: only pairs have one"
-        raise UserError("METHOD", what, "Consume pairs, or set needs_reference = False.")
     stages = aligner.stages(recipe)
     if not isinstance(stages, tuple) or not stages or not all(isinstance(stage, Stage) for stage in stages):
         what = f"`stages` of {aligner.name} returned {stages!r}"
@@ -64,6 +61,14 @@ def rows_of(aligner: Aligner, stage: Stage) -> RowSchema | type[TrainingRow]:
     if stage.consumes == schema_name(aligner.consumes):
         return aligner.consumes
     return _trainable(f"stage {stage.name} of {aligner.name}", stage.consumes)
+
+
+def has_reference(aligner: Aligner, stage: Stage) -> bool:
+    """Whether the rows of a stage carry log-probabilities under the policy that it begins with.
+
+    Of a method for pairs, those of a stage on pairs: what another trains on before them has none.
+    """
+    return aligner.needs_reference and form_of(rows_of(aligner, stage)) == form_of(aligner.consumes)
 
 
 def recipe_of(recipe: Recipe, stage: Stage) -> Recipe:

@@ -13,6 +13,7 @@ from harness.alignment.checks import (
     check_method,
     check_processes,
     find_start,
+    has_reference,
     recipe_of,
     rows_of,
     take_group,
@@ -29,7 +30,6 @@ from harness.core.records import AdapterInfo, ModelInfo
 from harness.core.specs import AlignSpec
 from harness.data.expression import at_revisions, parse_expression, portable
 from harness.data.hub import COMMIT
-from harness.data.row_schema import form_of
 from harness.data.selection import identity_of
 from harness.models.chat_templates import ChatTemplate
 from harness.models.inspect import inspect_model
@@ -95,7 +95,7 @@ class AlignPlan:
 
 def needs_reference(plan: AlignPlan, stage: StagePlan) -> bool:
     """Whether the rows of a stage carry log-probabilities under the policy that it begins with."""
-    return plan.aligner.needs_reference and form_of(stage.schema) == "pairs"
+    return has_reference(plan.aligner, stage.stage)
 
 
 def plan_align(

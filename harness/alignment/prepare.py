@@ -116,7 +116,9 @@ def carry_out_prepare(
                 model, _, bf16 = training.open_model()
                 scored = training.with_reference(model, _seen(data, sharing), bf16)
                 del model
-            values = [{key: row[key] for key in ("id", "ref_chosen_logps", "ref_rejected_logps")} for row in scored]
+            values = [
+                {key: value for key, value in row.items() if key == "id" or key.startswith("ref_")} for row in scored
+            ]
             counts["scored"], files["reference"] = len(values), rows_digest(values)
         seconds = {"tokenise": tokenised - begun, "reference": time.perf_counter() - tokenised}
         return runner.finish(step, work, Ended("rows", digest_of(files), files, counts=counts, seconds=seconds))

@@ -25,13 +25,22 @@ from harness.steps.journal import Journal
 BATCH_TOKENS = 16_384
 """Padded tokens of one forward pass; the plan depends on the rows alone, so an interrupted pass meets it again."""
 
-PairRow = Mapping[str, Any]
+Row = Mapping[str, Any]
+Logps = dict[str, float]
+"""Log-probability of each answer of a row, by name: ``chosen`` and ``rejected`` of a pair, else ``completion``."""
 
 
-def row_digest(row: PairRow) -> str:
-    """Identity of a tokenised pair: its three lists of ids."""
+def answers_of(row: Row) -> tuple[str, ...]:
+    """Names of a tokenised row's answers: those of a pair, or the one of any other."""
+    return ("chosen", "rejected") if "chosen_ids" in row else ("completion",)
+
+
+def row_digest(row: Row) -> str:
+    """Identity of a tokenised row: its lists of ids, and which tokens of an answer that is no pair's carry loss."""
     hashed = hashlib.sha256()
-    for key in ("prompt_ids", "chosen_ids", "rejected_ids"):
+    answers = answers_of(row)
+    more = () if len(answers) == 2 else ("labels_mask",)
+    for key in ("prompt_ids", *(f"{name}_ids" for name in answers), *more):
         ids = array("i", row[key])
         hashed.update(len(ids).to_bytes(4, "little") + ids.tobytes())
     return hashed.hexdigest()[:32]
@@ -63,22 +72,22 @@ class ReferenceStore:
 
     def fill(
         self,
-        rows: Sequence[PairRow],
-        compute: Callable[[Sequence[PairRow]], list[tuple[float, float]]],
+        rows: Sequence[Row],
+        compute: Callable[[Sequence[Row]], list[Logps]],
         advance: Callable[[int], None] = lambda more: None,
-    ) -> tuple[list[tuple[float, float]], int]:
-        """(chosen, rejected) log-probability of every row, and how many had to be computed.
+    ) -> tuple[list[Logps], int]:
+        """Log-probabilities of every row's answers, and how many rows had to be computed.
 
         Args:
-            rows: tokenised pairs.
+            rows: tokenised, all pairs or none.
             compute: log-probabilities (nats, summed over the answer) of one batch under the starting policy.
             advance: told how many more rows are there.
         """
         digests = [row_digest(row) for row in rows]
         with self._locked() as journal:
-            known: dict[str, tuple[float, float]] = {}
+            known: dict[str, Logps] = {}
             for batch in journal.recover()[0]:
-                known.update({entry["row"]: (entry["chosen"], entry["rejected"]) for entry in batch})
+                known.update({entry.pop("row"): entry for entry in map(dict, batch)})
             distinct = dict(zip(digests, rows, strict=True))
             missing = {digest: row for digest, row in distinct.items() if digest not in known}
             stored(advance, len(distinct) - len(missing))
@@ -87,28 +96,27 @@ class ReferenceStore:
                 names = [order[i] for i in indices]
                 values = compute([missing[name] for name in names])
                 found = dict(zip(names, values, strict=True))
-                journal.append([{"row": n, "chosen": c, "rejected": r} for n, (c, r) in found.items()])
+                journal.append([{"row": name, **logps} for name, logps in found.items()])
                 known.update(found)
                 advance(len(found))
         return [known[digest] for digest in digests], len(missing)
 
 
-def plan(rows: Sequence[PairRow], budget: int = BATCH_TOKENS) -> list[list[int]]:
-    """Indices of rows in batches: by length, longest first, within a budget of padded tokens (both answers)."""
-    width = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
+def plan(rows: Sequence[Row], budget: int = BATCH_TOKENS) -> list[list[int]]:
+    """Indices of rows in batches: by length, longest first, within a budget of padded tokens (of all answers)."""
+    names = answers_of(rows[0]) if rows else ()
+    width = [len(row["prompt_ids"]) + max(len(row[f"{name}_ids"]) for name in names) for row in rows]
     batches: list[list[int]] = []
     for index in sorted(range(len(rows)), key=lambda i: (-width[i], i)):
-        if batches and 2 * width[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
+        if batches and len(names) * width[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
             batches[-1].append(index)
         else:
             batches.append([index])
     return batches
 
 
-def pair_scorer(
-    model: Any, tokenizer: Any, *, bf16: bool = False
-) -> Callable[[Sequence[PairRow]], list[tuple[float, float]]]:
-    """Log-probabilities of pairs under a model as it is now (the caller switches adapters), without gradient.
+def row_scorer(model: Any, tokenizer: Any, *, bf16: bool = False) -> Callable[[Sequence[Row]], list[Logps]]:
+    """Log-probabilities of answers under a model as it is now (the caller switches adapters), without gradient.
 
     Args:
         model: its mode and adapters are left as they were.
@@ -117,19 +125,16 @@ def pair_scorer(
     """
     import torch
     from trl.trainer import add_fused_lm_head
-    from trl.trainer.dpo_trainer import DataCollatorForPreference
 
     from harness.alignment.driver import out_of_memory
     from harness.alignment.labels import project_labels_alone
-    from harness.alignment.pairwise_trainer import pair_logps
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     add_fused_lm_head(base)
     project_labels_alone(base)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    collate = DataCollatorForPreference(pad_token_id=pad)
+    pad = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
-    def score(rows: Sequence[PairRow]) -> list[tuple[float, float]]:
+    def score(rows: Sequence[Row]) -> list[Logps]:
         try:
             return at_once(rows)
         except Exception as error:
@@ -139,16 +144,49 @@ def pair_scorer(
         half = len(rows) // 2
         return [*score(rows[:half]), *score(rows[half:])]
 
-    def at_once(rows: Sequence[PairRow]) -> list[tuple[float, float]]:
-        examples = [{key: list(row[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in rows]
-        inputs = {key: value.to(base.device) for key, value in collate(examples).items()}
+    def at_once(rows: Sequence[Row]) -> list[Logps]:
         training = model.training
         model.eval()
         try:
             with torch.no_grad(), torch.autocast(base.device.type, torch.bfloat16, enabled=bf16):
-                logps = pair_logps(model, inputs)
+                return (_pairs if len(answers_of(rows[0])) == 2 else _answers)(model, rows, pad, base.device)
         finally:
             model.train(training)
-        return list(zip(logps.chosen.tolist(), logps.rejected.tolist(), strict=True))
 
     return score
+
+
+def _pairs(model: Any, rows: Sequence[Row], pad: int, device: Any) -> list[Logps]:
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    from harness.alignment.pairwise_trainer import pair_logps
+
+    collate = DataCollatorForPreference(pad_token_id=pad)
+    examples = [{key: list(row[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in rows]
+    logps = pair_logps(model, {key: value.to(device) for key, value in collate(examples).items()})
+    both = zip(logps.chosen.tolist(), logps.rejected.tolist(), strict=True)
+    return [{"chosen": chosen, "rejected": rejected} for chosen, rejected in both]
+
+
+def _answers(model: Any, rows: Sequence[Row], pad: int, device: Any) -> list[Logps]:
+    import torch
+
+    from harness.alignment.labels import IGNORED
+
+    def padded(sequences: list[list[int]], value: int) -> torch.Tensor:
+        tensors = [torch.tensor(one) for one in sequences]
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value).to(device)
+
+    whole = [[*row["prompt_ids"], *row["completion_ids"]] for row in rows]
+    shown = [
+        [i if mask else IGNORED for i, mask in zip(ids, row["labels_mask"], strict=True)]
+        for ids, row in zip(whole, rows, strict=True)
+    ]
+    outputs = model(
+        input_ids=padded(whole, pad),
+        attention_mask=padded([[1] * len(ids) for ids in whole], 0),
+        labels=padded(shown, IGNORED),
+        use_cache=False,
+        fused_lm_head=True,
+    )
+    return [{"completion": value} for value in outputs.log_probs.float().sum(dim=1).tolist()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,6 +185,7 @@ class StageTraining:
             seed=plan.spec.seed,
             arguments=lambda cls, **overrides: cls(**{**common, **overrides}),
             heldout=datasets.Dataset.from_list(held_rows) if held_rows else None,
+            reference=self._reference_of(model, bf16) if needs_reference(plan, self.stage) else None,
         )
         call = plan.aligner.trainer(job)
         trainer = driven.build(call, job, plan.adapter.parameter_groups(model, plan.adapter_options))
@@ -228,14 +229,14 @@ class StageTraining:
         return model, cuda, bf16
 
     def with_reference(self, model: Any, rows: Sequence[dict[str, Any]], bf16: bool) -> list[dict[str, Any]]:
-        """Pairs with their log-probabilities under the policy that the stage begins with.
+        """Rows with the log-probabilities of their answers under the policy that the stage begins with.
 
         Args:
             model: of :meth:`open_model`, not yet trained.
-            rows: tokenised pairs.
+            rows: tokenised.
             bf16: whether training runs under bf16 autocast.
         """
-        from harness.alignment.reference import ReferenceStore, pair_scorer
+        from harness.alignment.reference import ReferenceStore, row_scorer
 
         policy = described_policy(self.plan, model, bf16)
         if self.earlier is not None:
@@ -244,14 +245,23 @@ class StageTraining:
         # A later stage begins with what is trained already, the adapter's weights included.
         is_first, continued = self.earlier is None, self.plan.start is not None
         with starting_policy(model, continued) if is_first else contextlib.nullcontext():
-            scorer = pair_scorer(model, self.tokenizer, bf16=bf16)
+            scorer = row_scorer(model, self.tokenizer, bf16=bf16)
             values, computed = ReferenceStore.of(policy).fill(rows, scorer, advance)
         self.work.log("reference", rows=len(values), computed=computed)
         self.reporter.note(f"reference: {computed:,} of {len(values):,} rows computed, the others were known")
         return [
-            {**row, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-            for row, (chosen, rejected) in zip(rows, values, strict=True)
+            {**row, **{f"ref_{name}_logps": logp for name, logp in logps.items()}}
+            for row, logps in zip(rows, values, strict=True)
         ]
+
+    def _reference_of(self, model: Any, bf16: bool) -> Callable[[Sequence[Mapping[str, Any]]], list[float]]:
+        """What a method is given to ask for further rows."""
+
+        def of(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+            found = self.with_reference(model, [dict(row) for row in rows], bf16)
+            return [row["ref_completion_logps"] for row in found]
+
+        return of
 
     def leave(self, job: TrainingJob, model: Any) -> None:
         """Write the adapter and the kept checkpoints; of an earlier stage the weights for the next."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol
 
@@ -40,8 +40,9 @@ class TrainingJob(Generic[C]):
 
     ``rows`` carry ``id``, ``prompt_ids``, ``chosen_ids``, ``rejected_ids`` (pairs) or ``id``, ``prompt_ids``,
     ``completion_ids``, ``labels_mask`` (demonstrations); ``ratings`` beside that where they are rated; the ``columns``
-    of a :class:`harness.TrainingRow` of the aligner's own; and ``ref_chosen_logps``, ``ref_rejected_logps`` (nats,
-    summed) for pairs if the aligner needs a reference, which is the policy that the stage begins with.
+    of a :class:`harness.TrainingRow` of the aligner's own; and ``ref_chosen_logps``, ``ref_rejected_logps`` for pairs,
+    ``ref_completion_logps`` for all others (nats, summed over the tokens that carry loss), if the aligner needs a
+    reference, which is the policy that the stage begins with.
     """
 
     stage: Stage
@@ -57,6 +58,10 @@ class TrainingJob(Generic[C]):
     """``arguments(SFTConfig, **overrides)`` builds the trainer's own configuration class."""
     heldout: Any = None
     """Held-out rows of the same form, or None."""
+    reference: Callable[[Sequence[Mapping[str, Any]]], list[float]] | None = None
+    """log p (nats, summed over the tokens that carry loss) of further rows, ``prompt_ids``, ``completion_ids`` and
+    ``labels_mask``, under the policy that the stage begins with, for an aligner that needs a reference; None elsewhere.
+    To be asked in ``trainer``, before anything is trained; what is known already is not computed again."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ class Aligner(Plugin[C]):
     kind = "aligner"
     consumes: ClassVar[RowSchema | type[TrainingRow]]
     needs_reference: ClassVar[bool] = False
-    """Whether rows, which must be pairs then, carry their log-probabilities under the starting policy."""
+    """Whether rows carry their log-probabilities under the starting policy, and ``TrainingJob.reference`` is there."""
 
     class Config(Recipe):
         """Settings of the method: extend the recipe, set its defaults."""
@@ -125,6 +130,14 @@ class Aligner(Plugin[C]):
         trained must be there again. ``trainer`` says by ``requires_grad`` which weights a stage trains; those of the
         adapter are trained unless it freezes them. The modules are no part of what is saved: see ``export``.
         """
+
+    def controls(self, config: C) -> Mapping[str, Sequence[str]] | None:
+        """Preference -> the values that ``export`` will leave a conditioning of, the default first; known untrained.
+
+        A study plans an arm for each value by it. One preference may have any name: its values go by their own.
+        Empty: the method trains no values. None, the default: only what is exported says, where there is an ``export``.
+        """
+        return {} if type(self).export is Aligner.export else None
 
     @abstractmethod
     def trainer(self, job: TrainingJob[C]) -> TrainerCall:

@@ -157,6 +157,25 @@ class Conditioning(Config):
         return UserError(where, f"no {what} {seen!r} was trained", f"{guess}Trained: {', '.join(known)}; or {EVERY}.")
 
 
+def promised(preferences: Mapping[str, Sequence[str]]) -> Conditioning:
+    """A conditioning by its names alone, before anything stands for its values; the first of each is the default.
+
+    Args:
+        preferences: preference -> its values; one preference alone need not be named.
+
+    Raises:
+        UserError: names that do not make a conditioning.
+    """
+    several = len(preferences) > 1
+    names = [f"{kind}={one}" if several else one for kind, values in preferences.items() for one in values]
+    found: dict[str, Any] = {"values": {name: {"text": name} for name in names}, "default": names[0] if names else ""}
+    if several:
+        kinds = {kind: list(values) for kind, values in preferences.items()}
+        default = ",".join(f"{kind}={next(iter(values), '')}" for kind, values in kinds.items())
+        found |= {"preferences": kinds, "default": default}
+    return conditioning_of(found, "values of the method")
+
+
 def control_place(prompt_ids: Sequence[int], position: Position, bos: int | None) -> int:
     """How many of a prompt's tokens stand before its control: training and evaluation both ask here.
 
@@ -178,14 +197,16 @@ def insert_control(
     return [*prompt_ids[:place], *control_ids, *prompt_ids[place:]]
 
 
-def refuse_control(asked: Sequence[str], conditioning: Conditioning | None, what: str) -> None:
+def refuse_control(
+    asked: Sequence[str], conditioning: Conditioning | None, what: str, where: str = "--control"
+) -> None:
     """Refuse a control for what was trained without one.
 
     Raises:
         UserError: ``what`` has no conditioning, and a control is asked for.
     """
     if asked and conditioning is None:
-        raise UserError("--control", f"{asked[0]!r} given, but {what}", "Leave --control out.")
+        raise UserError(where, f"{asked[0]!r} given, but {what}", f"Leave {where.rpartition(', ')[2]} out.")
 
 
 def conditioning_of(found: Mapping[str, object], where: str) -> Conditioning:

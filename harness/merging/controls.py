@@ -68,7 +68,8 @@ def under_control(adapter: AdapterInfo, asked: str | None, where: str) -> Contro
         UserError: a value that was not trained, or adapters that cannot be summed exactly.
     """
     found = adapter.conditioning
-    refuse_control([asked] if asked is not None else [], found, f"{adapter.name} has no conditioning.json")
+    what = f"{adapter.name} has no conditioning.json"
+    refuse_control([asked] if asked is not None else [], found, what, f"{where}, control")
     if found is None:
         return None
     control = found.resolve(asked, f"{where}, control")

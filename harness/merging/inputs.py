@@ -89,7 +89,8 @@ class _Opener:
     def input(self, given: MergeInput, number: int, base: tuple[ModelInfo, MergeModel] | None) -> MergeModel:
         where = f"{self._option} [{number}]" if self._option == INPUTS else self._option
         if not is_adapter(given.ref, given.revision, self._option):
-            refuse_control([given.control] if given.control is not None else [], None, f"{given.ref} is a checkpoint")
+            asked = [given.control] if given.control is not None else []
+            refuse_control(asked, None, f"{given.ref} is a checkpoint", f"{where}, control")
             info, folder = self.checkpoint(given.ref, given.revision, self._option)
             return _checkpoint_model(info, folder, f"{where} {info.name}")
         if given.base is not None:

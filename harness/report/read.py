@@ -391,7 +391,7 @@ def read_step(folders: StepFolders, kind: str, step_id: str) -> StepResult:
         except ValidationError as error:
             raise CorruptionError(f"{status}: damaged ({error.error_count()} problems); run it again") from None
         for name, digest in record.files.items() if record is not None else ():
-            # What an earlier stage of an alignment has left is no part of the artefact, and lies beside it.
+            # What an earlier stage of an alignment has left is no part of what it made, and lies beside its record.
             inside = folder / "artifact" / name
             file = inside if inside.parent.is_dir() else folder / name
             if not file.is_file() or digest_of_bytes(file.read_bytes()) != digest:

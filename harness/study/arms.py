@@ -43,10 +43,21 @@ class Arm:
     """Name of the search that decides its recipe, or that it is a cell of."""
     cell: bool = False
     """Whether it is a cell of a search: aligned to choose by, and not evaluated."""
+    control: str | None = None
+    """Of an arm that is another one under a value of its conditioning: that value."""
+    steered: bool = False
+    """Whether it is asked under values alone, each of which is an arm."""
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether it is evaluated itself."""
+        return not self.cell and not self.steered
 
     @property
     def kind(self) -> str:
-        """Base, align, search (a cell of one), checkpoint, merge or adapter."""
+        """Base, align, search (a cell of one), checkpoint, control (of another arm), merge or adapter."""
+        if self.control is not None:
+            return "control"
         if self.checkpoint is not None:
             return "checkpoint"
         if self.cell:
@@ -229,7 +240,9 @@ def _merges(block: MergeBlock, read: Read, number: int, arms: Sequence[Arm]) -> 
     for base in block.base or ():
         _known_base(base, read, read.where("merges", number, "base"))
     arms = [arm for arm in arms if block.base is None or arm.base in block.base]
-    chosen = [_selected(one, read, (number, n), arms) for n, one in enumerate(block.inputs)]
+    split = [_split(one, read, (number, n), arms) for n, one in enumerate(block.inputs)]
+    controls = [control for _, control in split]
+    chosen = [_selected(one, read, (number, n), arms) for n, (one, _) in enumerate(split)]
     keys = [list(dict.fromkeys(tuple(arm.factors.get(key) for key in block.join) for arm in some)) for some in chosen]
     shared = [key for key in keys[0] if all(key in others for others in keys[1:])]
     if not shared:
@@ -249,7 +262,7 @@ def _merges(block: MergeBlock, read: Read, number: int, arms: Sequence[Arm]) -> 
                     "Say more factors of it, or add some to `join`.",
                 )
             inputs.append(fitting[0])
-        yield _merge(block, ("merges", number), read, inputs, dict(zip(block.join, key, strict=True)))
+        yield _merge(block, ("merges", number), read, inputs, controls, dict(zip(block.join, key, strict=True)))
 
 
 def _merge(
@@ -257,13 +270,17 @@ def _merge(
     place: tuple[str | int, ...],
     read: Read,
     inputs: Sequence[Arm],
+    controls: Sequence[str | None],
     joined: Mapping[str, Any],
 ) -> Arm:
     base = inputs[0].base
     if strange := [arm for arm in inputs if arm.base != base]:
         what = f"{inputs[0].name} is of base {base}, and {strange[0].name} of {strange[0].base}"
         raise UserError(read.where(*place, "join"), what, "Join by base.")
-    short = [_short(arm, inputs) for arm in inputs]
+    short = [
+        f"{_short(arm, inputs)}{'' if control is None else f'@{control}'}"
+        for arm, control in zip(inputs, controls, strict=True)
+    ]
     parts = [block.name] if block.name is not None else [block.method, "+".join(short)]
     parts += [f"s{value}" if key == "seed" else str(value) for key, value in joined.items() if value is not None]
     weights = block.weights or (None,) * len(inputs)
@@ -272,7 +289,8 @@ def _merge(
         method=block.method,
         base=ModelSpec(**given.model_dump(exclude={"template"})),
         inputs=tuple(
-            MergeInput(ref=f"{ARM}{arm.name}", weight=weight) for arm, weight in zip(inputs, weights, strict=True)
+            MergeInput(ref=f"{ARM}{arm.name}", weight=weight, control=control)
+            for arm, weight, control in zip(inputs, weights, controls, strict=True)
         ),
         options=dict(block.set),
         seed=joined.get("seed") or 0,
@@ -289,6 +307,21 @@ def _short(arm: Arm, among: Sequence[Arm]) -> str:
     """What tells an input from the others: the values in which they differ."""
     keys = [key for key in arm.factors if len({str(one.factors.get(key)) for one in among}) > 1]
     return "-".join(str(arm.factors[key]) for key in keys) or arm.name
+
+
+def _split(
+    one: str | dict[str, Any], read: Read, place: tuple[int, int], arms: Sequence[Arm]
+) -> tuple[str | dict[str, Any], str | None]:
+    """Which arms an input means, and the value that they are taken under: ``PATTERN@VALUE``, or a `control`."""
+    if isinstance(one, str):
+        name, sign, value = one.rpartition("@")
+        whole = not sign or any(fnmatch.fnmatchcase(arm.name, one) for arm in arms)
+        return (one, None) if whole else (name, value)
+    control = one.get("control")
+    if "control" in one and not isinstance(control, str):
+        where = read.where("merges", place[0], "inputs", place[1], "control")
+        raise UserError(where, f"{control!r} is no value", "Name one value, in quotes if need be.")
+    return {key: value for key, value in one.items() if key != "control"}, control
 
 
 def _selected(one: str | dict[str, Any], read: Read, place: tuple[int, int], arms: Sequence[Arm]) -> list[Arm]:

@@ -289,7 +289,8 @@ def sized(plan: StudyPlan, card: Card | None = None) -> Sized:
     found = Sized(plan, card)
     for promise in plan.promises.values():
         if promise.step is not None:
-            found.uses[promise.step.id] += 1
+            # An arm under a value is nothing that is made.
+            found.uses[promise.step.id] += int(promise.arm.control is None)
             found.bases[promise.step.id] = promise.arm.base
             # Of a kept checkpoint the alignment is that of its arm, which comes first.
             found.made.setdefault(promise.step.id, promise)

@@ -14,6 +14,7 @@ from harness.alignment.plan import AlignPlan
 from harness.alignment.prepare import carry_out_prepare, intact as intact_rows, prepare_step
 from harness.alignment.run import carry_out_align
 from harness.contracts.executor import Observers
+from harness.core.conditioning import refuse_control
 from harness.core.errors import CorruptionError, UserError
 from harness.core.progress import Reporter
 from harness.core.records import AdapterInfo, ModelInfo
@@ -30,6 +31,7 @@ from harness.steps.runner import Runner, is_fatal
 from harness.steps.step import Step
 from harness.steps.store import RunStore
 from harness.study.arms import Arm
+from harness.study.controls import where_asked
 from harness.study.folder import read_index, write_index
 from harness.study.plan import Planner, Preparation, Promise, StudyPlan
 from harness.study.reuse import stores_of, take
@@ -116,7 +118,9 @@ class Maker:
             self.left_out[arm.name] = f"left out: {missing[0]} is not there"
             self.reporter.note(f"{arm.name}: {self.left_out[arm.name]}")
             return
-        if promise.step is None:
+        if arm.control is not None:
+            self._under_control(arm)
+        elif promise.step is None:
             self.made[arm.name] = promise
         elif arm.checkpoint is not None:
             self._checkpoint(arm)
@@ -199,12 +203,37 @@ class Maker:
         path = Path(whole.adapter.path) / f"step-{arm.checkpoint}"
         self.made[arm.name] = replace(whole, arm=arm, adapter=self._adapter(replace(whole, arm=arm), path))
 
+    def _under_control(self, arm: Arm) -> None:
+        """An arm under a value: from here on it is known whether it was trained."""
+        whole = self.made[arm.parents[0]]
+        owner = whole.adapter if whole.adapter is not None else whole.model
+        place = where_asked(arm, self.plan.read)
+        try:
+            assert arm.control is not None
+            what = f"{whole.arm.name} has left no conditioning.json"
+            refuse_control([arm.control], owner.conditioning, what, place)
+            assert owner.conditioning is not None
+            control = owner.conditioning.resolve(arm.control, place)
+        except UserError as error:
+            self._leave_out(arm.name, error)
+            return
+        self.made[arm.name] = replace(whole, arm=replace(arm, control=control))
+
+    def _leave_out(self, name: str, error: UserError) -> None:
+        self.left_out[name] = f"failed: {error.where}: {error.what}. {error.fix}"
+        self.reporter.note(f"{name}: {self.left_out[name]}")
+
     def _merge(self, promise: Promise) -> None:
         arm = promise.arm
         assert arm.merge is not None
         folder = self._merged_before(promise)
         if folder is None:
-            plan = self._merge_plan(arm)
+            try:
+                plan = self._merge_plan(arm)
+            except UserError as error:
+                # What inputs hold may not fit together once it is there: of others' values nothing is known before.
+                self._leave_out(arm.name, error)
+                return
             folder = self.store.step("merge", arm.name, plan.id)
             if not is_let_go(folder):
                 work = partial(self._merge_into, plan)
@@ -255,7 +284,7 @@ class Maker:
             if _is_gone(made):
                 self.bring_back(made)
             path = made.adapter.path if made.adapter is not None else made.model.path
-            inputs.append(MergeInput(ref=path, weight=given.weight))
+            inputs.append(MergeInput(ref=path, weight=given.weight, control=given.control))
         found = plan_merge(arm.merge.model_copy(update={"inputs": tuple(inputs)}), self.plan.registry)
         return replace(found, step=replace(found.step, arm=arm.name, factors=dict(arm.factors)))
 

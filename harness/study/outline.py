@@ -70,7 +70,8 @@ def undecidable(spec: StudySpec, arms: Sequence[Arm], tasks: Sequence[str]) -> l
         arms: all of them.
         tasks: what they are asked, by name.
     """
-    named = [(arm.name.replace(f"-s{arm.factors.get('seed')}", "", 1), arm.factors) for arm in arms]
+    asked = [arm for arm in arms if not arm.steered]
+    named = [(arm.name.replace(f"-s{arm.factors.get('seed')}", "", 1), arm.factors) for arm in asked]
     told = [(name, {key: value for key, value in factors.items() if value is not None}) for name, factors in named]
     return claim_warnings(spec.claims, told, tasks)
 

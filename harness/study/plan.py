@@ -29,6 +29,7 @@ from harness.steps.provenance import code_digest, digest_of_bytes
 from harness.steps.step import Step, make_step
 from harness.study.arms import ARM, Arm, arms_of
 from harness.study.cells import Searched, cells_of, with_values
+from harness.study.controls import asked_under, check_inputs, refuse_idle
 from harness.study.said import said_at
 from harness.study.spec import EvaluationBlock, Read, read_study
 from harness.tasks.catalog import Catalog, load_catalog
@@ -54,7 +55,7 @@ class Promise:
         """The arm as an evaluation knows it."""
         label = None if self.arm.kind == "base" else self.arm.name
         model = self.model if self.adapter is None else with_template_of(self.model, self.adapter)
-        return Candidate(model, self.adapter, label, None)
+        return Candidate(model, self.adapter, label, self.arm.control)
 
     @property
     def template(self) -> str | None:
@@ -236,7 +237,15 @@ class Planner:
                         continue
                     assert arm.align is not None
                     arm = replace(arm, align=with_values(arm.align, search.values))
-                promises[arm.name] = self.promise(arm, promises)
+                promises[arm.name] = promise = self.promise(arm, promises)
+                for one in asked_under(promise, self.read):
+                    if one.name in promises:
+                        what = f"a second arm of the name {one.name!r}"
+                        raise UserError(one.where, what, "Give the other a `name`.")
+                    promises[arm.name] = replace(promise, arm=replace(arm, steered=True))
+                    promises[one.name] = replace(promise, arm=one)
+        if not waiting:
+            refuse_idle(self.read, (one.arm for one in promises.values()))
         preparations = _preparations(promises)
         evaluations = self.evaluations(promises)
         graph = Graph(one.step for one in preparations.values())
@@ -339,12 +348,14 @@ class Planner:
         entry = self.registry.registered(Merger, arm.merge.method, "method")
         config = self.once(parse_options, type(entry.plugin).Config, arm.merge.options, "set")
         inputs = [made[name] for name in arm.parents]
+        controls = check_inputs(arm, inputs, self.read)
         identity = {
             "method": arm.merge.method,
             "options": config.model_dump(mode="json"),
             "base": self.once(base.identity),
             "inputs": [one.adapter.digest if one.adapter is not None else one.model.weights_digest for one in inputs],
             "weights": [one.weight for one in arm.merge.inputs],
+            **({"controls": list(controls)} if any(controls) else {}),
             **arm.merge.model_dump(mode="json", include={"seed", "dtype", "form", "rank"}),
             "code": self.once(code_digest, entry),
         }
@@ -363,7 +374,7 @@ class Planner:
             return []
         together: dict[tuple[str, str], list[Promise]] = {}
         for promise in promises.values():
-            if promise.arm.cell:
+            if not promise.arm.is_asked:
                 continue
             together.setdefault(promise.loads, []).append(promise)
         return [self._evaluation(group, asked, self.catalog) for group in together.values()]
@@ -374,7 +385,8 @@ class Planner:
             model=ModelSpec(**base.model_dump(exclude={"template"})),
             data_revisions=self.read.spec.data_revisions,
             options=asked.set,
-            **asked.model_dump(exclude={"set"}),
+            # Which values arms are asked under, their names say.
+            **asked.model_dump(exclude={"set", "control"}),
         )
         with said_at(self.read, ("evaluation",), group[0].arm.base):
             return plan_arms(

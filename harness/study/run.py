@@ -130,7 +130,7 @@ class StudyRun(Maker):
         super().__init__(*given, **options)
         self._answered: list[Promise] = []
         """Merged models that are not to be asked any more."""
-        self._seen: dict[tuple[tuple[str, str], str | None], str] = {}
+        self._seen: dict[tuple[tuple[str, str], str | None, str | None], str] = {}
         """What arms are made of -> the first of them."""
 
     def carry_out(self) -> Study:
@@ -154,7 +154,7 @@ class StudyRun(Maker):
             if (shared := self.plan.preparations.get(key)) is not None:
                 self.why_not_prepared(shared)
         # Whatever the turn in which they were made.
-        self._ask([name for name, one in self.plan.promises.items() if name in self.made and not one.arm.cell])
+        self._ask([name for name, one in self.plan.promises.items() if name in self.made and one.arm.is_asked])
         # Each is large: it is made, answered for and let go before the next.
         for name in last:
             if name in wanted:
@@ -214,7 +214,7 @@ class StudyRun(Maker):
         for name in names:
             made = self.made[name]
             digest = made.adapter.digest if made.adapter is not None else None
-            first = self._seen.setdefault((made.loads, digest), name)
+            first = self._seen.setdefault((made.loads, digest, made.arm.control), name)
             if first == name:
                 found.append(name)
                 continue

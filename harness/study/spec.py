@@ -49,6 +49,7 @@ Natural = Annotated[int, Field(ge=0, strict=True)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Options = Annotated[dict[str, Any], BeforeValidator(_nested)]
+_CONTROL = "values to be asked under, each an arm NAME@VALUE, or all; as `evaluation` says when absent, []: the default"
 _NAME = r"^[A-Za-z0-9][\w.@+-]*$"
 
 
@@ -81,6 +82,7 @@ class GridBlock(Config):
     )
     data_seed: Natural = Field(0, description="seed of the order that `samples` takes a prefix of")
     processes: Count = Field(1, description="processes, each with a device of its own, that share every batch")
+    control: Names | None = Field(None, description=_CONTROL)
     set: Options = Field(default_factory=dict, description="the method's own options, and `adapter`, `dataset` groups")
 
 
@@ -103,6 +105,7 @@ class ArmSpec(Config):
     )
     data_seed: Natural = Field(0, description="seed of the order that `samples` takes a prefix of")
     processes: Count = Field(1, description="processes, each with a device of its own, that share every batch")
+    control: Names | None = Field(None, description=_CONTROL)
     set: Options = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -120,7 +123,9 @@ class MergeBlock(Config):
     name: str | None = Field(None, pattern=_NAME, description="start of the arms' names; method and inputs if absent")
     method: str = Field(description="registered merger")
     inputs: tuple[str | dict[str, Any], ...] = Field(
-        min_length=1, description="each a pattern of arm names, or factors: {method: dpo, data: safe}"
+        min_length=1,
+        description="each a pattern of arm names, or factors: {method: dpo, data: safe}; of what was trained under "
+        "values PATTERN@VALUE, or `control: VALUE` among the factors",
     )
     weights: tuple[float, ...] = Field((), description="one for each input; equal when absent")
     base: Names | None = Field(None, description="names of `bases` to merge on; all that the inputs have when absent")
@@ -145,6 +150,11 @@ class EvaluationBlock(Config):
     limit: int | None = Field(None, ge=1, description="samples per leaf task")
     engine: str = Field("auto", description="engine name, or auto")
     seed: int = Field(0, ge=0, description="seed of few-shot choice, sampling and resampling")
+    control: Names = Field(
+        (),
+        description="values that arms trained under values are asked under, each an arm NAME@VALUE; all: every one. "
+        "When absent the default of each",
+    )
     set: Options = Field(default_factory=dict, description="`engine`, and per task: limit, decoding, scorer")
     task_folders: Names = Field((), description="folders of task YAML besides the registered ones")
     trust_task_code: bool = False

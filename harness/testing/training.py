@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from harness.alignment.checks import check_method, recipe_of, rows_of
+from harness.alignment.checks import check_method, has_reference, recipe_of, rows_of
 from harness.alignment.pairwise import PairwiseLoss
 from harness.contracts.adapter import Adapter, ParameterGroup
 from harness.contracts.aligner import Aligner, PairLogps, Stage, TrainingJob
@@ -17,7 +17,7 @@ from harness.contracts.dataset import DatasetRow
 from harness.contracts.recipe import Recipe
 from harness.core.errors import HarnessError, StepError, UserError
 from harness.core.specs import ModelSpec
-from harness.data.row_schema import form_of, settled
+from harness.data.row_schema import settled
 from harness.testing.common import check_plugin, demand, options_of
 from harness.testing.tiny import SENTENCES, tiny_model
 
@@ -200,6 +200,7 @@ class _Bench:
             seed=0,
             arguments=self._arguments(len(given)),
             heldout=Dataset.from_list(held),
+            reference=_made_up if has_reference(self.aligner, stage) else None,
         )
         rule = "`trainer` returns a harness.TrainerCall of a transformers.Trainer on the rows of the job."
         try:
@@ -301,9 +302,11 @@ def _given(
 ) -> list[dict[str, Any]]:
     """The rows of the job: tokenised from the author's own, handed in, or made up."""
     schema = rows_of(aligner, stage)
-    needs_reference = aligner.needs_reference and form_of(schema) == "pairs"
+    needs_reference = has_reference(aligner, stage)
     if isinstance(schema, str):
-        return [dict(row) for row in rows] if rows is not None else _rows(stage, tokenizer, needs_reference)
+        if rows is None:
+            return _rows(stage, tokenizer, needs_reference)
+        return [_referenced(dict(row)) if needs_reference else dict(row) for row in rows]
     from harness.data.tokenise import Tokeniser
     from harness.models.chat_templates import resolve_template
     from harness.models.inspect import inspect_model
@@ -325,8 +328,13 @@ def _given(
 
 def _referenced(row: dict[str, Any]) -> dict[str, Any]:
     """Any two numbers will do as the log-probabilities of a reference."""
-    logps = {f"ref_{side}_logps": -3.0 * len(row[f"{side}_ids"]) for side in ("chosen", "rejected")}
-    return {**row, **logps}
+    sides = ("chosen", "rejected") if "chosen_ids" in row else ("completion",)
+    return {**{f"ref_{side}_logps": -3.0 * len(row[f"{side}_ids"]) for side in sides}, **row}
+
+
+def _made_up(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The same for rows that a method asks for beside its own."""
+    return [float(_referenced(dict(row))["ref_completion_logps"]) for row in rows]
 
 
 def _rows(stage: Stage, tokenizer: Any, needs_reference: bool) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ def register_aligners() -> Iterator[Aligner]:
     """SFT, DPO, the preference losses that are one function each, and methods that condition a model."""
     from harness_plugins.aligners.conditioned.hindsight import Coh
     from harness_plugins.aligners.conditioned.methods import ControlToken, Meet
+    from harness_plugins.aligners.kto import Kto
     from harness_plugins.aligners.preference import Cdpo, Dpo, Ipo, Orpo
     from harness_plugins.aligners.sft import Sft
 
@@ -24,6 +25,7 @@ def register_aligners() -> Iterator[Aligner]:
     yield Cdpo()
     yield Ipo()
     yield Orpo()
+    yield Kto()
     yield Meet()
     yield ControlToken()
     yield Coh()
@@ -98,6 +100,7 @@ def register_datasets() -> Iterator[Dataset]:
     from harness_plugins.datasets.alpaca import AlpacaEval
     from harness_plugins.datasets.files import HubDataset, JsonlDataset, RealToxicityPrompts
     from harness_plugins.datasets.preferences import BeaverTails, HhRlhf, Summarize
+    from harness_plugins.datasets.rated import BeaverTailsRated
     from harness_plugins.datasets.red_instruct import CategoricalHarmfulQA, DangerousQA, HarmfulQA
     from harness_plugins.datasets.trl import TrlFormats
 
@@ -110,6 +113,7 @@ def register_datasets() -> Iterator[Dataset]:
     yield AlpacaEval()
     yield HhRlhf()
     yield BeaverTails()
+    yield BeaverTailsRated()
     yield Summarize()
     yield TrlFormats()
 

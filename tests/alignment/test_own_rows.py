@@ -55,11 +55,6 @@ def method(**overrides: Any) -> Aligner:
             "  Consume demonstrations, pairs, rated, or a subclass of harness.TrainingRow.",
         ),
         (
-            {"needs_reference": True},
-            "METHOD: made needs a reference and consumes demonstrations: only pairs have one\n"
-            "  Consume pairs, or set needs_reference = False.",
-        ),
-        (
             {"stages": lambda self, config: (Stage("one", "demonstrations"), Stage("one", "demonstrations"))},
             "METHOD: stages of made are named 'one', 'one'\n"
             "  Give each a name of its own, of letters, digits and . _ @ + -.",

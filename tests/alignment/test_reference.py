@@ -95,8 +95,8 @@ def test_the_values_are_those_of_the_base(every: Align, tiny: Path, store: Path)
         every("dpo", "a")
     model = AutoModelForCausalLM.from_pretrained(tiny)
     assert len(seen) == 25
-    for row, (chosen, rejected) in seen:
-        for ids, value in ((row["chosen_ids"], chosen), (row["rejected_ids"], rejected)):
+    for row, logps_of in seen:
+        for ids, value in ((row[f"{name}_ids"], logps_of[name]) for name in ("chosen", "rejected")):
             whole = torch.tensor([[*row["prompt_ids"], *ids]])
             with torch.no_grad():
                 logps = model(whole).logits.log_softmax(-1)[0, :-1]

@@ -422,7 +422,6 @@ def test_the_rules_of_aligners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ),
         ({"consumes": "prompts"}, "kit-aligner consumes 'prompts', which are no rows to train on"),
         ({"consumes": "rated"}, "pairs and demonstrations only: pass `rows`."),
-        ({"consumes": "demonstrations", "needs_reference": True}, "and consumes demonstrations: only pairs have one"),
         ({"consumes": Own}, "pass `rows`, as a data set gives Own."),
         ({"consumes": Wrong}, "Wrong.columns of kit-aligner names 'weight', which is no field of the class"),
         ({"consumes": Taken}, "Taken.columns of kit-aligner names 'id', which is a column of the harness's own"),

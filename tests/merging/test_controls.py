@@ -110,3 +110,37 @@ def test_how_a_control_is_written(tiny: Path, tmp_path: Path) -> None:
     assert parse_input(f"{folder}@good:0.5") == MergeInput(ref=str(folder), weight=0.5, control="good")
     assert parse_input(f"{folder}@good") == MergeInput(ref=str(folder), control="good")
     assert parse_input("owner/name@2:1") == MergeInput(ref="owner/name@2", weight=1.0)
+
+
+def test_mergekits_yaml_takes_a_control(tiny: Path, tmp_path: Path) -> None:
+    """The weights are those of adapter and value; without the key those of the default."""
+    from harness.merging.mergekit.config import read_merge_config
+
+    one, other = lora(tmp_path / "one", tiny), tiny_adapter(tmp_path / "other", tiny, seed=9)
+    name = f"{Q}.weight"
+    base = load_file(tiny / "model.safetensors")[name]
+    file = tmp_path / "merge.yaml"
+    ids = set()
+    for control in (None, "bad"):
+        line = f"\n    control: {control}" if control is not None else ""
+        file.write_text(
+            f"merge_method: task_arithmetic\nbase_model: {tiny}\nmodels:\n  - model: {tiny}+{one}{line}\n"
+            f"    parameters: {{weight: 0.5}}\n  - model: {tiny}+{other}\n    parameters: {{weight: 0.25}}\n"
+        )
+        made = harness.merge(read_merge_config(file), out=tmp_path / str(control))
+        value = control or "good"
+        expected = base + 0.5 * (product(one) + product(one / "conditioning" / value)) + 0.25 * product(other)
+        assert abs(load_file(made.folder / "model.safetensors")[name] - expected).max() < 1e-4
+        assert made.record["inputs"][0]["control"] == value
+        ids.add(made.id)
+    assert len(ids) == 2
+    for line, what in (
+        ("    control: 7", r":5, models.0.control: 7 is no value of a conditioning\n  Name one value"),
+        ("    control: god", r"inputs \[1\].*control: no value 'god' was trained\n  Did you mean 'good'\?"),
+    ):
+        file.write_text(
+            f"merge_method: task_arithmetic\nbase_model: {tiny}\nmodels:\n  - model: {tiny}+{one}\n{line}\n"
+            "    parameters: {weight: 1}\n"
+        )
+        with pytest.raises(UserError, match=what):
+            harness.merge(read_merge_config(file), out=tmp_path / "wrong")

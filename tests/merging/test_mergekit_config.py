@@ -188,7 +188,7 @@ T = WEIGHT.replace("weight", "t")
             "model: models/b\n",
             "modell: models/b\n",
             "5, slices.0.sources.1.modell: key 'modell' is not supported\n"
-            "  Did you mean 'model'? Supported here: model, layer_range, parameters.",
+            "  Did you mean 'model'? Supported here: model, layer_range, parameters, control.",
         ),
         (
             "model: models/b\n    layer_range: [0, 32]",
@@ -302,12 +302,12 @@ def test_a_mistake_in_slices(tmp_path: Path, old: str, new: str, expected: str) 
         (
             "- model: base\n",
             "- base\n",
-            "2, models.0: expected a mapping, found 'base'\n  Allowed keys: model, parameters.",
+            "2, models.0: expected a mapping, found 'base'\n  Allowed keys: model, parameters, control.",
         ),
         (
             "- model: base\n",
             "- parameters: {}\n",
-            "2, models.0: required key 'model' is missing\n  Allowed keys: model, parameters.",
+            "2, models.0: required key 'model' is missing\n  Allowed keys: model, parameters, control.",
         ),
         (
             "base_model: base\nparameters:",

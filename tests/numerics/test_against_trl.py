@@ -22,11 +22,14 @@ KEPT = 1e9
 
 def referenced(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows with log-probabilities under the base, as harness.alignment.run adds them."""
-    from harness.alignment.reference import pair_scorer
+    from harness.alignment.reference import row_scorer
 
     with model.disable_adapter():
-        values = pair_scorer(model, tokenizer)(rows)
-    return [{**row, "ref_chosen_logps": c, "ref_rejected_logps": r} for row, (c, r) in zip(rows, values, strict=True)]
+        values = row_scorer(model, tokenizer)(rows)
+    return [
+        {**row, **{f"ref_{name}_logps": logp for name, logp in logps.items()}}
+        for row, logps in zip(rows, values, strict=True)
+    ]
 
 
 def one_step(trainer: Any) -> tuple[float, dict[str, Any]]:
@@ -323,3 +326,87 @@ def test_micro_batches_divide_the_effective_batch() -> None:
     assert [micro_batch_size(10, most) for most in (1, 2, 4, 5, 9, 10, 99)] == [1, 2, 2, 5, 5, 10, 10]
     assert [micro_batch_size(16, most) for most in (4, 3, 16)] == [4, 2, 16]
     assert micro_batch_size(7, 6) == 1
+
+
+# ------------------------------------------------------------------------------------------------- TRL's KTO trainer
+
+
+def test_loss_and_gradients_are_those_of_trls_kto(
+    tiny: Path, pairs: list[dict[str, Any]], tokenizer: Any, adapted: Callable[..., Any], job: Job, tmp_path: Path
+) -> None:
+    """Ours sees three micro batches of two, TRL one batch of six; the reference point is not 0, the weights differ."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import KTOConfig, KTOTrainer
+
+    from harness.alignment.reference import row_scorer
+    from harness_plugins.aligners.kto import Kto
+    from harness_plugins.aligners.kto_loss import mismatched
+
+    rated = [
+        {
+            "id": row["id"],
+            "prompt_ids": row["prompt_ids"],
+            "completion_ids": row["chosen_ids"],
+            "labels_mask": [0] * len(row["prompt_ids"]) + [1] * len(row["chosen_ids"]),
+            "ratings": {"preference": float(n < 2)},
+        }
+        for n, row in enumerate(pairs)
+    ]
+    others = [row["completion_ids"] for row in mismatched(rated, 1024)]
+    weights = {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.7}
+
+    class Tokenised(KTOTrainer):  # type: ignore[misc]
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset
+
+    fixed = {"use_cpu": True, "bf16": False, "save_strategy": "no", "report_to": [], "disable_tqdm": True}
+    model = adapted()
+    theirs = Tokenised(
+        model=AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32),
+        args=KTOConfig(
+            output_dir=str(tmp_path / "trl"),
+            per_device_train_batch_size=len(rated),
+            max_steps=1,
+            max_grad_norm=KEPT,
+            max_length=None,
+            logging_steps=1,
+            gradient_checkpointing=False,
+            **weights,
+            **fixed,
+        ),
+        train_dataset=Dataset.from_list(
+            [
+                {
+                    **{key: row[key] for key in ("prompt_ids", "completion_ids")},
+                    "KL_completion_ids": other,
+                    "label": bool(row["ratings"]["preference"]),
+                }
+                for row, other in zip(rated, others, strict=True)
+            ]
+        ),
+        processing_class=tokenizer,
+        peft_config=model.peft_config["default"],
+    )
+    ours = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in theirs.model.named_parameters():
+            parameter.copy_(ours[name])
+    their_loss, their_gradients = one_step(theirs)
+    (their_kl,) = [line["kl"] for line in theirs.state.log_history if "kl" in line]
+
+    def reference(rows: Any) -> list[float]:
+        with model.disable_adapter():
+            return [one["completion"] for one in row_scorer(model, tokenizer)(list(rows))]
+
+    given = job(Kto(), model, referenced(model, tokenizer, rated), max_grad_norm=KEPT, **weights)
+    given.reference = reference
+    trainer = built(Kto(), given)
+    assert trainer.args.gradient_accumulation_steps == 3
+    loss, gradients = one_step(trainer)
+    (kl,) = [line["kl"] for line in trainer.state.log_history if "kl" in line]
+    assert kl == pytest.approx(their_kl, rel=1e-4)
+    assert kl > 1e-3
+    assert loss == pytest.approx(their_loss, rel=1e-5)
+    same_gradients(gradients, their_gradients)

@@ -52,7 +52,7 @@ def test_it_has_every_key(read: spec.Read) -> None:
     for model, key in ((spec.GridBlock, "grid"), (spec.ArmSpec, "arms"), (spec.MergeBlock, "merges")):
         written = {name for block in data[key] for name in block}
         # What is shown with a grid, or with an arm, is not shown again.
-        shown = {"from", "samples", "checkpoints", "set", "data_seed", "processes"}
+        shown = {"from", "samples", "checkpoints", "control", "set", "data_seed", "processes"}
         assert missing(model, dict.fromkeys(written)) <= shown
 
 

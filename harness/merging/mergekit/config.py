@@ -7,6 +7,7 @@ counts as an input. Paths stay as they are written: relative ones start from the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +72,14 @@ def merge_spec(config: MergeConfig, data: Mapping[str, Any], *, seed: int = 0) -
 
 def _input(ref: Ref, base: Ref | None, located: Located) -> MergeInput:
     if ref.lora is None:
-        return MergeInput(ref=ref.model, base=None, revision=ref.revision, weight=None)
+        return MergeInput(ref=ref.model, base=None, revision=ref.revision, control=ref.control)
     if base is not None and base.lora is None and (base.model, base.revision) == (ref.model, ref.revision):
-        return MergeInput(ref=ref.lora, base=None, revision=ref.lora_revision, weight=None)
+        return MergeInput(ref=ref.lora, base=None, revision=ref.lora_revision, control=ref.control)
     if ref.revision is not None:
         raise UserError(
             located.where(()), f"a revision of the model under an adapter: {ref}", "Give that model as a folder."
         )
-    return MergeInput(ref=ref.lora, base=ref.model, revision=ref.lora_revision, weight=None)
+    return MergeInput(ref=ref.lora, base=ref.model, revision=ref.lora_revision, control=ref.control)
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -222,11 +223,16 @@ def _slices(located: Located, name: str, base: Ref | None, notes: list[str]) -> 
 def _one(
     located: Located, path: KeyPath, name: str, base: Ref | None, notes: list[str], *, ranged: bool
 ) -> ConfigInput:
-    keys = ("model", "layer_range", "parameters") if ranged else ("model", "parameters")
+    keys = ("model", "layer_range", "parameters", "control") if ranged else ("model", "parameters", "control")
     entry = _mapping(located, path, keys)
     if entry.get("model") is None:
         raise UserError(located.where(path), "required key 'model' is missing", f"Allowed keys: {', '.join(keys)}.")
     ref = _ref(located, (*path, "model"))
+    control = entry.get("control")
+    if control is not None and not isinstance(control, str):
+        what = f"{control!r} is no value of a conditioning"
+        raise UserError(located.where((*path, "control")), what, "Name one value, in quotes if need be.")
+    ref = replace(ref, control=control)
     layers = None
     if ranged:
         layers = entry.get("layer_range")

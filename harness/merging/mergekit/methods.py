@@ -92,10 +92,13 @@ class Ref:
     revision: str | None = None
     lora: str | None = None
     lora_revision: str | None = None
+    control: str | None = None
+    """Value of the adapter's conditioning: the one key that is not mergekit's."""
 
     def __str__(self) -> str:
         parts = [(self.model, self.revision), *([(self.lora, self.lora_revision)] if self.lora else [])]
-        return "+".join(f"{path}@{revision}" if revision else f"{path}" for path, revision in parts)
+        named = "+".join(f"{path}@{revision}" if revision else f"{path}" for path, revision in parts)
+        return named if self.control is None else f"{named} under {self.control}"
 
 
 @dataclass(frozen=True)

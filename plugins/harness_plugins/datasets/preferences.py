@@ -15,6 +15,7 @@ from harness import (
     DatasetJob,
     DatasetRow,
     HubFiles,
+    RowSchema,
     UserError,
     load_hub_dataset,
     pinned_commit,
@@ -130,7 +131,7 @@ def sketch(rows: Any) -> str:
 class _HubPairs(Dataset):
     """What the data sets here share: a pinned revision, subsets, and counting."""
 
-    schema = "pairs"
+    schema: ClassVar[RowSchema] = "pairs"
     revision: ClassVar[str]
     heldout: ClassVar[str] = "test"
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 import harness
 from harness import Dataset, DatasetJob, DatasetRow, HubFiles, RowSchema, UserError, is_hub_id, load_hub_dataset
@@ -20,6 +22,7 @@ from harness_plugins.datasets.preferences import (
     pair_of_transcripts,
     sketch,
 )
+from harness_plugins.datasets.rated import check_labels, cut_points, labelled
 
 FORMATS: tuple[tuple[frozenset[str], RowSchema], ...] = (
     (frozenset(("chosen", "rejected")), "pairs"),
@@ -52,6 +55,17 @@ class TrlFormats(Dataset["TrlFormats.Config"]):
         config: str | None = Field(None, description="configuration of the hub data set, where it has several")
         split: str | None = Field(None, description="training split of the hub data set; `train` when absent")
         heldout: str | None = Field(None, description="held-out split; `test` or `validation` where there is one")
+        labels: dict[str, tuple[str, ...]] = Field(
+            default_factory=dict,
+            description="preference -> labels that its scores become, the lowest first: cut at equal quantiles of the "
+            "training split (rated rows)",
+        )
+
+        @field_validator("labels")
+        @classmethod
+        def _tell_apart(cls, value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+            check_labels(value)
+            return value
 
     def hub_files(self, job: DatasetJob[Config]) -> tuple[HubFiles, ...]:
         """The whole repository, unless it is a file or a folder."""
@@ -93,19 +107,45 @@ class TrlFormats(Dataset["TrlFormats.Config"]):
         if first is None:
             return
         columns, schema = _format(first.data, where)
+        labels, cuts = job.options.labels, self._cuts(job, columns, schema, where)
         for row in chain([first], source):
             missing = sorted(name for name in columns if row.data.get(name) is None)
             try:
                 if missing:
                     raise Unusable(f"no {' or '.join(missing)}")
-                yield DatasetRow(row.id, _READERS[schema](row.data, f"{where}, row {row.id}"))
+                found = _READERS[schema](row.data, f"{where}, row {row.id}")
+                if cuts:
+                    found["ratings"] = labelled(found["ratings"], cuts, labels, f"{where}, row {row.id}")
+                yield DatasetRow(row.id, found)
             except Unusable as reason:
                 job.drop(str(reason))
 
     def identity(self, job: DatasetJob[Config]) -> dict[str, Any]:
         """Pinned by the commit, or by the file's content."""
         reader, inner = self._reader(job)
-        return {**reader.identity(inner), "name": self.name, "split": job.split}
+        labels = {"labels": {name: list(one) for name, one in job.options.labels.items()}}
+        pinned = {**reader.identity(inner), "name": self.name, "split": job.split}
+        return {**pinned, **labels} if job.options.labels else pinned
+
+    def _cuts(
+        self, job: DatasetJob[Config], columns: frozenset[str], schema: RowSchema, where: str
+    ) -> dict[str, list[float]]:
+        """Where scores are cut into labels, by the training split whatever split is read; none: they stay scores."""
+        labels = job.options.labels
+        if not labels:
+            return {}
+        if schema != "rated":
+            what = f"labels are for ratings, and its rows are {schema}"
+            raise UserError(f"{where}, labels", what, "Leave labels out, or choose rated rows.")
+
+        def ratings() -> Iterator[Mapping[str, Any]]:
+            for row in self._source(replace(job, split="train")):
+                if any(row.data.get(name) is None for name in columns):
+                    continue
+                with contextlib.suppress(Unusable):
+                    yield _rated(row.data, f"{where}, row {row.id}")["ratings"]
+
+        return cut_points(ratings(), labels, f"{where}, labels")
 
     def _source(self, job: DatasetJob[Config]) -> Iterator[DatasetRow]:
         reader, inner = self._reader(job)

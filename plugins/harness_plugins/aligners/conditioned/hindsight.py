@@ -41,6 +41,10 @@ class Coh(Aligner["Coh.Config"]):
                 raise ValueError(f"good and bad have one marker, {self.good!r}: nothing would tell them apart")
             return self
 
+    def controls(self, config: Config) -> dict[str, tuple[str, ...]]:
+        """Good and bad."""
+        return {"answer": VALUES}
+
     def attach(self, model: Any, tokenizer: Any, config: Config) -> None:
         """Add the markers."""
         from harness_plugins.aligners.conditioned.controls import TextControl

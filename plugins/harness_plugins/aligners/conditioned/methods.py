@@ -72,6 +72,10 @@ class Meet(Aligner["Meet.Config"]):
         }
         return tuple(known[name] for name in config.stages)
 
+    def controls(self, config: Config) -> dict[str, tuple[str, ...]]:
+        """The values of the recipe."""
+        return config.preferences
+
     def attach(self, model: Any, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
         """Add the control of every value."""
         from harness_plugins.aligners.conditioned.controls import LoraControl, SoftControl
@@ -129,6 +133,10 @@ class ControlToken(Aligner["ControlToken.Config"]):
         def texts(self) -> dict[str, str]:
             """The phrase of every value."""
             return {key: self.phrases.get(key, f"<{key}> ") for key in value_keys(self.preferences)}
+
+    def controls(self, config: Config) -> dict[str, tuple[str, ...]]:
+        """The values of the recipe."""
+        return config.preferences
 
     def attach(self, model: Any, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
         """Add the phrases, or the embeddings."""
