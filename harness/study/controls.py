@@ -99,7 +99,7 @@ def where_asked(arm: Arm, read: Read) -> str:
 
 
 def _everywhere(read: Read) -> Sequence[str]:
-    return read.spec.evaluation.control
+    return () if read.spec.evaluation is None else read.spec.evaluation.control
 
 
 def _where(read: Read, place: Place, number: int) -> str:
