@@ -94,8 +94,12 @@ def _merges(board: Board, columns: Sequence[Column], published: Matched | None) 
     for base, some in _by_base([row for row in board.rows if row.kind == "merge"]):
         inputs = list(dict.fromkeys(name for row in some for name in row.parents if name in named))
         rows.append((base,))
-        told = [named[name] for name in inputs]
-        rows += [(*_label(row), *[_mean(row, column, published) for column in columns]) for row in [*told, *some]]
+        rows += [(*_label(named[name]), *[_mean(named[name], one, published) for one in columns]) for name in inputs]
+        for row in some:
+            # As the paper calls them: Slerp-SFT is a merge of SFT arms.
+            made_from = dict.fromkeys(_label(named[name])[0] for name in row.parents if name in named)
+            method, data = _label(row)
+            rows.append(("-".join((method, *made_from)), data, *[_mean(row, one, published) for one in columns]))
     return ["Method", "Data or inputs", *[column.task for column in columns]], rows
 
 
