@@ -2,7 +2,7 @@
 
     python judge.py &                                        the stand-in judge of AlpacaEval
     python build.py run MODELS FOLDER                        the study, uninterrupted, into FOLDER/whole
-    python kill.py MODELS FOLDER/killed FOLDER/whole --seconds N
+    python kill.py MODELS FOLDER/killed FOLDER/whole
     python build.py collect FOLDER
     python build.py render
 
@@ -99,7 +99,7 @@ it is killed, and what the board of a study looks like.
 
     python judge.py &
     python build.py run MODELS FOLDER
-    python kill.py MODELS FOLDER/killed FOLDER/whole --seconds N
+    python kill.py MODELS FOLDER/killed FOLDER/whole
     python build.py collect FOLDER && python build.py render
 
 Everything below is made from `records/` by `python build.py render`; a test makes it again, and compares every byte.
@@ -153,8 +153,8 @@ def cost_lines(root: Path) -> list[str]:
         seconds = json.loads(file.read_text(encoding="utf-8"))["costs"]["seconds"]
         spent.setdefault(file.parent.name.split("-")[0], []).append(seconds)
     lines = [
-        "One process and one thread on a machine that did other work beside it. The arms were trained under a longer",
-        "list of questions first; when that list was cut, `reuse:` took them over.",
+        "One process and one thread on a machine that did other work beside it. The arms were trained under a",
+        "longer list of questions first; when that list was cut, `reuse:` took them over.",
         "",
         "| kind | steps | seconds in all | median |",
         "| --- | ---: | ---: | ---: |",

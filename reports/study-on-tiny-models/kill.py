@@ -2,15 +2,16 @@
 
     python kill.py MODELS FOLDER WHOLE [--kills 10] [--seed 0] [--workers 1]
 
-WHOLE is the run folder of an uninterrupted run. Moments are drawn evenly over as long as that run took: whatever is
-under way is killed, and the same command is given again. After the seventh kill a file of the run is cut at a random
-byte. In the end every step must have the id and the digest that it has in WHOLE; what differs is printed, and the exit
-code is 1.
+WHOLE is the run folder of an uninterrupted run. Moments are drawn evenly over the seconds of work that its steps record;
+one has come once the steps that have ended amount to it, and up to five seconds more. Whatever is under way is killed,
+and the same command is given again. After the seventh kill a file of the run is cut at a random byte. In the end every
+step must have the id and the digest that it has in WHOLE; what differs is printed, and the exit code is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -61,18 +62,17 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--seconds", type=float, required=True, help="about as long as the uninterrupted run took")
     options = parser.parse_args()
     draw, said = random.Random(options.seed), []
     asked = command(options.models.resolve(), options.folder.resolve(), options.workers)
     options.folder.parent.mkdir(parents=True, exist_ok=True)
+    moments = sorted(draw.uniform(0.0, work_done(options.whole)) for _ in range(options.kills))
     with (options.folder.parent / "killed.log").open("ab") as log:
-        for number in range(1, options.kills + 1):
+        for number, moment in enumerate(moments, 1):
             running = subprocess.Popen(asked, stdout=log, stderr=log, start_new_session=True)
-            # An even share of the whole each time, so that kills fall into every part of it.
-            until = time.monotonic() + draw.uniform(0.2, 1.8) * options.seconds / (options.kills + 1)
-            while running.poll() is None and time.monotonic() < until:
-                time.sleep(0.05)
+            while running.poll() is None and work_done(options.folder) < moment:
+                time.sleep(0.5)
+            time.sleep(draw.uniform(0.5, 5.0))
             if running.poll() is not None:
                 raise SystemExit(f"ended by itself ({running.returncode}) before kill {number}: see killed.log")
             os.killpg(running.pid, signal.SIGKILL)
@@ -96,6 +96,15 @@ def main() -> None:
         json.dumps({"seed": options.seed, "kills": said, "steps": len(one), "differ": differ}, indent=1) + "\n"
     )
     sys.exit(bool(differ) or last.returncode)
+
+
+def work_done(run: Path) -> float:
+    """Seconds that the steps which have ended took."""
+    done = 0.0
+    for file in run.glob("steps/*/status.json"):
+        with contextlib.suppress(OSError, ValueError):
+            done += json.loads(file.read_text(encoding="utf-8"))["costs"]["seconds"]
+    return done
 
 
 def under_way(run: Path) -> list[str]:
