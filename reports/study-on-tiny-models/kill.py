@@ -2,10 +2,10 @@
 
     python kill.py MODELS FOLDER WHOLE [--kills 10] [--seed 0] [--workers 1]
 
-WHOLE is the run folder of an uninterrupted run. Moments are drawn evenly over the seconds of work that its steps record;
-one has come once the steps that have ended amount to it, and up to five seconds more. Whatever is under way is killed,
-and the same command is given again. After the seventh kill a file of the run is cut at a random byte. In the end every
-step must have the id and the digest that it has in WHOLE; what differs is printed, and the exit code is 1.
+WHOLE is the run folder of an uninterrupted run. Moments are drawn evenly over the seconds of work that its steps
+record; one has come once the steps that have ended amount to it, and up to five seconds more. Whatever is under way is
+killed, and the same command is given again. After the seventh kill a file of the run is cut at a random byte. In the
+end every step must have the id and the digest that it has in WHOLE; what differs is printed, and the exit code is 1.
 """
 
 from __future__ import annotations
