@@ -13,6 +13,8 @@ POWER = 0.8
 def smallest_detectable(differences: Sequence[float], *, exact: bool, level: float) -> float | None:
     """Two quantiles' sum in standard errors: Bloom 1995, Evaluation Review 19:547, eq. 2. In the metric's unit.
 
+    None where that is more than any difference between proportions: so few samples show nothing.
+
     Args:
         differences: B minus A of every pair.
         exact: whether McNemar's test is taken. Its few discordant pairs understate the noise, so two are added to the
@@ -34,4 +36,5 @@ def smallest_detectable(differences: Sequence[float], *, exact: bool, level: flo
         if stderr == 0.0:
             return None  # pairs that all differ by the same say nothing of their noise
     normal = NormalDist()
-    return max((normal.inv_cdf((1 + level) / 2) + normal.inv_cdf(POWER)) * stderr, fewest)
+    found = max((normal.inv_cdf((1 + level) / 2) + normal.inv_cdf(POWER)) * stderr, fewest)
+    return None if exact and found > 1 else found

@@ -103,6 +103,20 @@ def test_what_could_have_been_found_is_two_quantiles_of_standard_errors() -> Non
     assert got.detectable(0.95, 0.8) == pytest.approx((1.959964 + 0.841621) * (got.stderr or 0.0), rel=1e-3)
 
 
+def test_nothing_could_have_been_found_beyond_the_largest_difference() -> None:
+    # With two samples the quantiles of Student's t are several standard errors, which are half of all there is.
+    arm, base = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), np.array([[0.0, 0.0]])
+    got = crossed_difference(Seeds(arm), Seeds(base, trained=False))
+    assert got.detectable(0.95, 0.8) is None
+    # Values without bounds have no largest difference.
+    free = crossed_difference(Seeds(arm * 3 + 1), Seeds(base, trained=False))
+    assert (free.stderr, free.degrees) == (0.5, 2.0)
+    assert free.detectable(0.95, 0.8) == pytest.approx((4.302653 + 1.060660) * 0.5)
+    # McNemar's rejects 6 of 6 at 5 %, and there are 5.
+    five = crossed_difference(Seeds(np.ones((1, 5))), Seeds(np.zeros((1, 5)), trained=False))
+    assert (five.test, five.detectable(0.95, 0.8)) == ("mcnemar_exact", None)
+
+
 def test_clusters_by_hand() -> None:
     # Two clusters whose members agree are two observations, 1 and 0: s^2 / 2 = 0.25. Four would have 1/12.
     values = np.array([1.0, 1.0, 0.0, 0.0])

@@ -219,7 +219,7 @@ def crossed_difference(
         "interval": at(level),
     }
     if found.stderr is not None and found.degrees is not None:
-        exact["detectable"] = partial(_detectable, found.stderr, found.degrees, whole / found.n)
+        exact["detectable"] = partial(_detectable, found.stderr, found.degrees, whole / found.n, whole)
     return replace(found, **exact)
 
 
@@ -266,7 +266,7 @@ def crossed_contrast(
     # Never below the smallest p that the exact sign-flip test could give.
     differing = int(np.count_nonzero(np.bincount(design.cluster, weights=values)))
     p_value = max(_p_of(centre, stderr, degrees), min(1.0, 2.0 ** (1 - differing)))
-    detectable = partial(_detectable, stderr, degrees, 0.0)
+    detectable = partial(_detectable, stderr, degrees, 0.0, whole if binary else math.inf)
     return CrossedDifference(n, dropped, *means, stderr, degrees, at(level), p_value, "crossed_t", note, at, detectable)
 
 
@@ -343,11 +343,13 @@ def _newcombe_at(counts: tuple[int, int, int, int], whole: float, level: float) 
     return Interval(found.low * whole, found.high * whole, level, found.method)
 
 
-def _detectable(stderr: float, degrees: float, of_one: float, level: float, power: float) -> float:
-    """Bloom 1995, Evaluation Review 19:547: the two quantiles' sum in standard errors.
+def _detectable(stderr: float, degrees: float, of_one: float, bound: float, level: float, power: float) -> float | None:
+    """Bloom 1995, Evaluation Review 19:547: the two quantiles' sum in standard errors; None beyond any difference.
 
     ``of_one``: for an exact test, what one discordant sample moves the mean by: no fewer are found than it can reject.
+    ``bound``: the largest difference that there can be.
     """
     found = (t_quantile(level, degrees) + t_quantile(2 * power - 1, degrees)) * stderr
     fewest = math.ceil(math.log2(2 / (1 - level))) if of_one else 0
-    return max(found, fewest * of_one)
+    found = max(found, fewest * of_one)
+    return found if found <= bound else None

@@ -259,13 +259,14 @@ def _column(board: Board, column: Column, scale: Scale) -> dict[str, Any]:
         if cell.difference is not None and cell.difference.detectable_adjusted is not None
     }
     ends = sorted(found, key=lambda text: float(text.replace(",", "")))
+    tested = any(cell.difference is not None and cell.difference.p_adjusted is not None for cell in cells)
     return {
         "label": column.label,
         "metric": column.metric,
         "arrow": ARROWS[column.higher_is_better],
         "direction": {True: "higher is better", False: "lower is better", None: ""}[column.higher_is_better],
         "n": column.n_samples,
-        "detectable": " to ".join(dict.fromkeys((ends[0], ends[-1]))) if ends else "",
+        "detectable": " to ".join(dict.fromkeys((ends[0], ends[-1]))) if ends else "nothing" if tested else "",
         "differs": column.differs[0] if column.differs else "",
         "low": number(scale.low, minus=MINUS),
         "high": number(scale.high, minus=MINUS),
