@@ -185,7 +185,7 @@ def _stopping_at_the_plan(settled: list[str]) -> Iterator[None]:
         stack.enter_context(patch.object(execute, "run_plan", evaluated))
         for module, name in (
             (alignment, "run_align"),
-            (search, "_run"),
+            (search, "run_study"),
             (merging, "run_merge"),
             (serving, "_start"),
         ):
