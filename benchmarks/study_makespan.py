@@ -268,7 +268,12 @@ class Bench:
         command += ["--out", str(self.folder / "run-workers"), "--set", f"executor.workers={self.options.threads}"]
         # Nothing that the first has hashed or tokenised helps it.
         self.environment["HARNESS_CACHE"] = str(self.folder / "cache-workers")
-        return self.process("study, a worker for each core", command)
+        # Workers share out the cores themselves; a number that is set counts for each of them.
+        del self.environment["OMP_NUM_THREADS"]
+        try:
+            return self.process("study, a worker for each core", command)
+        finally:
+            self.environment["OMP_NUM_THREADS"] = str(self.options.threads)
 
     # ----------------------------------------------------------------------------------------------------------- peer
 

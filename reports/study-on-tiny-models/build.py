@@ -135,7 +135,9 @@ def killed_lines(killed: dict[str, Any]) -> list[str]:
     lines = [
         f"The same command, killed {len(kills)} times with SIGKILL at moments drawn by chance (seed {killed['seed']}), "
         f"the whole process group at once, and given again each time. Of {killed['steps']} steps (ids and digests "
-        f"against those of a run that nobody touched) {told}.",
+        f"against those of the board above) {told}. Before the first of these kills the folder had been killed three "
+        "times in a trial of the driver, during alignments; and the board's own run took steps that had ended over "
+        "(`reuse:`) from two runs that were killed when its list of questions was cut.",
         "",
         "| kill | steps ended | under way | torn afterwards |",
         "| ---: | --- | --- | --- |",
@@ -153,8 +155,7 @@ def cost_lines(root: Path) -> list[str]:
         seconds = json.loads(file.read_text(encoding="utf-8"))["costs"]["seconds"]
         spent.setdefault(file.parent.name.split("-")[0], []).append(seconds)
     lines = [
-        "One process and one thread on a machine that did other work beside it. The arms were trained under a",
-        "longer list of questions first; when that list was cut, `reuse:` took them over.",
+        "One process and one thread, on a machine that did other work beside it.",
         "",
         "| kind | steps | seconds in all | median |",
         "| --- | ---: | ---: | ---: |",

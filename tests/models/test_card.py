@@ -22,6 +22,6 @@ from harness.models.card import head
     ],
 )
 def test_a_base_is_named_where_somebody_else_can_find_it(base: dict[str, Any] | None, told: str | None) -> None:
-    data = ModelCard("\n".join([*head("peft", ("merge",), base), "# arm"])).data
-    assert (data.base_model, data.library_name) == (told, "peft")
-    assert data.tags == ["harness", "preference-alignment", "merge"]
+    data = ModelCard("\n".join([*head("peft", ("merge",), base), "# arm"])).data.to_dict()
+    assert (data.get("base_model"), data["library_name"]) == (told, "peft")
+    assert data["tags"] == ["harness", "preference-alignment", "merge"]
